@@ -1,0 +1,68 @@
+# Everything a contributor runs. The first target that needs it builds .venv from requirements.lock.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+KAFKA_PORT ?= 9092
+ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test check format bench kafka lock docs clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## Stream real flight departures through agents on the embedded log
+	@$(BIN)/python examples/flights.py $(ARGS)
+
+test: $(READY)  ## Run the whole test suite (ARGS="-k name" narrows it)
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)  ## Format, lint, types, layers and documentation
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/mkdocs build --quiet --strict
+
+format: $(READY)  ## Format the code and apply the safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## Measure StreamFlow beside its peers on a real broker
+	@benchmarks/run.sh $(ARGS)
+
+kafka: $(READY)  ## Run a real Kafka broker for development (KAFKA_PORT=9092) until Ctrl-C
+	@$(BIN)/python -m tests.kafka.broker --port $(KAFKA_PORT)
+
+docs: $(READY)  ## Serve the documentation while you write it
+	$(BIN)/mkdocs serve
+
+clean:  ## Remove everything that was built; .venv too
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis site dist build
+
+# uv writes the lock, both uv and pip read it. No registry's address is recorded in it.
+lock:  ## Resolve requirements.lock anew from pyproject.toml (needs uv; LOCK_ARGS=--upgrade for new versions)
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --no-emit-index-url --no-emit-find-links --extra dev --extra docs $(LOCK_ARGS) \
+	    --quiet --output-file requirements.lock pyproject.toml
+
+# The project itself is installed without its dependencies and without a build environment: all come from the lock.
+$(READY): requirements.lock pyproject.toml
+	@if command -v uv >/dev/null 2>&1; then \
+	    echo "Setting up .venv with uv ..."; \
+	    uv venv --quiet --allow-existing --python '>=3.11' .venv; \
+	    uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock; \
+	    uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .; \
+	else \
+	    echo "Setting up .venv with $(PYTHON) and pip ..."; \
+	    $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("StreamFlow needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v[:2])'; \
+	    [ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .; \
+	fi
+	@touch $@
