@@ -1,0 +1,69 @@
+"""What every test shares: the tools a machine may lack, said loudly, and hypothesis's settings."""
+
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from importlib.util import find_spec
+
+import hypothesis
+import pytest
+
+CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
+KAFKA_NEEDS = ("java", "mvn")
+OLDEST_JAVA = 17
+HOW_TO_INSTALL = {
+    "java": f"Java {OLDEST_JAVA} or newer (Debian: apt-get install default-jdk-headless)",
+    "mvn": "Maven (Debian: apt-get install maven)",
+}
+
+pytest_plugins = ["tests.kafka.fixtures"] if find_spec("tests.kafka") and find_spec("tests.kafka.fixtures") else []
+
+hypothesis.settings.register_profile("streamflow", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("streamflow")
+
+
+@cache
+def missing(command: str) -> str | None:
+    """Why this command cannot be used on this machine, or None."""
+    path = shutil.which(command)
+    if path is None:
+        return f"`{command}` is not on PATH"
+    if command == "java":
+        told = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=30, check=False).stderr
+        version = re.search(r'version "(\d+)', told)
+        if version is None or int(version[1]) < OLDEST_JAVA:
+            return f"`java` is older than {OLDEST_JAVA}: {told.strip().splitlines()[:1]}"
+    return None
+
+
+def needs(item: pytest.Item) -> list[str]:
+    """The commands a test says it needs, by its markers."""
+    commands = [command for marker in item.iter_markers("needs") for command in marker.args]
+    return [*commands, *(KAFKA_NEEDS if item.get_closest_marker("kafka") else ())]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for command in needs(item):
+        if reason := missing(command):
+            item.config.stash.setdefault(LACKING, {}).setdefault(command, []).append(item.nodeid)
+            if CI:
+                pytest.fail(f"{reason}, and CI={os.environ['CI']} leaves nothing out", pytrace=False)
+            pytest.skip(reason)
+
+
+LACKING: pytest.StashKey[dict[str, list[str]]] = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says what was left out for want of a tool, where nobody can overlook it."""
+    for command, tests in config.stash.get(LACKING, {}).items():
+        verb = "FAILED" if CI else "SKIPPED"
+        terminalreporter.section(f"{len(tests)} tests {verb}: {missing(command)}", sep="!", red=True, bold=True)
+        terminalreporter.line(f"To run them, install {HOW_TO_INSTALL.get(command, command)}.")
+        terminalreporter.line("What they prove is not proved on this machine: " + ", ".join(files(tests)))
+
+
+def files(nodeids: list[str]) -> list[str]:
+    return sorted({nodeid.split("::")[0] for nodeid in nodeids})
