@@ -1,0 +1,372 @@
+"""A real Kafka broker (KRaft, one process) for tests and development.
+
+`python -m tests.kafka.broker --port 9092` runs one in the foreground until Ctrl-C.
+"""
+
+import argparse
+import atexit
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tests.kafka import jars
+from tests.kafka.certificates import Certificates
+
+START_TIMEOUT_S = 40
+STOP_TIMEOUT_S = 15
+LOG_TAIL_LINES = 40
+HOST = "127.0.0.1"
+
+SCRAM_USER, SCRAM_PASSWORD = "ann", "ann-very-secret"
+PLAIN_USER, PLAIN_PASSWORD = "bob", "bob-very-secret"
+
+LOG4J = """\
+<Configuration status="WARN">
+  <Appenders><Console name="out"><PatternLayout pattern="%d{HH:mm:ss.SSS} %p %c{1}: %m%n"/></Console></Appenders>
+  <Loggers><Root level="${sys:streamflow.level:-WARN}"><AppenderRef ref="out"/></Root></Loggers>
+</Configuration>
+"""
+
+# Small and fast: what a laptop test wants, never what production wants.
+DEFAULTS = {
+    "num.partitions": "4",
+    "offsets.topic.num.partitions": "4",
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.segment.bytes": "1048576",
+    "transaction.state.log.num.partitions": "4",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.segment.bytes": "1048576",
+    "share.coordinator.state.topic.num.partitions": "1",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "group.initial.rebalance.delay.ms": "0",
+    "group.min.session.timeout.ms": "500",
+    "num.network.threads": "2",
+    "num.io.threads": "4",
+    "background.threads": "2",
+    "log.cleaner.threads": "1",
+    "log.cleaner.dedupe.buffer.size": "2097152",
+    "log.index.size.max.bytes": "1048576",
+    "controlled.shutdown.enable": "true",
+    "auto.create.topics.enable": "true",
+    "initial.broker.registration.timeout.ms": "30000",
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
+    "controller.quorum.election.backoff.max.ms": "200",
+    "controller.quorum.election.timeout.ms": "500",
+    "controller.quorum.fetch.timeout.ms": "1000",
+    "transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000",
+}
+JAVA_OPTIONS = (
+    "-Xms96m",
+    "-Xmx384m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:-UsePerfData",
+    "-Xshare:auto",
+    "-Djava.awt.headless=true",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
+
+
+def random_id() -> str:
+    return urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+
+
+class BrokerError(RuntimeError):
+    """The broker did not start or ended by itself; the text holds the tail of its log."""
+
+
+class Broker:
+    """One broker process and its data directory.
+
+    `certificates` opens three more listeners: SSL, SASL_SSL and SASL_PLAINTEXT, with users for SCRAM-SHA-256/512 and
+    PLAIN, and OAUTHBEARER with unsecured tokens. `controllers` ({node id: port}) makes it one node of a `Cluster`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int = 0,
+        config: Mapping[str, str] | None = None,
+        certificates: Certificates | None = None,
+        node_id: int = 1,
+        controllers: Mapping[int, int] | None = None,
+        cluster_id: str | None = None,
+    ) -> None:
+        self.directory = directory
+        self.node_id = node_id
+        self._controllers = dict(controllers or {node_id: free_port()})
+        self._cluster_id = cluster_id or random_id()
+        self._certificates = certificates
+        protocols = ["PLAINTEXT"]
+        if certificates is not None:
+            protocols += ["SSL", "SASL_SSL", "SASL_PLAINTEXT"]
+        self._ports = {protocol: free_port() for protocol in protocols}
+        if port:
+            self._ports["PLAINTEXT"] = port
+        self._config = dict(config or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._jars = jars.resolve()
+
+    @property
+    def bootstrap(self) -> str:
+        return self.listener("PLAINTEXT")
+
+    def listener(self, protocol: str) -> str:
+        """host:port of one listener; TLS ones answer to the name in their certificate."""
+        return f"{'localhost' if protocol.endswith('SSL') else HOST}:{self._ports[protocol]}"
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise BrokerError("the broker is not running")
+        return self._process.pid
+
+    def start(self, *, wait: bool = True) -> None:
+        """Format the directory if it is new, start, and wait until the broker answers."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        properties = self.directory / "server.properties"
+        if not properties.exists():
+            (self.directory / "log4j2.xml").write_text(LOG4J)
+            properties.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
+            self._format(properties)
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._java("kafka.Kafka", str(properties)),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=self.directory,
+                start_new_session=True,  # Ctrl-C is for us; we stop the broker in order
+            )
+        atexit.register(self.kill)
+        if wait:
+            self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for port in self._ports.values():
+            while not self._listens(port):
+                if self._process is None or self._process.poll() is not None:
+                    raise BrokerError(f"the broker ended while starting:\n{self.log_tail()}")
+                if time.monotonic() > deadline:
+                    self.kill()
+                    raise BrokerError(f"the broker was not up after {START_TIMEOUT_S} s:\n{self.log_tail()}")
+                time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Shut down in order; what does not end in time is killed."""
+        if self._process is None:
+            return
+        self.resume()
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+    def kill(self) -> None:
+        """`kill -9`: what a crash looks like. The data stay for `start`."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        atexit.unregister(self.kill)
+
+    def pause(self) -> None:
+        """SIGSTOP: the sockets stay open and nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            os.kill(self.pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def log_tail(self) -> str:
+        lines = self._log_path.read_text(errors="replace").splitlines() if self._log_path.exists() else []
+        return "\n".join(lines[-LOG_TAIL_LINES:])
+
+    def wait(self) -> None:
+        """Until the process ends by itself."""
+        if self._process is not None:
+            self._process.wait()
+
+    def __enter__(self) -> "Broker":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "broker.log"
+
+    @staticmethod
+    def _listens(port: int) -> bool:
+        try:
+            socket.create_connection((HOST, port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def _java(self, main: str, *arguments: str) -> list[str]:
+        level = os.environ.get("STREAMFLOW_KAFKA_LOG", "WARN")
+        return [
+            shutil.which("java") or "java",
+            *JAVA_OPTIONS,
+            f"-Dlog4j2.configurationFile={self.directory / 'log4j2.xml'}",
+            f"-Dstreamflow.level={level}",
+            "-cp",
+            f"{self._jars}/*",
+            main,
+            *arguments,
+        ]
+
+    def _format(self, properties: Path) -> None:
+        command = self._java("kafka.tools.StorageTool", "format", "-t", self._cluster_id, "-c", str(properties))
+        if self._certificates is not None:
+            for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
+                command += ["-S", f"{mechanism}=[name={SCRAM_USER},password={SCRAM_PASSWORD}]"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=self.directory)
+        if told.returncode:
+            raise BrokerError(f"formatting {self.directory} failed:\n{told.stdout}{told.stderr}")
+
+    def _properties(self) -> dict[str, str]:
+        listeners = {name: f"{HOST}:{port}" for name, port in self._ports.items()}
+        protocols = {**{name: name for name in listeners}, "CONTROLLER": "PLAINTEXT"}
+        return {
+            "process.roles": "broker,controller",
+            "node.id": str(self.node_id),
+            "controller.quorum.voters": ",".join(f"{node}@{HOST}:{port}" for node, port in self._controllers.items()),
+            "controller.listener.names": "CONTROLLER",
+            "inter.broker.listener.name": "PLAINTEXT",
+            "listeners": ",".join(
+                [f"{name}://{at}" for name, at in listeners.items()]
+                + [f"CONTROLLER://{HOST}:{self._controllers[self.node_id]}"]
+            ),
+            "advertised.listeners": ",".join(f"{name}://{self.listener(name)}" for name in listeners),
+            "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
+            "log.dirs": str(self.directory / "data"),
+            **DEFAULTS,
+            **self._security(),
+            **self._config,
+        }
+
+    def _security(self) -> dict[str, str]:
+        if self._certificates is None:
+            return {}
+        modules = "org.apache.kafka.common.security"
+        plain = f'{modules}.plain.PlainLoginModule required user_{PLAIN_USER}="{PLAIN_PASSWORD}";'
+        oauth = f'{modules}.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="broker";'
+        settings = {
+            "ssl.keystore.type": "PEM",
+            "ssl.keystore.location": str(self._certificates.broker),
+            "ssl.truststore.type": "PEM",
+            "ssl.truststore.location": str(self._certificates.authority),
+            "ssl.client.auth": "none",
+            "listener.name.ssl.ssl.client.auth": "required",
+            "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512,PLAIN,OAUTHBEARER",
+        }
+        for listener in ("sasl_ssl", "sasl_plaintext"):
+            prefix = f"listener.name.{listener}"
+            scram = f"{modules}.scram.ScramLoginModule required;"
+            settings[f"{prefix}.plain.sasl.jaas.config"] = plain
+            settings[f"{prefix}.scram-sha-256.sasl.jaas.config"] = scram
+            settings[f"{prefix}.scram-sha-512.sasl.jaas.config"] = scram
+            settings[f"{prefix}.oauthbearer.sasl.jaas.config"] = oauth
+        return settings
+
+
+class Cluster:
+    """Several brokers that are one cluster: for changes of leader."""
+
+    def __init__(self, directory: Path, *, nodes: int = 3, config: Mapping[str, str] | None = None) -> None:
+        controllers = {node: free_port() for node in range(1, nodes + 1)}
+        cluster_id = random_id()
+        replicated = {
+            "offsets.topic.replication.factor": str(nodes),
+            "transaction.state.log.replication.factor": str(nodes),
+            "default.replication.factor": str(nodes),
+            **(config or {}),
+        }
+        self.brokers = {
+            node: Broker(
+                directory / f"node-{node}",
+                node_id=node,
+                controllers=controllers,
+                cluster_id=cluster_id,
+                config=replicated,
+            )
+            for node in controllers
+        }
+
+    @property
+    def bootstrap(self) -> str:
+        return ",".join(broker.bootstrap for broker in self.brokers.values())
+
+    def __enter__(self) -> "Cluster":
+        for broker in self.brokers.values():
+            broker.start(wait=False)
+        for broker in self.brokers.values():
+            broker.wait_until_up()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for broker in self.brokers.values():
+            broker.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run a real Kafka broker in the foreground, for development.")
+    parser.add_argument("--port", type=int, default=9092)
+    parser.add_argument(
+        "--data", type=Path, help="keep the data here (default: a directory that is removed at the end)"
+    )
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with contextlib.ExitStack() as stack:
+        scratch = arguments.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-kafka-")))
+        try:
+            broker = Broker(scratch.absolute(), port=arguments.port)
+            broker.start()
+        except (BrokerError, jars.JarsMissingError) as error:
+            raise SystemExit(str(error)) from error
+        print(f"Kafka {jars.kafka_version()} listens on {broker.bootstrap}; Ctrl-C stops it", flush=True)
+        try:
+            broker.wait()
+            raise SystemExit(f"the broker ended by itself:\n{broker.log_tail()}")
+        except KeyboardInterrupt:
+            print("Stopping ...", flush=True)
+        finally:
+            broker.stop()
+
+
+if __name__ == "__main__":
+    main()
