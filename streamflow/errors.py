@@ -1,0 +1,194 @@
+"""Every error StreamFlow raises, named by what it means for the run, and the one place that classifies them.
+
+`disposition` is the only classifier; the runtime is the only place that acts on it. Errors of third-party libraries
+are translated once, at the edge (`log/kafka/client.py`, `log/sqlite/database.py`), always with `raise ... from exc`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class StreamFlowError(Exception):
+    """The family: catch this to catch everything StreamFlow raises on purpose."""
+
+
+# --- refuse: before the start, exit code 2 -----------------------------------------------------------------------
+
+
+class RefusedError(StreamFlowError):
+    """The worker will not start like this; the message says what to change."""
+
+
+class ConfigurationError(RefusedError):
+    """A setting is unknown, malformed or contradicts another."""
+
+
+class TopologyError(RefusedError):
+    """Agents, topics and tables do not fit together."""
+
+
+class SchemaError(RefusedError):
+    """A type cannot be serialized as declared."""
+
+
+# --- record policy: the agent's `on_error` decides ---------------------------------------------------------------
+
+
+class RecordError(StreamFlowError):
+    """One record could not be processed.
+
+    Args:
+        message: What went wrong, and what to do.
+        topic: Topic of the source record, or None while it is not known.
+        partition: Its partition.
+        offset: Its offset.
+    """
+
+    def __init__(
+        self, message: str, *, topic: str | None = None, partition: int | None = None, offset: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.topic = topic
+        self.partition = partition
+        self.offset = offset
+
+    @property
+    def position(self) -> str:
+        """The record's place, `topic-partition-offset`; empty while it is not known."""
+        return "" if self.topic is None else f"{self.topic}-{self.partition}-{self.offset}"
+
+    def at(self, topic: str, partition: int, offset: int) -> RecordError:
+        """Set the place and return self."""
+        self.topic, self.partition, self.offset = topic, partition, offset
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.message} (at {self.position})" if self.topic is not None else self.message
+
+
+class DeserializationError(RecordError):
+    """Bytes do not decode as the topic's type; `message` names the part, the field path and what was expected."""
+
+
+class ProcessingError(RecordError):
+    """User code raised; the original exception is `__cause__`."""
+
+
+class ProductionError(RecordError):
+    """An output cannot be written as it is (too large, no key where one is needed, wrong type)."""
+
+
+# --- retry: the log answers later --------------------------------------------------------------------------------
+
+
+class RetriableError(StreamFlowError):
+    """The same call may succeed later; nothing was lost."""
+
+
+class LogUnavailableError(RetriableError):
+    """The log does not answer (broker away, database locked)."""
+
+
+class LogFullError(RetriableError):
+    """The log has no room (disk full); what was acknowledged is safe, nothing new is accepted until there is room."""
+
+
+# --- migrate: another worker has the partitions ------------------------------------------------------------------
+
+
+class TaskMigratedError(StreamFlowError):
+    """This member no longer owns what it tried to commit: drop the uncommitted work and rejoin."""
+
+
+# --- fatal: stop the worker, exit code 1 -------------------------------------------------------------------------
+
+
+class FatalError(StreamFlowError):
+    """The worker cannot go on; the message says why."""
+
+
+class AuthorizationError(FatalError):
+    """The log refuses this user; the message names the operation and the resource."""
+
+
+class UnknownTopicError(FatalError):
+    """A topic that is read or written does not exist (any more)."""
+
+
+class LogCorruptedError(FatalError):
+    """Stored bytes fail their checksum or do not have the expected form."""
+
+
+class InternalError(FatalError):
+    """A bug in StreamFlow: please report it."""
+
+
+# --- to the caller -----------------------------------------------------------------------------------------------
+
+
+class ClosedError(StreamFlowError):
+    """The object was closed by its owner, or a record's turn is over."""
+
+
+class OffsetOutOfRangeError(StreamFlowError):
+    """A position lies outside what the log holds.
+
+    Args:
+        topic: Topic.
+        partition: Partition.
+        offset: The position asked for.
+        log_start: First offset the log still has.
+        end_offset: End offset.
+    """
+
+    def __init__(self, topic: str, partition: int, offset: int, log_start: int, end_offset: int) -> None:
+        super().__init__(f"{topic}-{partition}: offset {offset} is outside the log, which holds {log_start}..{end_offset}")
+        self.topic = topic
+        self.partition = partition
+        self.offset = offset
+        self.log_start = log_start
+        self.end_offset = end_offset
+
+
+class AskError(StreamFlowError):
+    """The agent that was asked failed on the record, or finished it without an answer."""
+
+
+class Disposition(Enum):
+    """What the runtime does about an error."""
+
+    REFUSE = "refuse"
+    POLICY = "policy"
+    RETRY = "retry"
+    MIGRATE = "migrate"
+    STOP = "stop"
+    CALLER = "caller"
+
+
+_DISPOSITIONS: tuple[tuple[type[BaseException], Disposition], ...] = (
+    (RefusedError, Disposition.REFUSE),
+    (RecordError, Disposition.POLICY),
+    (RetriableError, Disposition.RETRY),
+    (TaskMigratedError, Disposition.MIGRATE),
+    (FatalError, Disposition.STOP),
+    (ClosedError, Disposition.CALLER),
+    (OffsetOutOfRangeError, Disposition.CALLER),
+    (AskError, Disposition.CALLER),
+)
+
+
+def disposition(error: BaseException) -> Disposition:
+    """Classify an error.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        What to do about it; an exception that is not StreamFlow's own stops the worker.
+    """
+    for kind, answer in _DISPOSITIONS:
+        if isinstance(error, kind):
+            return answer
+    return Disposition.STOP

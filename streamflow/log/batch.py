@@ -1,0 +1,151 @@
+"""Kafka v2 record batches: what every log stores, and what everything above hop 1 reads and writes.
+
+Read and written with aiokafka's compiled codec (`aiokafka.record`), reached through `log/codec.py` only.
+
+Invariants: a `RecordBatch` is read once (the codec is single pass); a `SealedBatch` is unstamped (no producer id, epoch,
+sequence) and can be stamped any number of times, so that the same records can be sent again after a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from streamflow.log import codec
+from streamflow.model.record import Headers
+
+
+class LogRecord(Protocol):
+    """One record as the codec reads it (aiokafka's `DefaultRecord`)."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> list[tuple[str, bytes | None]]: ...
+
+
+class RecordBatch:
+    """One batch as read from the log, not yet opened.
+
+    Args:
+        records: The codec's batch.
+        first_offset: Records below it are skipped (a log returns whole batches; the position may lie inside one).
+        size_bytes: Stored size.
+    """
+
+    __slots__ = ("_records", "first_offset", "next_offset", "size_bytes")
+
+    def __init__(self, records: codec.Batch, first_offset: int, size_bytes: int) -> None:
+        self._records = records
+        self.first_offset = first_offset
+        self.next_offset: int = records.next_offset
+        self.size_bytes = size_bytes
+
+    @property
+    def max_timestamp_ms(self) -> int:
+        """Greatest timestamp in the batch."""
+        return self._records.max_timestamp
+
+    @property
+    def base_offset(self) -> int:
+        """Offset of the batch's first record, before `first_offset` is applied."""
+        return self._records.base_offset
+
+    def open(self) -> Iterator[LogRecord]:
+        """Iterate over the records from `first_offset` on, once; decompression happens here."""
+        if self._records.base_offset >= self.first_offset:
+            return iter(self._records)
+        first = self.first_offset
+        return (record for record in self._records if record.offset >= first)
+
+
+class SealedBatch:
+    """A finished batch, compressed, without producer id, epoch, sequence or base offset.
+
+    Args:
+        data: The encoded batch.
+        num_records: How many records it holds.
+        max_timestamp_ms: Their greatest timestamp.
+    """
+
+    __slots__ = ("_data", "max_timestamp_ms", "num_records")
+
+    def __init__(self, data: bytearray, num_records: int, max_timestamp_ms: int) -> None:
+        self._data = data
+        self.num_records = num_records
+        self.max_timestamp_ms = max_timestamp_ms
+
+    @property
+    def size_bytes(self) -> int:
+        """Encoded size."""
+        return len(self._data)
+
+    def unstamped(self) -> bytes:
+        """The batch as it is: producer id -1, base offset 0 (what SQLite stores before it sets the base offset)."""
+        return bytes(self._data)
+
+    def stamped(self, producer_id: int, producer_epoch: int, base_sequence: int, *, transactional: bool = False) -> bytes:
+        """A copy with the producer's identity and a new checksum.
+
+        Args:
+            producer_id: From InitProducerId.
+            producer_epoch: Its epoch.
+            base_sequence: Sequence number of the first record, 0..2^31-1.
+            transactional: Set the transactional attribute.
+
+        Returns:
+            Bytes for a produce request.
+        """
+        return codec.stamp(self._data, producer_id, producer_epoch, base_sequence, transactional=transactional)
+
+
+class BatchBuilder:
+    """Collects records for one partition until it is sealed.
+
+    Args:
+        compression: `codec.NONE`, `GZIP`, `SNAPPY`, `LZ4` or `ZSTD`.
+        max_bytes: Size before compression at which `append` refuses; a first record always fits.
+    """
+
+    __slots__ = ("_append", "_builder", "_max_timestamp_ms", "num_records")
+
+    def __init__(self, compression: int, max_bytes: int) -> None:
+        self._builder = codec.new_builder(compression, max_bytes)
+        self._append = self._builder.append
+        self.num_records = 0
+        self._max_timestamp_ms = -1
+
+    @property
+    def size_bytes(self) -> int:
+        """Size so far, before compression."""
+        return self._builder.size()
+
+    def append(self, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: Headers) -> bool:
+        """Add a record.
+
+        Args:
+            timestamp_ms: Milliseconds since the epoch.
+            key: Encoded key or None.
+            value: Encoded value or None (a tombstone).
+            headers: Record headers.
+
+        Returns:
+            False when the batch is full: the record was not added; seal, open a new builder, append there.
+        """
+        count = self.num_records
+        if self._append(count, timestamp_ms, key, value, headers) is None:  # type: ignore[arg-type]
+            return False
+        self.num_records = count + 1
+        if timestamp_ms > self._max_timestamp_ms:
+            self._max_timestamp_ms = timestamp_ms
+        return True
+
+    def seal(self) -> SealedBatch:
+        """Encode and compress; the builder must not be used again."""
+        return SealedBatch(self._builder.build(), self.num_records, self._max_timestamp_ms)

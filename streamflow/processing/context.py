@@ -1,0 +1,111 @@
+"""What user code stands in: a record's turn, or a process that can send at once.
+
+Declarations (topics, agents) have no connection of their own. They find where to send to here: inside a record's turn
+the send joins the turn's stage; elsewhere it goes through the sender that the running app registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+from streamflow.errors import ClosedError
+from streamflow.model.record import Headers, RecordMetadata
+
+if TYPE_CHECKING:
+    from streamflow.processing.agent import Agent
+    from streamflow.processing.declarations import Declarations
+    from streamflow.processing.topic import Topic
+
+
+class Turn(Protocol):
+    """The turn of one record (or one `take` batch) in one agent."""
+
+    def send(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> None:
+        """Add an output to the turn's stage.
+
+        Raises:
+            ProductionError: It cannot be encoded or is too large.
+            ClosedError: The caller outlived its turn.
+        """
+
+    def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
+        """Raise `TopologyError` if asking that agent from here could never be answered."""
+
+
+class Sender(Protocol):
+    """Sends at once, outside any record's turn."""
+
+    async def send(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> RecordMetadata:
+        """Send and wait for the log."""
+
+    def send_nowait(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> None:
+        """Send without waiting; a failure is logged and counted. Raises anyio's `WouldBlock` when its buffer is full."""
+
+    async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any, timeout_s: float) -> Any:
+        """Send to an agent and wait for its first answer."""
+
+
+current_turn: ContextVar[Turn | None] = ContextVar("streamflow_turn", default=None)
+"""The turn the caller is in. It is set to None inside timers and tasks."""
+
+_senders: WeakKeyDictionary[Declarations, Sender] = WeakKeyDictionary()
+
+
+def sender_of(app: Declarations) -> Sender:
+    """The sender of an app that runs in this process.
+
+    Raises:
+        ClosedError: It does not run; the message says what to write.
+    """
+    sender = _senders.get(app)
+    if sender is None:
+        raise ClosedError(
+            f"app {app.id!r} is not running in this process: send from inside an agent, a timer or a task, "
+            "or within `async with app.client() as client:` or `async with app.running():`"
+        )
+    return sender
+
+
+@contextmanager
+def registered_sender(app: Declarations, sender: Sender) -> Iterator[None]:
+    """Make `sender` the app's while the block runs (the newest wins; the one before comes back after)."""
+    before = _senders.get(app)
+    _senders[app] = sender
+    try:
+        yield
+    finally:
+        if before is None:
+            _senders.pop(app, None)
+        else:
+            _senders[app] = before
