@@ -27,7 +27,7 @@ check: $(READY)  ## Format, lint, types, layers and documentation
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_layers.py
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(READY)  ## Format the code and apply the safe lint fixes
 	$(BIN)/ruff format .
@@ -40,7 +40,7 @@ kafka: $(READY)  ## Run a real Kafka broker for development (KAFKA_PORT=9092) un
 	@$(BIN)/python -m tests.kafka.broker --port $(KAFKA_PORT)
 
 docs: $(READY)  ## Serve the documentation while you write it
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:  ## Remove everything that was built; .venv too
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis site dist build
