@@ -52,16 +52,18 @@ lock:  ## Resolve requirements.lock anew from pyproject.toml (needs uv; LOCK_ARG
 	    --quiet --output-file requirements.lock pyproject.toml
 
 # The project itself is installed without its dependencies and without a build environment: all come from the lock.
+# (`set -e`, since the make of macOS does not know .SHELLFLAGS.)
 $(READY): requirements.lock pyproject.toml
-	@if command -v uv >/dev/null 2>&1; then \
+	@set -e; \
+	if command -v uv >/dev/null 2>&1; then \
 	    echo "Setting up .venv with uv ..."; \
-	    uv venv --quiet --allow-existing --python '>=3.11' .venv; \
+	    uv venv --quiet --allow-existing --python '$(if $(filter python3,$(PYTHON)),>=3.11,$(PYTHON))' .venv; \
 	    uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock; \
 	    uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .; \
 	else \
 	    echo "Setting up .venv with $(PYTHON) and pip ..."; \
-	    $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("StreamFlow needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v[:2])'; \
-	    [ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
+	    $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("StreamFlow needs Python 3.11 or newer and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % sys.version_info[:2])'; \
+	    $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv; \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements.lock; \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .; \
 	fi
