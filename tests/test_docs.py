@@ -28,6 +28,7 @@ from types import ModuleType
 import pytest
 
 import streamflow
+from streamflow import config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -283,6 +284,11 @@ def test_every_public_name_has_a_docstring():
         if not (inspect.getdoc(member) or "").strip()
     ]
     assert not bare, "these have no docstring: " + ", ".join(bare)
+
+
+def test_the_settings_page_has_the_table_of_the_code():
+    table = config.markdown_table()
+    assert table in (ROOT / "docs" / "settings.md").read_text(), f"docs/settings.md must contain:\n{table}"
 
 
 def test_every_page_is_in_the_navigation():

@@ -16,7 +16,7 @@ LAYERS = (
     ("state",),
     ("processing",),
     ("runtime",),
-    ("cli", "web", "metrics", "testing", "sql", "catalog", "connectors"),
+    ("app", "cli", "hosting", "log_output", "web", "metrics", "testing", "sql", "catalog", "connectors"),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 TOP = {"streamflow", "streamflow.__main__"}
@@ -24,7 +24,8 @@ TOP = {"streamflow", "streamflow.__main__"}
 FORBIDDEN = {("processing", "log"), ("state", "log")} | {
     (surface, below) for surface in LAYERS[-1] for below in ("log", "state")
 }
-ALLOWED_ALL_THE_SAME = {"streamflow.log.api"}  # the contract, for surfaces only
+# For surfaces only: the contract, and what a user says about a connection.
+ALLOWED_ALL_THE_SAME = {"streamflow.log.api", "streamflow.log.kafka.options"}
 # A third-party (or I/O) module and the only places that may know it.
 HOMES = {
     "aiokafka": ("log",),
