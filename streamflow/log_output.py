@@ -1,0 +1,147 @@
+"""How log lines look on the command line. Only the commands set this up; the library just uses `logging`.
+
+Two formats: `console` for people (one compact line, coloured on a terminal), `json` for machines (an object a line).
+Values of secret variables never appear in either.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import IO
+
+import msgspec
+
+from streamflow.config import KAFKA_PREFIX, LogFormat, LogLevel
+
+_SECRET_WORDS = ("PASSWORD", "SECRET", "TOKEN", "PASSPHRASE")
+_COLOURS = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+# These tell of every reconnection and retry, which the runtime tells better.
+_NOISY = ("aiokafka", "asyncio", "uvicorn", "kafka")
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+class SecretFilter:
+    """Replaces secrets in finished text, whichever library wrote it.
+
+    Args:
+        environ: Where secrets stand: `STREAMFLOW_KAFKA_*` variables named after a password, secret or token.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._secrets = sorted(
+            {
+                value
+                for name, value in environ.items()
+                if name.startswith(KAFKA_PREFIX) and any(word in name for word in _SECRET_WORDS) and len(value) >= 4
+            },
+            key=len,
+            reverse=True,
+        )
+
+    def __call__(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+
+class ConsoleFormatter(logging.Formatter):
+    """`12:30:01.250 INFO worker: message`, with the process index in every line where there are several processes.
+
+    Args:
+        process_index: Which of several worker processes this is; None for the only one.
+        colour: Use ANSI colours.
+        redact: Applied to the finished text.
+    """
+
+    def __init__(self, process_index: int | None, *, colour: bool, redact: SecretFilter) -> None:
+        super().__init__()
+        self._prefix = "" if process_index is None else f"[{process_index}] "
+        self._colour = colour
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = f"{record.levelname:<7}"
+        if self._colour and record.levelname in _COLOURS:
+            level = f"\x1b[{_COLOURS[record.levelname]}m{level}\x1b[0m"
+        name = record.name.removeprefix("streamflow.")
+        text = f"{moment}.{int(record.msecs):03d} {level} {name}: {record.getMessage()}"
+        if details := _details(self, record):
+            text += "\n" + details
+        if self._prefix:
+            text = self._prefix + text.replace("\n", "\n" + self._prefix)
+        return self._redact(text)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (ISO, UTC), level, logger, message, app, process, exc_info.
+
+    Args:
+        app: The app's id.
+        process_index: Which of several worker processes this is; None for the only one.
+        redact: Applied to the finished text.
+    """
+
+    def __init__(self, app: str, process_index: int | None, redact: SecretFilter) -> None:
+        super().__init__()
+        self._app = app
+        self._process_index = process_index
+        self._redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": self._redact(record.getMessage()),
+            "app": self._app,
+        }
+        if self._process_index is not None:
+            line["process"] = self._process_index
+        if details := _details(self, record):
+            line["exc_info"] = self._redact(details)
+        return _encode_json(line).decode()
+
+
+def _details(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    parts = [formatter.formatException(record.exc_info)] if record.exc_info and record.exc_info[0] else []
+    if record.stack_info:
+        parts.append(formatter.formatStack(record.stack_info))
+    return "\n".join(parts)
+
+
+def configure(
+    level: LogLevel,
+    log_format: LogFormat,
+    *,
+    app: str,
+    process_index: int | None = None,
+    stream: IO[str] | None = None,
+) -> None:
+    """Send the whole process's logging to one stream.
+
+    Args:
+        level: Least severity.
+        log_format: `console` or `json`.
+        app: The app's id.
+        process_index: Which of several worker processes this is; None for the only one.
+        stream: Where to; standard error by default.
+    """
+    stream = stream or sys.stderr
+    redact = SecretFilter(os.environ)
+    handler = logging.StreamHandler(stream)
+    if log_format == "json":
+        handler.setFormatter(JsonFormatter(app, process_index, redact))
+    else:
+        colour = stream.isatty() and not os.environ.get("NO_COLOR")
+        handler.setFormatter(ConsoleFormatter(process_index, colour=colour, redact=redact))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.DEBUG if level == "DEBUG" else logging.WARNING)
