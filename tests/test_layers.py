@@ -4,12 +4,16 @@ What counts is what is written, wherever it stands: an import inside a function 
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "streamflow"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "streamflow"
 LAYERS = (
     ("errors", "clock", "config", "lifecycle", "sensors", "model"),
     ("log",),
@@ -119,6 +123,19 @@ def strangers(source: Source) -> list[str]:
     ]
 
 
+def undeclared(source: Source) -> list[str]:
+    """Finds packages that are there only because another one needs them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", wanted)[0].replace("-", "_") for wanted in project["dependencies"]}
+    known = declared | sys.stdlib_module_names | {source.root.name}
+    return [
+        f"{source.place(module, line)}: `{name.split('.')[0]}` is no dependency; remove the import, or declare it"
+        for module in source.paths
+        for name, line in source.imports(module)
+        if name.split(".")[0] not in known
+    ]
+
+
 def cycles(source: Source) -> list[str]:
     """Finds import cycles depth first; each is reported once, by the import that closes it."""
     found: list[str] = []
@@ -183,7 +200,7 @@ def crowded_face(source: Source) -> list[str]:
     return [f"{source.place(source.root.name)}: there is no `__all__`"]
 
 
-RULES = [unplaced, upward_imports, strangers, cycles, oversized, misnamed, filled_packages, crowded_face]
+RULES = [unplaced, upward_imports, strangers, undeclared, cycles, oversized, misnamed, filled_packages, crowded_face]
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +266,7 @@ def test_a_good_tree_passes(rule, tmp_path):
         (upward_imports, "web/page.py", "from streamflow.log.sqlite import reader", "only `runtime` joins them"),
         (strangers, "runtime/worker.py", "import aiokafka.record", "only log may know it"),
         (strangers, "processing/app.py", "from sqlite3 import connect", "only log may know it"),
+        (undeclared, "errors.py", "from pydantic.types import X", "`pydantic` is no dependency"),
         (cycles, "errors.py", "from streamflow import errors", "streamflow.errors > streamflow.errors"),
         (cycles, "errors.py", "import streamflow.runtime.worker", "> streamflow.errors"),
         (oversized, "errors.py", "def long():\n" + "    pass\n" * 80, "`long` has 81 lines of 80"),
