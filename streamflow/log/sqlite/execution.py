@@ -1,0 +1,281 @@
+"""Where statements run: inline on the loop (memory), or in one thread per connection (files).
+
+A `Session` is one SQLite connection with its transactions; it is used by one thread at a time. A `Runner` is what the
+event loop talks to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import random
+import sqlite3
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import anyio
+import anyio.lowlevel
+
+from streamflow.errors import ClosedError
+from streamflow.log.sqlite.faults import locked_too_long, translated
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+
+BUSY_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.005
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """One connection and its transactions; SQLite's errors never leave it.
+
+    Args:
+        sql: The connection, in autocommit mode.
+        path: The log as messages name it.
+        busy_timeout_s: How long a transaction waits for the write lock.
+        lock: Held during a transaction where threads share the connection (memory).
+    """
+
+    __slots__ = ("_busy_timeout_s", "_lock", "_path", "_sql", "stopping")
+
+    def __init__(
+        self,
+        sql: sqlite3.Connection,
+        path: str,
+        *,
+        busy_timeout_s: float = BUSY_TIMEOUT_S,
+        lock: threading.RLock | None = None,
+    ) -> None:
+        self._sql = sql
+        self._path = path
+        self._busy_timeout_s = busy_timeout_s
+        self._lock = lock or threading.RLock()
+        self.stopping = False
+
+    @classmethod
+    def opened_by(
+        cls,
+        connect: Callable[[], sqlite3.Connection],
+        path: str,
+        *,
+        busy_timeout_s: float,
+        lock: threading.RLock | None = None,
+    ) -> Session:
+        """Open the connection and wrap it; its errors are translated like all others."""
+        with translated(path):
+            return cls(connect(), path, busy_timeout_s=busy_timeout_s, lock=lock)
+
+    def write(self, work: Work[T]) -> T:
+        """Run `work` in one `BEGIN IMMEDIATE ... COMMIT`; it is stored whole, or (an exception) not at all."""
+        with self._lock, translated(self._path):
+            self._patiently(_begin_immediate)
+            try:
+                result = work(self._sql)
+                self._sql.execute("COMMIT")
+            except BaseException:
+                self._roll_back()
+                raise
+            return result
+
+    def read(self, work: Work[T]) -> T:
+        """Run `work` on one snapshot, which is closed before this returns; it may run more than once."""
+        with self._lock, translated(self._path):
+            return self._patiently(lambda sql: self._on_snapshot(work))
+
+    def direct(self, work: Work[T]) -> T:
+        """Run `work` outside any transaction (pragmas, checkpoints); it may run more than once."""
+        with self._lock, translated(self._path):
+            return self._patiently(work)
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock, translated(self._path):
+            self._sql.close()
+
+    def _on_snapshot(self, work: Work[T]) -> T:
+        self._sql.execute("BEGIN")
+        try:
+            return work(self._sql)
+        finally:
+            self._roll_back()
+
+    def _patiently(self, work: Work[T]) -> T:
+        # SQLite's own busy handler sleeps up to 100 ms a time and cannot be told to stop; writers here hold the lock
+        # for a fraction of a millisecond as a rule. A reader meets a lock only while a crashed writer's log is
+        # recovered.
+        started = time.monotonic()
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                return work(self._sql)
+            except sqlite3.OperationalError as exc:
+                if (exc.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY:
+                    raise
+                waited = time.monotonic() - started
+                if waited >= self._busy_timeout_s or self.stopping:
+                    raise locked_too_long(self._path, waited) from exc
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(_LONGEST_PAUSE_S, pause * 1.3)
+
+    def _roll_back(self) -> None:
+        if self._sql.in_transaction:
+            self._sql.execute("ROLLBACK")
+
+
+def _begin_immediate(sql: sqlite3.Connection) -> None:
+    sql.execute("BEGIN IMMEDIATE")
+
+
+class Runner(ABC):
+    """Runs work on one session, in order."""
+
+    @abstractmethod
+    async def read(self, work: Work[T]) -> T:
+        """Run `work` on one snapshot.
+
+        Cancellation: at once; the answer is dropped.
+        """
+
+    @abstractmethod
+    async def write(self, work: Work[T]) -> T:
+        """Run `work` as one write transaction.
+
+        Cancellation: waits for the outcome first, so that it is always known.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Finish what is under way and end."""
+
+
+class InlineRunner(Runner):
+    """Runs on the caller's thread: no other order than the event loop's own, so a simulation can repeat it.
+
+    Args:
+        session: The shared in-memory session; whoever opened it closes it.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def read(self, work: Work[T]) -> T:
+        await anyio.lowlevel.checkpoint()
+        return self._session.read(work)
+
+    async def write(self, work: Work[T]) -> T:
+        await anyio.lowlevel.checkpoint()
+        return self._session.write(work)
+
+    async def aclose(self) -> None:
+        return
+
+
+class ThreadRunner(Runner):
+    """Runs in a thread of its own, which opens, uses and closes the connection.
+
+    Args:
+        open_session: Opens the session; called in the thread.
+        name: The thread's name.
+    """
+
+    def __init__(self, open_session: Callable[[], Session], name: str) -> None:
+        self._open_session = open_session
+        self._queue: queue.SimpleQueue[tuple[Callable[[Session], object], asyncio.Future[object]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._session: Session | None = None
+        self._closed = False
+
+    async def start(self) -> ThreadRunner:
+        """Start the thread and open the session.
+
+        Raises:
+            StreamFlowError: It cannot be opened.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._thread.start()
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._opened
+            except BaseException:
+                await self._ended
+                raise
+        return self
+
+    async def read(self, work: Work[T]) -> T:
+        return cast("T", await self._submit(lambda session: session.read(work)))
+
+    async def write(self, work: Work[T]) -> T:
+        done = self._submit(lambda session: session.write(work))
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([done])
+        return cast("T", done.result())
+
+    async def aclose(self) -> None:
+        """Finish what is queued and end the thread, within 5 s: one that waits for a lock gives up."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._session is not None:
+            self._session.stopping = True
+        self._queue.put(None)
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([self._ended], timeout=CLOSE_TIMEOUT_S)
+        if self._ended.done():
+            self._thread.join()
+        else:
+            logger.error("thread %s hangs in the file system; it is left behind", self._thread.name)
+
+    def _submit(self, work: Callable[[Session], object]) -> asyncio.Future[object]:
+        if self._closed:
+            raise ClosedError("the log is closed")
+        future: asyncio.Future[object] = self._loop.create_future()
+        self._queue.put((work, future))
+        return future
+
+    def _main(self) -> None:
+        try:
+            session = self._session = self._open_session()
+        except BaseException as exc:
+            self._tell(self._opened, None, exc)
+            self._tell(self._ended, None, None)
+            return
+        self._tell(self._opened, None, None)
+        while (item := self._queue.get()) is not None:
+            work, future = item
+            try:
+                self._tell(future, work(session), None)
+            except BaseException as exc:
+                self._tell(future, None, exc)
+            # What was read may be megabytes, and the next item may be long in coming.
+            del item, work, future
+        try:
+            session.close()
+        finally:
+            self._tell(self._ended, None, None)
+
+    def _tell(self, future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(_settle, future, result, error)
+        except RuntimeError:  # the loop is closed: its owner left without closing the log
+            self._closed = True
+
+
+def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+        future.exception()  # somebody may have stopped waiting

@@ -1,0 +1,193 @@
+"""What SQLite's errors mean, and what this machine knows about a file: the one place that translates `sqlite3`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamflow.errors import (
+    ConfigurationError,
+    FatalError,
+    InternalError,
+    LogCorruptedError,
+    LogFullError,
+    LogUnavailableError,
+    StreamFlowError,
+)
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"}
+    | {"gfs2", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "smb", "smb3", "smbfs"}
+)
+_WRITE_LOCK_BYTE = 120
+"""Where SQLite's write lock lies in the `-shm` file (its WAL-index format is fixed)."""
+_NO_ROOM = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_TRUNCATE}
+)
+_NOT_USABLE = {
+    sqlite3.SQLITE_READONLY: "cannot be written",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened",
+    sqlite3.SQLITE_PERM: "cannot be used by this user",
+    sqlite3.SQLITE_AUTH: "cannot be used by this user",
+}
+
+
+@contextmanager
+def translated(path: str) -> Generator[None]:
+    """Turn SQLite's errors into StreamFlow's.
+
+    Args:
+        path: The file as messages name it.
+
+    Raises:
+        StreamFlowError: Whatever the error means for the run.
+    """
+    try:
+        yield
+    except sqlite3.Error as exc:
+        raise translate(exc, path) from exc
+
+
+def translate(exc: sqlite3.Error, path: str) -> StreamFlowError:
+    """Name a SQLite error by its consequence.
+
+    Args:
+        exc: What SQLite raised.
+        path: The file as messages name it.
+
+    Returns:
+        The error to raise from it.
+    """
+    extended: int = getattr(exc, "sqlite_errorcode", None) or 0
+    code = extended & 0xFF
+    if extended in _NO_ROOM or code == sqlite3.SQLITE_FULL:
+        return LogFullError(
+            f"log {path}: no room to write ({exc}). What was acknowledged is safe; free space on its disk "
+            "(or raise the quota or file size limit), and writing goes on by itself"
+        )
+    if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}:
+        return LogUnavailableError(f"log {path}: locked ({exc}){held_by(path)}")
+    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or extended == sqlite3.SQLITE_IOERR_SHORT_READ:
+        return LogCorruptedError(
+            f"log {path}: the file is damaged or no SQLite database ({exc}). Restore it from a backup, or save what "
+            f"can be read with `sqlite3 {path} .recover`"
+        )
+    if code in _NOT_USABLE:
+        return ConfigurationError(
+            f"log {path}: {_NOT_USABLE[code]} ({exc}). The file, its -wal and -shm neighbours and their directory must "
+            "be writable by this user; or choose another place with data_dir or broker"
+        )
+    if code == sqlite3.SQLITE_IOERR:
+        return FatalError(f"log {path}: the disk failed ({exc}); check it before starting again")
+    return InternalError(f"log {path}: {exc}")
+
+
+def locked_too_long(path: str, waited_s: float) -> LogUnavailableError:
+    """The error after waiting for the write lock in vain."""
+    return LogUnavailableError(
+        f"log {path}: another process has kept it locked for {waited_s:.0f} s{held_by(path)}. Nothing was stored; let "
+        "that process go on (SIGCONT) or end it"
+    )
+
+
+def held_by(path: str) -> str:
+    """Who holds the write lock, for people: empty where the machine does not say (macOS) or nobody does."""
+    try:
+        status = os.stat(path + "-shm")
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return ""
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in locks.splitlines():
+        words = line.split()
+        # "1: POSIX  ADVISORY  WRITE 4242 fe:00:1234 120 120"
+        if len(words) < 8 or words[1] != "POSIX" or words[3] != "WRITE" or words[5] != device:
+            continue
+        if words[6].isdigit() and words[7].isdigit() and int(words[6]) <= _WRITE_LOCK_BYTE <= int(words[7]):
+            return f", held by process {words[4]}{_described(words[4])}"
+    return ""
+
+
+def _described(pid: str) -> str:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    name, _, rest = stat.partition("(")[2].rpartition(")")
+    return f" ({name}, stopped)" if rest.split()[0] in {"T", "t"} else f" ({name})"
+
+
+def refuse_network_file_system(path: str) -> None:
+    """Refuse a place whose locks and shared memory SQLite's WAL cannot rely on.
+
+    Known on Linux only, from /proc/self/mountinfo; macOS tells the type through an interface Python does not have.
+
+    Args:
+        path: Absolute path of the log.
+
+    Raises:
+        ConfigurationError: It lies on a network file system.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    kind = file_system_type(path)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise ConfigurationError(
+            f"log {path}: it lies on a network file system ({kind}), where SQLite's locks and shared memory do not "
+            "work and the log would be damaged. Put data_dir on a local disk, or use kafka:// for several machines"
+        )
+
+
+def file_system_type(path: str, mountinfo: str = "/proc/self/mountinfo") -> str | None:
+    """The type of the file system that holds a path, or None when it cannot be told.
+
+    Args:
+        path: Absolute path; it need not exist.
+        mountinfo: Where the kernel lists the mounts.
+    """
+    try:
+        lines = Path(mountinfo).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    real = os.path.realpath(path)
+    best, kind = "", None
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields = left.split()
+        if len(fields) < 5 or not right:
+            continue
+        point = fields[4].encode(errors="surrogateescape").decode("unicode_escape")  # a space stands as \040
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):  # of several mounts on one point, the last is on top
+            best, kind = point, right.split()[0]
+    return kind
+
+
+def prepare_directory(path: str) -> None:
+    """Make the log's directory.
+
+    Args:
+        path: Absolute path of the log.
+
+    Raises:
+        ConfigurationError: It cannot be made, or cannot be written.
+        LogFullError: The disk is full.
+    """
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise LogFullError(f"log {path}: no room to make its directory ({exc.strerror})") from exc
+        raise ConfigurationError(f"log {path}: its directory cannot be made ({exc.strerror}): {directory}") from exc
+    if os.path.isdir(path):
+        raise ConfigurationError(f"log {path}: this is a directory; name a file in it, such as {path}/log.db")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"log {path}: its directory cannot be written by this user: {directory}")
+    if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+        raise ConfigurationError(f"log {path}: the file cannot be read and written by this user")

@@ -1,0 +1,379 @@
+"""The group protocol as rows: who is a member, which partition is whose, and who may commit.
+
+Every member does the same `step` in one write transaction, as often as it has a heartbeat to write or a change to
+answer; there is no leader. Invariants:
+
+- A partition has at most one owner. It changes hands only through nobody: the owner gives it back (`revoked`), leaves
+  or expires; then the member it is meant for takes it. `owners.generation` is the generation in which it was taken.
+- `groups.generation` grows with every new target; `groups.version` with everything another member has to react to.
+- A commit is stored only if, in the same transaction, its member exists and owns every partition since a generation not
+  later than the commit's.
+- Nobody reads another process's clock. A member is dead when its process has certainly ended, or when its heartbeat
+  count stood still while the observer itself wrote heartbeats for a whole session: a log that was locked, a machine
+  that slept or an observer that was stopped says nothing about the others.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import uuid
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from streamflow.errors import TaskMigratedError
+from streamflow.log.api import (
+    Assigned,
+    Assignor,
+    GroupEvent,
+    GroupSettings,
+    Lost,
+    Member,
+    Membership,
+    Revoked,
+)
+from streamflow.log.sqlite import process
+from streamflow.model.record import TopicPartition
+
+_Partitions = frozenset[TopicPartition]
+_NONE: _Partitions = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """What does not change while a member lives.
+
+    Attributes:
+        group_id: The group.
+        topics: What it takes part in.
+        assignor: Says who shall have what.
+        settings: Time-outs.
+        process: The identity of its process.
+    """
+
+    group_id: str
+    topics: frozenset[str]
+    assignor: Assignor
+    settings: GroupSettings
+    process: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a member stands after a step; replaced only when the step's transaction was stored.
+
+    Attributes:
+        member_id: "" while it is no member.
+        generation: The group's generation.
+        version: The group's version, to see whether a step is due.
+        owned: What it owns.
+        revoking: What it was asked to give back, with the seconds that it has had since.
+        silent: Other members' heartbeat counts and how long they have stood still under this one's eyes.
+        settled: Whether it has everything it is meant to have and gives nothing back.
+    """
+
+    member_id: str = ""
+    generation: int = -1
+    version: int = -1
+    owned: _Partitions = _NONE
+    revoking: Mapping[TopicPartition, float] = field(default_factory=dict)
+    silent: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    settled: bool = True
+
+    @property
+    def membership_of(self) -> tuple[str, int] | None:
+        """Member id and generation, or None."""
+        return (self.member_id, self.generation) if self.member_id else None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step gave.
+
+    Attributes:
+        standing: The new standing.
+        events: What to tell, in order.
+        told_others: Whether other members have to react.
+    """
+
+    standing: Standing
+    events: list[GroupEvent]
+    told_others: bool
+
+
+class _Stepping:
+    """One step: a value that is built up within one write transaction."""
+
+    def __init__(self, sql: sqlite3.Connection, mine: Subscription, standing: Standing, elapsed_s: float) -> None:
+        self.sql = sql
+        self.mine = mine
+        self.group = mine.group_id
+        self.standing = standing
+        self.elapsed_s = elapsed_s
+        self.member_id = standing.member_id
+        self.owned = set(standing.owned)
+        self.revoking = {tp: had + elapsed_s for tp, had in standing.revoking.items()}
+        self.silent: dict[str, tuple[int, float]] = {}
+        self.events: list[GroupEvent] = []
+        self.changed = False
+
+    def be_member(self) -> None:
+        """Write the heartbeat; notice that others let this member go; join."""
+        if self.member_id:
+            kept = self.sql.execute(
+                "UPDATE members SET beat = beat + 1 WHERE group_id = ? AND member_id = ?", (self.group, self.member_id)
+            ).rowcount
+            if kept:
+                return
+            self.lose(
+                self.owned,
+                f"the session of member {self.member_id} of group {self.group!r} expired: the others saw no heartbeat "
+                f"for {self.mine.settings.session_timeout_ms} ms (was the process stopped, or the machine asleep?)",
+            )
+            self.revoking.clear()
+        self.member_id = uuid.uuid4().hex
+        self.sql.execute(
+            "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms) VALUES (?, ?, ?, ?, ?)",
+            (
+                self.group,
+                self.member_id,
+                json.dumps(sorted(self.mine.topics)),
+                self.mine.process,
+                self.mine.settings.session_timeout_ms,
+            ),
+        )
+        self.changed = True
+
+    def bury(self) -> None:
+        """Remove members that are dead."""
+        rows = self.sql.execute(
+            "SELECT member_id, beat, session_timeout_ms, process FROM members WHERE group_id = ? AND member_id <> ?",
+            (self.group, self.member_id),
+        ).fetchall()
+        for member_id, beat, timeout_ms, other in rows:
+            seen, silence = self.standing.silent.get(member_id, (-1, 0.0))
+            silence = silence + self.elapsed_s if seen == beat else 0.0
+            gone = silence > 0.0 and process.is_gone(other)
+            if gone or silence * 1000 > timeout_ms:
+                remove_member(self.sql, self.group, member_id)
+                self.changed = True
+            else:
+                self.silent[member_id] = (beat, silence)
+
+    def give_back(self, answered: Collection[TopicPartition]) -> None:
+        """Free what was asked for and answered, and take what was not answered in time."""
+        self.free(tp for tp in answered if tp in self.revoking)
+        limit_s = self.mine.settings.rebalance_timeout_ms / 1000
+        overdue = {tp for tp, had_s in self.revoking.items() if had_s > limit_s}
+        self.free(overdue)
+        self.lose(
+            overdue,
+            f"not given back within rebalance_timeout_ms ({self.mine.settings.rebalance_timeout_ms} ms) of being "
+            "asked: a record takes longer than that, or its agent hangs",
+        )
+
+    def free(self, partitions: Iterable[TopicPartition]) -> None:
+        for tp in list(partitions):
+            self.sql.execute(
+                "UPDATE owners SET member_id = NULL "
+                "WHERE group_id = ? AND topic = ? AND partition = ? AND member_id = ?",
+                (self.group, tp.topic, tp.partition, self.member_id),
+            )
+            self.owned.discard(tp)
+            self.revoking.pop(tp, None)
+            self.changed = True
+
+    def lose(self, partitions: Iterable[TopicPartition], reason: str) -> None:
+        if gone := frozenset(partitions):
+            self.events.append(Lost(gone, reason))
+            self.owned -= gone
+
+    def take(self) -> None:
+        """Compare the table with what this member has: ask for what is to go, take what is free and meant for it."""
+        rows = self.sql.execute(
+            "SELECT topic, partition, member_id, target FROM owners "
+            "WHERE group_id = ? AND (member_id = ? OR target = ?)",
+            (self.group, self.member_id, self.member_id),
+        ).fetchall()
+        mine = {TopicPartition(t, p): target for t, p, owner, target in rows if owner == self.member_id}
+        self.lose(self.owned - mine.keys(), "their topic was deleted")
+        for tp in [tp for tp in self.revoking if tp not in mine]:
+            del self.revoking[tp]
+        to_go = frozenset(tp for tp, target in mine.items() if target != self.member_id and tp not in self.revoking)
+        if to_go:
+            self.events.append(Revoked(to_go))
+            self.revoking.update(dict.fromkeys(to_go, 0.0))
+        free = frozenset(TopicPartition(t, p) for t, p, owner, _ in rows if owner is None)
+        self.sql.executemany(
+            "UPDATE owners SET member_id = ?, generation = (SELECT generation FROM groups WHERE id = ?) "
+            "WHERE group_id = ? AND topic = ? AND partition = ?",
+            [(self.member_id, self.group, self.group, *tp) for tp in free],
+        )
+        if free:
+            self.owned |= free
+            self.events.append(Assigned(free, self.generation()))
+        self.settled = not self.revoking and all(owner == self.member_id for _, _, owner, _ in rows)
+
+    def generation(self) -> int:
+        (generation,) = self.sql.execute("SELECT generation FROM groups WHERE id = ?", (self.group,)).fetchone()
+        return int(generation)
+
+    def finish(self) -> Step:
+        if self.changed:
+            self.sql.execute("UPDATE groups SET version = version + 1 WHERE id = ?", (self.group,))
+        generation, version = self.sql.execute(
+            "SELECT generation, version FROM groups WHERE id = ?", (self.group,)
+        ).fetchone()
+        standing = Standing(
+            self.member_id,
+            generation,
+            version,
+            frozenset(self.owned),
+            self.revoking,
+            self.silent,
+            self.settled if self.member_id else True,
+        )
+        return Step(standing, self.events, self.changed)
+
+    settled = True
+
+
+def step(
+    sql: sqlite3.Connection,
+    mine: Subscription,
+    standing: Standing,
+    *,
+    elapsed_s: float,
+    answered: Collection[TopicPartition],
+    stuck: str | None,
+) -> Step:
+    """Write a heartbeat, and do whatever the table asks of this member.
+
+    Args:
+        sql: The connection, inside a write transaction.
+        mine: Who does it.
+        standing: Where it stood after its last stored step.
+        elapsed_s: Time since that step, during which this member would have noticed other members' heartbeats.
+        answered: What its user has given back.
+        stuck: Why it must give everything up and stay out, or None.
+    """
+    sql.execute("INSERT OR IGNORE INTO groups (id) VALUES (?)", (mine.group_id,))
+    doing = _Stepping(sql, mine, standing, elapsed_s)
+    if stuck is not None:
+        if doing.member_id:
+            remove_member(sql, mine.group_id, doing.member_id)
+            doing.lose(doing.owned, stuck)
+            doing.revoking.clear()
+            doing.member_id = ""
+            doing.changed = True
+        return doing.finish()
+    doing.be_member()
+    doing.bury()
+    doing.give_back(answered)
+    doing.changed |= _aim(sql, mine)
+    doing.take()
+    return doing.finish()
+
+
+def version(sql: sqlite3.Connection, group_id: str) -> int:
+    """The group's version; a change means that a step is due."""
+    row = sql.execute("SELECT version FROM groups WHERE id = ?", (group_id,)).fetchone()
+    return -1 if row is None else int(row[0])
+
+
+def remove_member(sql: sqlite3.Connection, group_id: str, member_id: str) -> bool:
+    """Take a member out and free what it owned; returns whether it was there."""
+    sql.execute("UPDATE owners SET member_id = NULL WHERE group_id = ? AND member_id = ?", (group_id, member_id))
+    return bool(sql.execute("DELETE FROM members WHERE group_id = ? AND member_id = ?", (group_id, member_id)).rowcount)
+
+
+def leave(sql: sqlite3.Connection, group_id: str, member_id: str) -> None:
+    """Leave at once: the others see it with their next look."""
+    if remove_member(sql, group_id, member_id):
+        sql.execute("UPDATE groups SET version = version + 1 WHERE id = ?", (group_id,))
+
+
+def _aim(sql: sqlite3.Connection, mine: Subscription) -> bool:
+    """Set a new target when members, subscriptions or partition counts differ from those of the last; or do nothing."""
+    group = mine.group_id
+    rows = sql.execute(
+        "SELECT member_id, topics FROM members WHERE group_id = ? ORDER BY member_id", (group,)
+    ).fetchall()
+    wanted = sorted({topic for _, topics in rows for topic in json.loads(topics)})
+    counts: dict[str, int] = {}
+    for topic in wanted:
+        found = sql.execute("SELECT partitions FROM topics WHERE name = ?", (topic,)).fetchone()
+        if found is not None:
+            counts[topic] = found[0]
+    fingerprint = json.dumps([rows, counts])
+    (assigned_for,) = sql.execute("SELECT assigned_for FROM groups WHERE id = ?", (group,)).fetchone()
+    if fingerprint == assigned_for:
+        return False
+    owned: dict[str, set[TopicPartition]] = {member_id: set() for member_id, _ in rows}
+    for topic, number, owner in sql.execute(
+        "SELECT topic, partition, member_id FROM owners WHERE group_id = ? AND member_id IS NOT NULL", (group,)
+    ):
+        owned.setdefault(owner, set()).add(TopicPartition(topic, number))
+    members = [
+        Member(member_id, frozenset(json.loads(topics)), frozenset(owned[member_id])) for member_id, topics in rows
+    ]
+    _write_target(sql, group, counts, mine.assignor(members, counts))
+    sql.execute("UPDATE groups SET generation = generation + 1, assigned_for = ? WHERE id = ?", (fingerprint, group))
+    return True
+
+
+def _write_target(
+    sql: sqlite3.Connection, group: str, counts: Mapping[str, int], target: Mapping[str, frozenset[TopicPartition]]
+) -> None:
+    sql.execute("UPDATE owners SET target = NULL WHERE group_id = ?", (group,))
+    sql.executemany(
+        "INSERT OR IGNORE INTO owners (group_id, topic, partition) VALUES (?, ?, ?)",
+        [(group, topic, number) for topic, count in counts.items() for number in range(count)],
+    )
+    sql.executemany(
+        "UPDATE owners SET target = ? WHERE group_id = ? AND topic = ? AND partition = ?",
+        [(member_id, group, *tp) for member_id, partitions in target.items() for tp in partitions],
+    )
+    # What nobody takes part in any more is forgotten once it is free.
+    sql.execute("DELETE FROM owners WHERE group_id = ? AND target IS NULL AND member_id IS NULL", (group,))
+
+
+def check_membership(sql: sqlite3.Connection, membership: Membership, partitions: Iterable[TopicPartition]) -> None:
+    """Refuse a commit of who is no member, or does not own (all of) the partitions.
+
+    Args:
+        sql: The connection, inside the commit's transaction.
+        membership: Under which the commit was made.
+        partitions: What it commits.
+
+    Raises:
+        TaskMigratedError: The commit must not be stored.
+    """
+    group, member_id, generation = membership.group_id, membership.member_id, membership.generation
+    who = f"member {member_id!r} of group {group!r}, generation {generation}"
+    if not member_id or generation < 0:
+        raise TaskMigratedError(f"{who}: this is no membership; nothing was stored")
+    row = sql.execute(
+        "SELECT g.generation FROM members m JOIN groups g ON g.id = m.group_id "
+        "WHERE m.group_id = ? AND m.member_id = ?",
+        (group, member_id),
+    ).fetchone()
+    if row is None:
+        raise TaskMigratedError(
+            f"{who} is not in the group any more (it left, its session expired, or it exceeded max_poll_interval_ms): "
+            "its partitions went to others and nothing was stored"
+        )
+    if generation > row[0]:
+        raise TaskMigratedError(f"{who}: the group is in generation {row[0]} only; nothing was stored")
+    for tp in partitions:
+        owner = sql.execute(
+            "SELECT member_id, generation FROM owners WHERE group_id = ? AND topic = ? AND partition = ?", (group, *tp)
+        ).fetchone()
+        if owner is None or owner[0] != member_id:
+            raise TaskMigratedError(
+                f"{who} does not own {tp} any more (owner: {owner[0] if owner else None}); nothing was stored"
+            )
+        if owner[1] > generation:
+            raise TaskMigratedError(
+                f"{who} had {tp} given back and got it again in generation {owner[1]}; nothing was stored"
+            )
