@@ -1,0 +1,49 @@
+"""StreamFlow: MODE map | table | table-eos, as the other programs here; on Kafka, or on the log that BROKER names."""
+
+import os
+from collections.abc import AsyncIterator
+
+import msgspec
+
+import streamflow as sf
+
+MODE = os.environ["MODE"]
+
+
+class Order(msgspec.Struct):
+    order_id: int
+    user: str
+    amount: float
+    country: str
+    ts: int
+
+
+class Out(msgspec.Struct):
+    user: str
+    total: float
+
+
+app = sf.App(
+    os.environ["APPID"],
+    broker=os.environ.get("BROKER") or "kafka://" + os.environ["BOOTSTRAP"],
+    data_dir=os.environ["DATADIR"],
+    processing_guarantee=os.environ.get("GUARANTEE") or ("exactly_once" if MODE.endswith("eos") else "at_least_once"),
+)
+orders = app.topic(os.environ["IN"], key_type=str, value_type=Order)
+out = app.topic(os.environ["OUT"], key_type=str, value_type=Out)
+
+if MODE == "map":
+
+    @app.agent(orders, sink=out)
+    async def double(stream: sf.Stream[Order]) -> AsyncIterator[Out]:
+        async for order in stream:
+            yield Out(order.user, order.amount * 2)
+
+else:
+    totals = app.table("totals", key_type=str, value_type=float, default=float)
+
+    @app.agent(orders, sink=out)
+    async def total(stream: sf.Stream[Order]) -> AsyncIterator[Out]:
+        async for order in stream:
+            totals[order.user] += order.amount
+            yield Out(order.user, totals[order.user])
