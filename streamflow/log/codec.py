@@ -20,6 +20,23 @@ except ImportError as exc:  # pragma: no cover - depends on the installation
         "and unset AIOKAFKA_NO_EXTENSIONS."
     ) from exc
 
+__all__ = [
+    "COMPRESSIONS",
+    "GZIP",
+    "HEADER_BYTES",
+    "LZ4",
+    "NONE",
+    "SNAPPY",
+    "ZSTD",
+    "Batch",
+    "Builder",
+    "crc32c",
+    "default_compression",
+    "new_builder",
+    "set_base_offset",
+    "stamp",
+]
+
 NONE, GZIP, SNAPPY, LZ4, ZSTD = 0, 1, 2, 3, 4
 COMPRESSIONS = {"none": NONE, "gzip": GZIP, "snappy": SNAPPY, "lz4": LZ4, "zstd": ZSTD}
 HEADER_BYTES = 61

@@ -346,9 +346,7 @@ class Cluster:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run a real Kafka broker in the foreground, for development.")
     parser.add_argument("--port", type=int, default=9092)
-    parser.add_argument(
-        "--data", type=Path, help="keep the data here (default: a directory that is removed at the end)"
-    )
+    parser.add_argument("--data", type=Path, help="keep the data here (default: thrown away)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with contextlib.ExitStack() as stack:

@@ -1,0 +1,589 @@
+"""Every seam into aiokafka's internals, and the requests of the Kafka protocol that we send ourselves.
+
+Used of aiokafka: its connection (framing, versions, TLS, SASL), its field types and its errors; the record codec stands
+in `log/codec.py`. What is missing or has moved is said at import, with the version to pin.
+
+Requests are our own, one fixed version each, all of them spoken by Kafka 2.5 to 4.x. Fetch and Produce, which are sent
+thousands of times a second, are packed by hand (`log/kafka/hot.py`); the rest are declared by schema.
+"""
+
+from __future__ import annotations
+
+import inspect
+import struct
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.metadata import version
+from io import BytesIO
+from types import SimpleNamespace
+from typing import Any, ClassVar, Protocol
+
+_PIN = "StreamFlow needs aiokafka>=0.14,<0.15 (it uses its connections and codec, which are private)"
+
+try:
+    import aiokafka.errors as errors
+    from aiokafka.abc import AbstractTokenProvider
+    from aiokafka.conn import AIOKafkaConnection, CloseReason
+    from aiokafka.protocol import admin as _admin
+    from aiokafka.protocol.types import (
+        AbstractType,
+        Array,
+        Boolean,
+        Bytes,
+        CompactArray,
+        CompactString,
+        Int8,
+        Int16,
+        Int32,
+        Int64,
+        Schema,
+        String,
+        TaggedFields,
+    )
+except ImportError as exc:  # pragma: no cover - depends on the installation
+    raise ImportError(f"{_PIN}; installed: aiokafka {version('aiokafka')}") from exc
+
+__all__ = ["AIOKafkaConnection", "Api", "Call", "CloseReason", "TokenProvider", "connect", "errors"]
+
+
+def _check() -> None:
+    """Refuse an aiokafka whose internals are not those that this was written against."""
+    installed = version("aiokafka")
+    wanted = {"client_id", "request_timeout_ms", "ssl_context", "security_protocol", "sasl_oauth_token_provider"}
+    has = set(inspect.signature(AIOKafkaConnection).parameters)
+    names = ("connect", "send", "close", "connected")
+    if not installed.startswith("0.14.") or wanted - has or not all(hasattr(AIOKafkaConnection, n) for n in names):
+        raise ImportError(f"{_PIN}; installed: aiokafka {installed}")
+
+
+def _hide_secrets() -> None:
+    """Keep passwords and tokens out of aiokafka's debug log, which prints every request and response."""
+    for name in dir(_admin):
+        if name.startswith(("SaslAuthenticateRequest_v", "SaslAuthenticateResponse_v")):
+            getattr(_admin, name).__repr__ = lambda self: f"{type(self).__name__}(***)"
+
+
+_check()
+_hide_secrets()
+
+
+# --- connections -------------------------------------------------------------------------------------------------
+
+
+class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka is untyped
+    """aiokafka's OAUTHBEARER provider around a function.
+
+    Args:
+        token: Called for every connection.
+    """
+
+    def __init__(self, token: Callable[[], Awaitable[str]]) -> None:
+        self._token = token
+
+    async def token(self) -> str:
+        return await self._token()
+
+
+async def connect(host: str, port: int, **options: Any) -> Connection:
+    """Open a connection, learn the broker's versions, authenticate.
+
+    Raises:
+        Whatever asyncio, ssl and aiokafka raise: `log/kafka/client.py` translates it.
+    """
+    connection = AIOKafkaConnection(host, port, **options)
+    try:
+        await connection.connect()
+    except BaseException:
+        connection.close()
+        raise
+    return connection  # type: ignore[no-any-return]
+
+
+class Connection(Protocol):
+    """What we use of aiokafka's connection."""
+
+    def send(self, request: Call, expect_response: bool = True) -> Awaitable[Any]:
+        """Write a request; the awaitable is its response or raises."""
+        ...
+
+    def connected(self) -> bool:
+        """Whether the other side has not closed it."""
+        ...
+
+    def close(self, reason: Any = None, exc: BaseException | None = None) -> Awaitable[None] | None:
+        """Close it; every request under way fails."""
+        ...
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+_HEADER = struct.Struct(">hhih")
+_CORRELATION = struct.Struct(">i")
+
+
+class _Encoded:
+    """Something aiokafka's connection asks for its bytes."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def encode(self) -> bytes:
+        return self._data
+
+
+class Call:
+    """One request under way: what `AIOKafkaConnection.send` takes for a request and its struct.
+
+    Args:
+        api: What is asked.
+        body: The encoded fields.
+    """
+
+    __slots__ = ("RESPONSE_TYPE", "_api", "_body")
+
+    def __init__(self, api: ApiVersion, body: bytes) -> None:
+        self._api = api
+        self._body = body
+        self.RESPONSE_TYPE = api  # aiokafka calls RESPONSE_TYPE.decode(buffer)
+
+    def prepare(self, versions: Mapping[int, tuple[int, int]]) -> Call:
+        """Check that this broker speaks the version (aiokafka's name for it)."""
+        lowest, highest = versions.get(self._api.key, (0, -1))
+        if not lowest <= self._api.version <= highest:
+            raise errors.IncompatibleBrokerVersion(
+                f"{self._api.name} v{self._api.version} (the broker speaks v{lowest} to v{highest})"
+            )
+        return self
+
+    def build_request_header(self, correlation_id: int, client_id: str) -> _Encoded:
+        """The header, version 1 or 2."""
+        name = client_id.encode()
+        header = _HEADER.pack(self._api.key, self._api.version, correlation_id, len(name)) + name
+        return _Encoded(header + b"\0" if self._api.flexible else header)
+
+    def encode(self) -> bytes:
+        """The fields."""
+        return self._body
+
+    def parse_response_header(self, buffer: BytesIO) -> SimpleNamespace:
+        """The correlation id; a flexible header's tags are skipped."""
+        (correlation_id,) = _CORRELATION.unpack(buffer.read(4))
+        if self._api.flexible:
+            TaggedFields.decode(buffer)
+        return SimpleNamespace(correlation_id=correlation_id)
+
+    def __repr__(self) -> str:
+        return f"{self._api.name} v{self._api.version}"
+
+
+class ApiVersion(Protocol):
+    """One request type in one version."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> int: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def flexible(self) -> bool: ...
+    def decode(self, buffer: BytesIO) -> Any:
+        """Read the response's fields."""
+        ...
+
+
+class Response(SimpleNamespace):
+    """A decoded response: its fields by name."""
+
+    throttle_time_ms: int = 0
+
+    def __repr__(self) -> str:
+        return f"Response({', '.join(self.__dict__)})"
+
+
+class Api:
+    """One request type in one version, declared by schema.
+
+    Args:
+        name: For messages.
+        key: API key.
+        version: The version we send.
+        request: Its fields in order.
+        response: Its response's fields in order.
+        flexible: Compact types and tagged fields (KIP-482).
+    """
+
+    known: ClassVar[list[Api]] = []
+
+    def __init__(
+        self, name: str, key: int, version: int, request: Schema, response: Schema, *, flexible: bool = False
+    ) -> None:
+        self.name = name
+        self.key = key
+        self.version = version
+        self.flexible = flexible
+        self._request = request
+        self._response = response
+        Api.known.append(self)
+
+    def __call__(self, *fields: Any) -> Call:
+        """A request with these fields, in the schema's order; tagged fields are added."""
+        return Call(self, self._request.encode([*fields, {}] if self.flexible else fields))
+
+    def decode(self, buffer: BytesIO) -> Response:
+        """Read the response."""
+        return Response(**dict(zip(self._response.names, self._response.decode(buffer), strict=True)))
+
+
+class _Uuid(AbstractType[bytes]):  # type: ignore[misc]  # aiokafka is untyped
+    """16 bytes: a topic id."""
+
+    @classmethod
+    def encode(cls, value: bytes) -> bytes:
+        return value
+
+    @classmethod
+    def decode(cls, data: BytesIO) -> bytes:
+        return data.read(16)
+
+
+_S, _CS, _T = String("utf-8"), CompactString("utf-8"), ("tags", TaggedFields)
+_THROTTLE, _ERROR = ("throttle_time_ms", Int32), ("error_code", Int16)
+
+
+def _each(*fields: Any, flexible: bool = False) -> Array:
+    return CompactArray(*fields, _T) if flexible else Array(*fields)
+
+
+METADATA = Api(
+    "Metadata",
+    3,
+    8,
+    Schema(("topics", Array(_S)), ("create", Boolean), ("cluster_acl", Boolean), ("topic_acl", Boolean)),
+    Schema(
+        _THROTTLE,
+        ("brokers", _each(("node_id", Int32), ("host", _S), ("port", Int32), ("rack", _S))),
+        ("cluster_id", _S),
+        ("controller_id", Int32),
+        (
+            "topics",
+            _each(
+                _ERROR,
+                ("name", _S),
+                ("is_internal", Boolean),
+                (
+                    "partitions",
+                    _each(
+                        _ERROR,
+                        ("partition", Int32),
+                        ("leader", Int32),
+                        ("leader_epoch", Int32),
+                        ("replicas", Array(Int32)),
+                        ("in_sync", Array(Int32)),
+                        ("offline", Array(Int32)),
+                    ),
+                ),
+                ("acl", Int32),
+            ),
+        ),
+        ("cluster_acl", Int32),
+    ),
+)
+_NAMED_TOPIC = CompactArray(("id", _Uuid), ("name", _CS), _T)
+TOPIC_IDS = Api(
+    "Metadata",
+    3,
+    10,
+    Schema(("topics", _NAMED_TOPIC), ("create", Boolean), ("cluster_acl", Boolean), ("topic_acl", Boolean), _T),
+    Schema(
+        _THROTTLE,
+        ("brokers", _each(("node_id", Int32), ("host", _CS), ("port", Int32), ("rack", _CS), flexible=True)),
+        ("cluster_id", _CS),
+        ("controller_id", Int32),
+        (
+            "topics",
+            _each(
+                _ERROR,
+                ("name", _CS),
+                ("id", _Uuid),
+                ("is_internal", Boolean),
+                (
+                    "partitions",
+                    _each(
+                        _ERROR,
+                        ("partition", Int32),
+                        ("leader", Int32),
+                        ("leader_epoch", Int32),
+                        ("replicas", CompactArray(Int32)),
+                        ("in_sync", CompactArray(Int32)),
+                        ("offline", CompactArray(Int32)),
+                        flexible=True,
+                    ),
+                ),
+                ("acl", Int32),
+                flexible=True,
+            ),
+        ),
+        ("cluster_acl", Int32),
+        _T,
+    ),
+    flexible=True,
+)
+FIND_COORDINATOR = Api(
+    "FindCoordinator",
+    10,
+    2,
+    Schema(("key", _S), ("kind", Int8)),
+    Schema(_THROTTLE, _ERROR, ("error_message", _S), ("node_id", Int32), ("host", _S), ("port", Int32)),
+)
+LIST_OFFSETS = Api(
+    "ListOffsets",
+    2,
+    2,
+    Schema(
+        ("replica_id", Int32),
+        ("isolation", Int8),
+        ("topics", _each(("name", _S), ("partitions", _each(("partition", Int32), ("timestamp", Int64))))),
+    ),
+    Schema(
+        _THROTTLE,
+        (
+            "topics",
+            _each(
+                ("name", _S),
+                ("partitions", _each(("partition", Int32), _ERROR, ("timestamp", Int64), ("offset", Int64))),
+            ),
+        ),
+    ),
+)
+INIT_PRODUCER_ID = Api(
+    "InitProducerId",
+    22,
+    1,
+    Schema(("transactional_id", _S), ("transaction_timeout_ms", Int32)),
+    Schema(_THROTTLE, _ERROR, ("producer_id", Int64), ("producer_epoch", Int16)),
+)
+
+
+# --- groups ------------------------------------------------------------------------------------------------------
+
+JOIN_GROUP = Api(
+    "JoinGroup",
+    11,
+    5,
+    Schema(
+        ("group", _S),
+        ("session_timeout_ms", Int32),
+        ("rebalance_timeout_ms", Int32),
+        ("member_id", _S),
+        ("instance_id", _S),
+        ("protocol_type", _S),
+        ("protocols", _each(("name", _S), ("metadata", Bytes))),
+    ),
+    Schema(
+        _THROTTLE,
+        _ERROR,
+        ("generation", Int32),
+        ("protocol", _S),
+        ("leader", _S),
+        ("member_id", _S),
+        ("members", _each(("member_id", _S), ("instance_id", _S), ("metadata", Bytes))),
+    ),
+)
+SYNC_GROUP = Api(
+    "SyncGroup",
+    14,
+    3,
+    Schema(
+        ("group", _S),
+        ("generation", Int32),
+        ("member_id", _S),
+        ("instance_id", _S),
+        ("assignments", _each(("member_id", _S), ("assignment", Bytes))),
+    ),
+    Schema(_THROTTLE, _ERROR, ("assignment", Bytes)),
+)
+HEARTBEAT = Api(
+    "Heartbeat",
+    12,
+    3,
+    Schema(("group", _S), ("generation", Int32), ("member_id", _S), ("instance_id", _S)),
+    Schema(_THROTTLE, _ERROR),
+)
+LEAVE_GROUP = Api("LeaveGroup", 13, 1, Schema(("group", _S), ("member_id", _S)), Schema(_THROTTLE, _ERROR))
+OFFSET_COMMIT = Api(
+    "OffsetCommit",
+    8,
+    7,
+    Schema(
+        ("group", _S),
+        ("generation", Int32),
+        ("member_id", _S),
+        ("instance_id", _S),
+        (
+            "topics",
+            _each(
+                ("name", _S),
+                (
+                    "partitions",
+                    _each(("partition", Int32), ("offset", Int64), ("leader_epoch", Int32), ("metadata", _S)),
+                ),
+            ),
+        ),
+    ),
+    Schema(_THROTTLE, ("topics", _each(("name", _S), ("partitions", _each(("partition", Int32), _ERROR))))),
+)
+OFFSET_FETCH = Api(
+    "OffsetFetch",
+    9,
+    7,
+    Schema(
+        ("group", _CS),
+        ("topics", CompactArray(("name", _CS), ("partitions", CompactArray(Int32)), _T)),
+        ("require_stable", Boolean),
+        _T,
+    ),
+    Schema(
+        _THROTTLE,
+        (
+            "topics",
+            _each(
+                ("name", _CS),
+                (
+                    "partitions",
+                    _each(
+                        ("partition", Int32),
+                        ("offset", Int64),
+                        ("leader_epoch", Int32),
+                        ("metadata", _CS),
+                        _ERROR,
+                        flexible=True,
+                    ),
+                ),
+                flexible=True,
+            ),
+        ),
+        _ERROR,
+        _T,
+    ),
+    flexible=True,
+)
+
+_SUBSCRIPTION = Schema(
+    ("version", Int16),
+    ("topics", Array(_S)),
+    ("user_data", Bytes),
+    ("owned", _each(("topic", _S), ("partitions", Array(Int32)))),
+    ("generation", Int32),
+)
+_ASSIGNMENT = Schema(
+    ("version", Int16), ("assigned", _each(("topic", _S), ("partitions", Array(Int32)))), ("user_data", Bytes)
+)
+_SUBSCRIPTION_VERSION = 2  # with owned partitions (KIP-429) and the generation they were owned in (KIP-792)
+
+
+def encode_subscription(topics: Sequence[str], owned: Mapping[str, Sequence[int]], generation: int) -> bytes:
+    """What a member says when it joins."""
+    encoded: bytes = _SUBSCRIPTION.encode([_SUBSCRIPTION_VERSION, topics, b"", list(owned.items()), generation])
+    return encoded
+
+
+def decode_subscription(data: bytes) -> tuple[list[str], list[tuple[str, list[int]]], int]:
+    """Topics, owned partitions per topic, and the generation these were owned in."""
+    _version, topics, _user_data, owned, generation = _SUBSCRIPTION.decode(BytesIO(data))
+    return topics, owned, generation
+
+
+def encode_assignment(assigned: Mapping[str, Sequence[int]]) -> bytes:
+    """What the leader gives a member."""
+    encoded: bytes = _ASSIGNMENT.encode([0, list(assigned.items()), b""])
+    return encoded
+
+
+def decode_assignment(data: bytes) -> list[tuple[str, list[int]]]:
+    """Partitions per topic; a member without any may get no bytes at all."""
+    return _ASSIGNMENT.decode(BytesIO(data))[1] if data else []
+
+
+# --- administration ----------------------------------------------------------------------------------------------
+
+CREATE_TOPICS = Api(
+    "CreateTopics",
+    19,
+    4,
+    Schema(
+        (
+            "topics",
+            _each(
+                ("name", _S),
+                ("partitions", Int32),
+                ("replication", Int16),
+                ("assignments", _each(("partition", Int32), ("replicas", Array(Int32)))),
+                ("config", _each(("name", _S), ("value", _S))),
+            ),
+        ),
+        ("timeout_ms", Int32),
+        ("validate_only", Boolean),
+    ),
+    Schema(_THROTTLE, ("topics", _each(("name", _S), _ERROR, ("error_message", _S)))),
+)
+DELETE_TOPICS = Api(
+    "DeleteTopics",
+    20,
+    3,
+    Schema(("topics", Array(_S)), ("timeout_ms", Int32)),
+    Schema(_THROTTLE, ("topics", _each(("name", _S), _ERROR))),
+)
+DELETE_RECORDS = Api(
+    "DeleteRecords",
+    21,
+    1,
+    Schema(
+        ("topics", _each(("name", _S), ("partitions", _each(("partition", Int32), ("offset", Int64))))),
+        ("timeout_ms", Int32),
+    ),
+    Schema(
+        _THROTTLE,
+        (
+            "topics",
+            _each(("name", _S), ("partitions", _each(("partition", Int32), ("low_watermark", Int64), _ERROR))),
+        ),
+    ),
+)
+DESCRIBE_CONFIGS = Api(
+    "DescribeConfigs",
+    32,
+    2,
+    Schema(("resources", _each(("kind", Int8), ("name", _S), ("keys", Array(_S)))), ("synonyms", Boolean)),
+    Schema(
+        _THROTTLE,
+        (
+            "resources",
+            _each(
+                _ERROR,
+                ("error_message", _S),
+                ("kind", Int8),
+                ("name", _S),
+                (
+                    "entries",
+                    _each(
+                        ("name", _S),
+                        ("value", _S),
+                        ("read_only", Boolean),
+                        ("source", Int8),
+                        ("sensitive", Boolean),
+                        ("synonyms", _each(("name", _S), ("value", _S), ("source", Int8))),
+                    ),
+                ),
+            ),
+        ),
+    ),
+)
+LIST_GROUPS = Api(
+    "ListGroups",
+    16,
+    2,
+    Schema(),
+    Schema(_THROTTLE, _ERROR, ("groups", _each(("group", _S), ("protocol_type", _S)))),
+)
