@@ -1,0 +1,22 @@
+"""Where in the user's code something was declared, for errors that name two places."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def calling_frame() -> FrameType | None:
+    """The innermost frame that is not StreamFlow's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        frame = frame.f_back
+    return frame
+
+
+def place_of_call() -> str:
+    """`file:line` of the user's call."""
+    frame = calling_frame()
+    return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,465 @@
+"""What agents read: topics, and what is derived from a topic by a new key or by a copy.
+
+All of it is declaration: nothing here holds a connection. A send finds its way at call time, see `processing.context`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypedDict, TypeVar, cast, overload
+
+from streamflow.errors import ConfigurationError, TopologyError
+from streamflow.model.record import Headers, RecordMetadata
+from streamflow.model.schema import surely_differs, type_name
+from streamflow.model.serde import BoundCodec, Serializer, bind_codec
+from streamflow.processing.context import current_turn, sender_of
+from streamflow.processing.places import place_of_call
+from streamflow.processing.selector import Field, selector, timestamp_reader
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
+
+K = TypeVar("K")
+V = TypeVar("V")
+K2 = TypeVar("K2")
+
+Partitioner: TypeAlias = Callable[[bytes, int], int]
+"""Key bytes and partition count -> partition."""
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
+_NEVER_DELETE = "-1"
+
+
+def check_name(name: object, what: str) -> str:
+    """Check a name against Kafka's alphabet for topics.
+
+    Args:
+        name: The name.
+        what: What it names, for the error.
+
+    Raises:
+        ConfigurationError: It is not a string of 1 to 249 ASCII letters, digits, `.`, `_` and `-`.
+    """
+    if not isinstance(name, str):
+        raise ConfigurationError(f"{what}: a name is a string, not {name!r}")
+    if not _NAME.fullmatch(name) or name in (".", ".."):
+        raise ConfigurationError(f"{what} {name!r}: use 1 to 249 letters, digits, '.', '_' and '-' (ASCII)")
+    return name
+
+
+class Owner(Protocol):
+    """What topics need of their app."""
+
+    id: str
+    derived: dict[str, Any]
+
+
+class TopicOptions(TypedDict, total=False):
+    """Options of a topic besides its name, types and serializers; `Declarations.topic` explains them."""
+
+    partitions: int | None
+    replication: int | None
+    retention_s: float | None
+    compacting: bool
+    config: Mapping[str, str | int | float | bool] | None
+    create: bool
+    partitioner: Partitioner | None
+    timestamp: Field
+
+
+class Topic(Generic[K, V]):
+    """A declared topic; made by `app.topic(...)`.
+
+    Attributes:
+        app: The app that declared it.
+        name: Its name in the log.
+        key_type: Declared type of its keys.
+        value_type: Declared type of its values.
+        key_serializer: Name of the keys' serializer, or the user's own object.
+        value_serializer: The same for values.
+        key_codec: Reads and writes its keys.
+        value_codec: Reads and writes its values.
+        partitions: Declared partition count; None takes what exists, or the app's default when it is created.
+        replication: Copies of each partition; None takes the app's default.
+        retention_s: Seconds records are kept; None is the log's default.
+        compacting: Whether the log keeps only the newest record of each key.
+        config: Further Kafka topic configuration, as strings.
+        create: Whether a worker creates it when it does not exist.
+        partitioner: Chooses the partition of a key; None is Kafka's murmur2.
+        timestamp: The field or function that gives a record's time, as declared.
+        timestamp_ms_of: The same compiled: value -> milliseconds since the epoch; None takes the record's own time.
+        internal: Whether it is StreamFlow's own (a repartition topic), sized after its source and purged after commits.
+        place: Where it was declared, `file:line`.
+    """
+
+    def __init__(
+        self,
+        app: Owner,
+        name: str,
+        *,
+        key_type: TypeForm[K] | None = None,
+        value_type: TypeForm[V] | None = None,
+        key_serializer: str | Serializer | None = None,
+        value_serializer: str | Serializer | None = None,
+        partitions: int | None = None,
+        replication: int | None = None,
+        retention_s: float | None = None,
+        compacting: bool = False,
+        config: Mapping[str, str | int | float | bool] | None = None,
+        create: bool = True,
+        partitioner: Partitioner | None = None,
+        timestamp: Field = None,
+        internal: bool = False,
+    ) -> None:
+        self.app = app
+        self.name = check_name(name, "topic")
+        self.key_codec: BoundCodec[K] = bind_codec(key_type, key_serializer, topic=name, part="key")
+        self.value_codec: BoundCodec[V] = bind_codec(value_type, value_serializer, topic=name, part="value")
+        self.key_type: Any = self.key_codec.type
+        self.value_type: Any = self.value_codec.type
+        self.key_serializer = _identity(key_serializer, self.key_codec)
+        self.value_serializer = _identity(value_serializer, self.value_codec)
+        self.partitions = partitions
+        self.replication = replication
+        self.retention_s = retention_s
+        self.compacting = compacting
+        self.config = {key: _config_text(value) for key, value in (config or {}).items()}
+        self.create = create
+        self.partitioner = partitioner
+        self.timestamp = timestamp
+        self.timestamp_ms_of: Callable[[Any], int] | None = None
+        self.internal = internal
+        self.place = place_of_call()
+        _check_options(self)
+        if timestamp is not None:
+            where = f"topic {name!r}, timestamp="
+            self.timestamp_ms_of = timestamp_reader(timestamp, self.value_type, where)
+
+    def __repr__(self) -> str:
+        return f"<topic {self.name!r}: {type_name(self.key_type)} -> {type_name(self.value_type)}>"
+
+    def topic_config(self) -> dict[str, str]:
+        """The Kafka topic configuration to create it with: `config` with `retention_s` and `compacting` in it."""
+        config = dict(self.config)
+        if self.retention_s is not None:
+            config["retention.ms"] = (
+                _NEVER_DELETE if math.isinf(self.retention_s) else str(round(self.retention_s * 1000))
+            )
+        if self.compacting:
+            config["cleanup.policy"] = "compact" if self.retention_s is None else "compact,delete"
+        return config
+
+    def difference(self, other: Topic[Any, Any]) -> str | None:
+        """How another declaration of the same topic differs, in words; None where it does not."""
+        for attribute in _COMPARED:
+            mine, theirs = getattr(self, attribute), getattr(other, attribute)
+            if mine != theirs:
+                shown = type_name if attribute.endswith("_type") else repr
+                return f"{attribute}={shown(mine)} at {self.place} and {attribute}={shown(theirs)} at {other.place}"
+        return None
+
+    async def send(
+        self,
+        *,
+        key: K | None = None,
+        value: V | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+        headers: Headers = (),
+    ) -> RecordMetadata | None:
+        """Send a record.
+
+        Inside a record's turn it joins the turn's outputs: it becomes visible with the record's commit, or not at all.
+        Elsewhere (timers, tasks, `app.client()`, `app.running()`) it leaves at once and is waited for.
+
+        Args:
+            key: Of the topic's key type; None is a null key.
+            value: Of the topic's value type; None is a null value (a tombstone).
+            partition: Where to; None lets the key decide.
+            timestamp_ms: Milliseconds since the epoch, UTC; None is the source record's, or now.
+            headers: Record headers.
+
+        Returns:
+            Where the log put it; None inside a turn.
+
+        Raises:
+            ProductionError: It cannot be encoded or is too large.
+            ClosedError: The app does not run in this process, or the turn is over.
+            LogUnavailableError: The log did not answer in time.
+
+        Cancellation: the record may or may not have been written.
+        """
+        turn = current_turn.get()
+        if turn is None:
+            return await sender_of(cast(Any, self.app)).send(
+                self, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
+            )
+        turn.send(self, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+        return None
+
+    def send_nowait(
+        self,
+        *,
+        key: K | None = None,
+        value: V | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+        headers: Headers = (),
+    ) -> None:
+        """Send a record without waiting; arguments as in `send`.
+
+        Inside a record's turn the same as `send`. Elsewhere a failure to write it is logged and counted.
+
+        Raises:
+            ProductionError: It cannot be encoded or is too large.
+            ClosedError: The app does not run in this process, or the turn is over.
+            WouldBlock: (anyio's) Too much waits to be sent.
+        """
+        turn = current_turn.get()
+        send = sender_of(cast(Any, self.app)).send_nowait if turn is None else turn.send
+        send(self, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+
+    @overload
+    def group_by(self, field: str, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
+    @overload
+    def group_by(
+        self, field: Callable[[V], K2], *, name: str | None = None, key_type: TypeForm[K2] | None = None
+    ) -> GroupBy[K2, V]: ...
+    @overload
+    def group_by(
+        self, field: Field, *, name: str | None = None, key_type: TypeForm[Any] | None = None
+    ) -> GroupBy[Any, V]: ...
+    def group_by(self, field: Field, *, name: str | None = None, key_type: Any = None) -> GroupBy[Any, V]:
+        """Key the records anew, by way of an internal topic, so that equal keys meet in one partition.
+
+        Give the result to `@app.agent`. Two agents that use the same one share its topic.
+
+        Args:
+            field: A field's name (`"country"`), a struct's member (`Order.country`) or a function of the value.
+            name: Names the step and its topic, `<app>-<name>-repartition`; default `<topic>-by-<field>`. A lambda needs
+                one.
+            key_type: Type of the new key; default the field's annotation, or the function's return annotation.
+
+        Raises:
+            ConfigurationError: A name or a type is missing.
+            SchemaError: The values have no such field.
+            TopologyError: The name stands for another step already.
+        """
+        return _group_by(self, field, name, key_type)
+
+    def through(self, other: Topic[Any, V]) -> Through[Any, V]:
+        """Copy the records to another topic and read them there; keys are kept.
+
+        Args:
+            other: A topic of the same app with the same types.
+
+        Raises:
+            TopologyError: It is of another app or has other types.
+        """
+        return _through(self, other)
+
+
+class Derived(Generic[K, V]):
+    """A topic's records by way of another topic; made by `group_by` and `through`, given to `@app.agent`.
+
+    Attributes:
+        source: The topic (or the step) whose records it takes.
+        topic: Where it writes them, and what the agent then reads.
+        name: The step's name.
+        rekey: The new key of a value; None keeps key.
+        place: Where it was declared, `file:line`.
+    """
+
+    def __init__(
+        self, source: Topic[Any, V] | Derived[Any, V], topic: Topic[K, V], name: str, rekey: Callable[[Any], Any] | None
+    ) -> None:
+        self.source = source
+        self.topic = topic
+        self.name = name
+        self.rekey = rekey
+        self.place = place_of_call()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {self.source_topic.name!r} -> {self.topic.name!r}>"
+
+    @property
+    def app(self) -> Owner:
+        """The app that declared it."""
+        return self.topic.app
+
+    @property
+    def source_topic(self) -> Topic[Any, V]:
+        """The topic that the step itself reads."""
+        return self.source.topic if isinstance(self.source, Derived) else self.source
+
+    @overload
+    def group_by(self, field: str, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
+    @overload
+    def group_by(
+        self, field: Callable[[V], K2], *, name: str | None = None, key_type: TypeForm[K2] | None = None
+    ) -> GroupBy[K2, V]: ...
+    @overload
+    def group_by(
+        self, field: Field, *, name: str | None = None, key_type: TypeForm[Any] | None = None
+    ) -> GroupBy[Any, V]: ...
+    def group_by(self, field: Field, *, name: str | None = None, key_type: Any = None) -> GroupBy[Any, V]:
+        """Key the records once more; see `Topic.group_by`."""
+        return _group_by(self, field, name, key_type)
+
+    def through(self, other: Topic[Any, V]) -> Through[Any, V]:
+        """Copy the records to another topic; see `Topic.through`."""
+        return _through(self, other)
+
+
+class GroupBy(Derived[K, V]):
+    """Records under a new key, in an internal topic.
+
+    Attributes:
+        field: What it was declared with.
+    """
+
+    def __init__(
+        self,
+        source: Topic[Any, V] | Derived[Any, V],
+        topic: Topic[K, V],
+        name: str,
+        key_of: Callable[[Any], Any],
+        field: Field,
+    ) -> None:
+        super().__init__(source, topic, name, key_of)
+        self.key_of = key_of
+        self.field = field
+
+
+class Through(Derived[K, V]):
+    """Records copied to a declared topic, their keys kept."""
+
+
+_COMPARED = (
+    "key_type",
+    "value_type",
+    "key_serializer",
+    "value_serializer",
+    "partitions",
+    "replication",
+    "retention_s",
+    "compacting",
+    "config",
+    "create",
+    "partitioner",
+    "timestamp",
+    "internal",
+)
+
+
+def _group_by(
+    source: Topic[Any, Any] | Derived[Any, Any], field: Field, name: str | None, key_type: Any
+) -> GroupBy[Any, Any]:
+    topic = source.topic if isinstance(source, Derived) else source
+    origin = source.name
+    where = f"{origin}.group_by({field!r})" if isinstance(field, str) else f"{origin}.group_by(...)"
+    chosen = selector(field, topic.value_type, where)
+    if name is None and not chosen.name:
+        raise ConfigurationError(f"{where}: a lambda has no name to call the step by; add name='...'")
+    name = check_name(name or f"{origin}-by-{chosen.name}", "group_by")
+    if key_type is None:
+        key_type = chosen.form
+    if key_type is None:
+        raise ConfigurationError(
+            f"{where}: nothing says the type of the new key; add key_type=, for example key_type=str"
+        )
+    owner = topic.app
+    made: Topic[Any, Any] = Topic(
+        owner,
+        f"{owner.id}-{name}-repartition",
+        key_type=key_type,
+        value_type=topic.value_type,
+        value_serializer=topic.value_serializer,
+        partitions=topic.partitions,
+        config={"cleanup.policy": "delete", "retention.ms": _NEVER_DELETE},
+        timestamp=None,
+        internal=True,
+    )
+    return _registered(owner, GroupBy(source, made, name, chosen.read, field))
+
+
+def _through(source: Topic[Any, Any] | Derived[Any, Any], other: Topic[Any, Any]) -> Through[Any, Any]:
+    where = f"{source.name}.through(...)"
+    if not isinstance(other, Topic):
+        raise ConfigurationError(
+            f"{where}: give a topic of the app, not {other!r}: app.topic(name, key_type=, value_type=)"
+        )
+    topic = source.topic if isinstance(source, Derived) else source
+    if other.app is not topic.app:
+        raise TopologyError(f"{where}: topic {other.name!r} belongs to app {other.app.id!r}, not to {topic.app.id!r}")
+    if other is topic:
+        raise TopologyError(f"{where}: a topic cannot go through itself")
+    for part in ("key_type", "value_type"):
+        mine, theirs = getattr(topic, part), getattr(other, part)
+        if surely_differs(mine, theirs):
+            raise TopologyError(
+                f"{where}: {topic.name!r} has {part}={type_name(mine)} and {other.name!r} has {part}={type_name(theirs)}"
+            )
+    return _registered(topic.app, Through(source, other, f"{source.name}-through-{other.name}", None))
+
+
+D = TypeVar("D", bound=Derived[Any, Any])
+
+
+def _registered(owner: Owner, step: D) -> D:
+    """Keep a step under its name: the same declaration twice is one step, another one of that name an error."""
+    known = owner.derived.get(step.name)
+    if known is None:
+        owner.derived[step.name] = step
+        return step
+    same = (
+        type(known) is type(step)
+        and known.source is step.source
+        and getattr(known, "field", None) == getattr(step, "field", None)
+        and known.topic.difference(step.topic) is None
+    )
+    if not same:
+        raise TopologyError(
+            f"two steps are called {step.name!r}: one at {known.place}, one at {step.place}; give one of them a name="
+        )
+    return cast(D, known)
+
+
+def _identity(serializer: str | Serializer | None, codec: BoundCodec[Any]) -> str | Serializer:
+    return codec.serializer if serializer is None or isinstance(serializer, str) else serializer
+
+
+def _config_text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_options(topic: Topic[Any, Any]) -> None:
+    where = f"topic {topic.name!r}"
+
+    def refuse(option: str, what: str) -> None:
+        raise ConfigurationError(f"{where}: {option}={getattr(topic, option)!r}: {what}")
+
+    def is_whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    if topic.partitions is not None and (not is_whole(topic.partitions) or topic.partitions < 1):
+        refuse("partitions", "a topic has at least 1 partition; leave it out to take what exists, or the app's default")
+    if topic.replication is not None and (
+        not is_whole(topic.replication) or (topic.replication < 1 and topic.replication != -1)
+    ):
+        refuse("replication", "at least 1 copy, or -1 for the broker's default")
+    if topic.retention_s is not None and (
+        isinstance(topic.retention_s, bool)
+        or not isinstance(topic.retention_s, int | float)
+        or not topic.retention_s > 0
+    ):
+        refuse("retention_s", "seconds above 0, or float('inf') to keep records for ever")
+    if topic.partitioner is not None and not callable(topic.partitioner):
+        refuse("partitioner", "a function of key bytes and partition count that returns the partition")
+    for option, key in (("retention_s", "retention.ms"), ("compacting", "cleanup.policy")):
+        if getattr(topic, option) and key in topic.config:
+            raise ConfigurationError(
+                f"{where}: {option}= and config={{{key!r}: ...}} say the same thing; leave one out"
+            )

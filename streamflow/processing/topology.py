@@ -1,0 +1,429 @@
+"""An app as frozen data: topics, agents, steps, jobs, the edges between them, and the sub-topologies they form.
+
+It is the one source for the checks at start, for tests, for `streamflow topology` and for whatever draws or exports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from streamflow.errors import TopologyError
+from streamflow.model.schema import type_name
+from streamflow.processing.agent import Agent
+from streamflow.processing.hooks import Crontab, Task, Timer
+from streamflow.processing.names import named_objects
+from streamflow.processing.policy import dead_letter_topic, policy_text
+from streamflow.processing.topic import Derived, Through, Topic
+
+EdgeKind: TypeAlias = Literal["reads", "sinks", "sends", "repartitions", "copies", "dead_letters"]
+Job: TypeAlias = Timer | Crontab | Task
+
+
+@dataclass(frozen=True, slots=True)
+class TopicNode:
+    """A topic.
+
+    Attributes:
+        name: Its name.
+        key_type: Type of its keys, as text.
+        value_type: Type of its values, as text.
+        key_serializer: How keys are written.
+        value_serializer: How values are written.
+        partitions: Declared partition count, or None.
+        internal: Whether it is StreamFlow's own.
+    """
+
+    name: str
+    key_type: str
+    value_type: str
+    key_serializer: str
+    value_serializer: str
+    partitions: int | None
+    internal: bool
+
+    @property
+    def id(self) -> str:
+        """How edges call it."""
+        return f"topic:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentNode:
+    """An agent.
+
+    Attributes:
+        name: Its name.
+        kind: `generator`, `stream` or `record`.
+        concurrency: Records of one partition in progress at once.
+        on_error: Its error policy, as text.
+        thread: Whether it runs in a worker thread.
+        place: Where it was declared, `file:line`.
+    """
+
+    name: str
+    kind: str
+    concurrency: int
+    on_error: str
+    thread: bool
+    place: str
+
+    @property
+    def id(self) -> str:
+        """How edges call it."""
+        return f"agent:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepNode:
+    """A step made by `group_by` or `through`: it takes records from one topic to another.
+
+    Attributes:
+        name: Its name.
+        kind: `group_by` or `through`.
+        place: Where it was declared, `file:line`.
+    """
+
+    name: str
+    kind: Literal["group_by", "through"]
+    place: str
+
+    @property
+    def id(self) -> str:
+        """How edges call it."""
+        return f"step:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobNode:
+    """A timer, crontab or task.
+
+    Attributes:
+        name: Its name.
+        kind: `timer`, `crontab` or `task`.
+        schedule: When it runs, as text.
+        on_leader: Whether it runs in one worker only.
+    """
+
+    name: str
+    kind: Literal["timer", "crontab", "task"]
+    schedule: str
+    on_leader: bool
+
+    @property
+    def id(self) -> str:
+        """How edges call it."""
+        return f"{self.kind}:{self.name}"
+
+
+Node: TypeAlias = TopicNode | AgentNode | StepNode | JobNode
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """Records go this way.
+
+    Attributes:
+        source: Id of the node they come from.
+        target: Id of the node they go to.
+        kind: `reads` (a topic into an agent or step), `sinks` (an agent's results), `sends` (what code sends, as far as
+            it can be read there), `repartitions`, `copies` (a step's output), `dead_letters`.
+    """
+
+    source: str
+    target: str
+    kind: EdgeKind
+
+
+@dataclass(frozen=True, slots=True)
+class SubTopology:
+    """What is processed together: agents and steps that share a source topic. A task is one partition of it.
+
+    Attributes:
+        name: Made of user names: its first source topic.
+        topics: Names of its source topics, sorted.
+        agents: Names of its agents, sorted.
+        steps: Names of its steps, sorted.
+    """
+
+    name: str
+    topics: tuple[str, ...]
+    agents: tuple[str, ...]
+    steps: tuple[str, ...]
+
+    def has_agent(self, name: str) -> bool:
+        """Whether an agent belongs to it."""
+        return name in self.agents
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """An app as frozen data.
+
+    Attributes:
+        app: The app's name.
+        nodes: Topics, agents, steps and jobs, each kind in order of name.
+        edges: How records go between them.
+        sub_topologies: What is processed together, in order of name.
+    """
+
+    app: str
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    sub_topologies: tuple[SubTopology, ...]
+
+    def node(self, id: str) -> Node:
+        """The node of an id.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for one in self.nodes:
+            if one.id == id:
+                return one
+        raise KeyError(id)
+
+    def to_text(self) -> str:
+        """The topology for a terminal: each sub-topology with what it reads and where it writes."""
+        lines = [f"app {self.app}"]
+        for sub in self.sub_topologies:
+            lines += ["", f"sub-topology {sub.name}"]
+            lines += [f"  reads   {self._label(f'topic:{name}')}" for name in sub.topics]
+            for id in (*(f"step:{name}" for name in sub.steps), *(f"agent:{name}" for name in sub.agents)):
+                lines += [f"  {self._label(id)}", *self._outputs(id)]
+        for job in (one for one in self.nodes if isinstance(one, JobNode)):
+            lines += ["", self._label(job.id), *self._outputs(job.id)]
+        joined = {end for edge in self.edges for end in (edge.source, edge.target)}
+        alone = [one for one in self.nodes if isinstance(one, TopicNode) and one.id not in joined]
+        if alone:
+            lines += ["", "topics no agent names", *(f"  {self._label(one.id)}" for one in alone)]
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """The topology as a JSON object (a dict of strings, numbers and lists)."""
+        names = {TopicNode: "topics", AgentNode: "agents", StepNode: "steps", JobNode: "jobs"}
+        listed: dict[str, Any] = {"app": self.app}
+        for kind, name in names.items():
+            listed[name] = [{"id": one.id} | asdict(one) for one in self.nodes if isinstance(one, kind)]
+        listed["edges"] = [asdict(edge) for edge in self.edges]
+        listed["sub_topologies"] = [
+            {name: list(part) if isinstance(part, tuple) else part for name, part in asdict(sub).items()}
+            for sub in self.sub_topologies
+        ]
+        return listed
+
+    def to_mermaid(self) -> str:
+        """The topology as a Mermaid flowchart."""
+        ids = {node.id: f"n{number}" for number, node in enumerate(self.nodes)}
+        shapes = {TopicNode: ("[(", ")]"), AgentNode: ("(", ")"), StepNode: ("{{", "}}"), JobNode: ("([", "])")}
+        lines = ["flowchart LR"]
+        for node in self.nodes:
+            left, right = shapes[type(node)]
+            lines.append(f'    {ids[node.id]}{left}"{self._caption(node)}"{right}')
+        for edge in self.edges:
+            arrow = "-->" if edge.kind in ("reads", "sinks", "repartitions", "copies") else "-.->"
+            label = "" if edge.kind in ("reads", "sinks") else f"|{edge.kind.replace('_', ' ')}|"
+            lines.append(f"    {ids[edge.source]} {arrow}{label} {ids[edge.target]}")
+        return "\n".join(lines) + "\n"
+
+    def _caption(self, node: Node) -> str:
+        if isinstance(node, TopicNode):
+            return f"{node.name}<br/>{_escaped(f'{node.key_type}: {node.value_type}')}"
+        return f"{node.name}<br/>{_escaped(node.schedule)}" if isinstance(node, JobNode) and node.schedule else node.name
+
+    def _label(self, id: str) -> str:
+        node = self.node(id)
+        if isinstance(node, TopicNode):
+            partitions = "" if node.partitions is None else f", {node.partitions} partitions"
+            internal = ", internal" if node.internal else ""
+            return f"topic {node.name} ({node.key_type}: {node.value_type}{partitions}{internal})"
+        if isinstance(node, AgentNode):
+            thread = ", thread" if node.thread else ""
+            return (
+                f"agent   {node.name} ({node.kind}, concurrency {node.concurrency}, on_error {node.on_error}{thread})"
+            )
+        if isinstance(node, StepNode):
+            return f"step    {node.name} ({node.kind})"
+        leader = ", on the leader" if node.on_leader else ""
+        return f"{node.kind} {node.name}" + (
+            f" ({node.schedule}{leader})" if node.schedule else leader.replace(",", " ", 1)
+        )
+
+    def _outputs(self, id: str) -> list[str]:
+        return [
+            f"    {edge.kind.replace('_', ' ')} -> {self._label(edge.target)}"
+            for edge in self.edges
+            if edge.source == id
+        ]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def build_topology(
+    app: str,
+    *,
+    topics: Mapping[str, Topic[Any, Any]],
+    agents: Mapping[str, Agent[Any, Any, Any]],
+    derived: Mapping[str, Derived[Any, Any]],
+    jobs: Collection[Job],
+) -> Topology:
+    """Put declarations together and check them.
+
+    Args:
+        app: The app's name.
+        topics: Declared topics by name.
+        agents: Agents by name.
+        derived: Steps by name.
+        jobs: Timers, crontabs and tasks.
+
+    Raises:
+        TopologyError: They do not fit together.
+    """
+    _check_steps(topics, agents, derived)
+    every_topic = {**topics, **{step.topic.name: step.topic for step in derived.values()}}
+    nodes: list[Node] = [_topic_node(every_topic[name]) for name in sorted(every_topic)]
+    nodes += [_agent_node(agents[name]) for name in sorted(agents)]
+    nodes += [StepNode(name, _step_kind(derived[name]), derived[name].place) for name in sorted(derived)]
+    nodes += sorted((_job_node(job) for job in jobs), key=lambda node: node.id)
+    edges = [
+        *(edge for name in sorted(derived) for edge in _step_edges(derived[name])),
+        *(edge for name in sorted(agents) for edge in _agent_edges(agents[name], every_topic)),
+        *(edge for job in jobs for edge in _sends(f"{_job_kind(job)}:{job.name}", job.fn, every_topic)),
+    ]
+    return Topology(app, tuple(nodes), tuple(dict.fromkeys(edges)), _sub_topologies(agents.values(), derived.values()))
+
+
+def _check_steps(
+    topics: Mapping[str, Topic[Any, Any]],
+    agents: Mapping[str, Agent[Any, Any, Any]],
+    derived: Mapping[str, Derived[Any, Any]],
+) -> None:
+    used: set[str] = set()
+    for agent in agents.values():
+        for source in agent.sources:
+            one: Any = source
+            while isinstance(one, Derived):
+                used.add(one.name)
+                one = one.source
+    for step in derived.values():
+        if step.name not in used:
+            raise TopologyError(
+                f"step {step.name!r} ({step.place}) is read by no agent, so it would do nothing: give it to one, "
+                "`@app.agent(step)`, or take it out"
+            )
+        declared = topics.get(step.topic.name)
+        if declared is not None and declared is not step.topic:
+            raise TopologyError(
+                f"topic {declared.name!r} ({declared.place}) has the name of the internal topic of step {step.name!r} "
+                f"({step.place}): rename one"
+            )
+    _check_cycles(derived.values())
+
+
+def _check_cycles(steps: Iterable[Derived[Any, Any]]) -> None:
+    following: dict[str, list[Derived[Any, Any]]] = {}
+    for step in steps:
+        following.setdefault(step.source_topic.name, []).append(step)
+    for start in following:
+        waiting, seen = [start], set[str]()
+        while waiting:
+            for step in following.get(waiting.pop(), ()):
+                if step.topic.name == start:
+                    raise TopologyError(
+                        f"step {step.name!r} ({step.place}) leads topic {start!r} back into itself: every record "
+                        "would go round for ever"
+                    )
+                if step.topic.name not in seen:
+                    seen.add(step.topic.name)
+                    waiting.append(step.topic.name)
+
+
+def _topic_node(topic: Topic[Any, Any]) -> TopicNode:
+    return TopicNode(
+        topic.name,
+        type_name(topic.key_type),
+        type_name(topic.value_type),
+        topic.key_codec.serializer,
+        topic.value_codec.serializer,
+        topic.partitions,
+        topic.internal,
+    )
+
+
+def _agent_node(agent: Agent[Any, Any, Any]) -> AgentNode:
+    return AgentNode(agent.name, agent.kind, agent.concurrency, policy_text(agent.on_error), agent.thread, agent.place)
+
+
+def _step_kind(step: Derived[Any, Any]) -> Literal["group_by", "through"]:
+    return "through" if isinstance(step, Through) else "group_by"
+
+
+def _job_kind(job: Job) -> Literal["timer", "crontab", "task"]:
+    return "timer" if isinstance(job, Timer) else "crontab" if isinstance(job, Crontab) else "task"
+
+
+def _job_node(job: Job) -> JobNode:
+    schedule = ""
+    if isinstance(job, Timer):
+        schedule = f"every {job.interval_s:g} s"
+    elif isinstance(job, Crontab):
+        schedule = f"{job.expression} {job.timezone}"
+    return JobNode(job.name, _job_kind(job), schedule, job.on_leader)
+
+
+def _step_edges(step: Derived[Any, Any]) -> list[Edge]:
+    kind: EdgeKind = "copies" if isinstance(step, Through) else "repartitions"
+    id = f"step:{step.name}"
+    return [Edge(f"topic:{step.source_topic.name}", id, "reads"), Edge(id, f"topic:{step.topic.name}", kind)]
+
+
+def _agent_edges(agent: Agent[Any, Any, Any], topics: Mapping[str, Topic[Any, Any]]) -> list[Edge]:
+    id = f"agent:{agent.name}"
+    edges = [Edge(f"topic:{topic.name}", id, "reads") for topic in agent.input_topics]
+    edges += [Edge(id, f"topic:{topic.name}", "sinks") for topic in agent.sink_topics]
+    sinks = {edge.target for edge in edges if edge.kind == "sinks"}
+    edges += [edge for edge in _sends(id, agent.fn, topics) if edge.target not in sinks]
+    dead_letters = dead_letter_topic(agent.on_error)
+    if dead_letters is not None:
+        edges.append(Edge(id, f"topic:{dead_letters.name}", "dead_letters"))
+    return edges
+
+
+def _sends(id: str, fn: Any, topics: Mapping[str, Topic[Any, Any]]) -> list[Edge]:
+    named = (one.input_topics[0] if isinstance(one, Agent) else one for one in named_objects(fn, (Topic, Agent)))
+    return [Edge(id, f"topic:{topic.name}", "sends") for topic in named if topics.get(topic.name) is topic]
+
+
+def _sub_topologies(
+    agents: Collection[Agent[Any, Any, Any]], steps: Collection[Derived[Any, Any]]
+) -> tuple[SubTopology, ...]:
+    """Agents and steps that share a source topic, directly or by way of others (union-find over topics)."""
+    parents: dict[str, str] = {}
+
+    def root(topic: str) -> str:
+        while parents.setdefault(topic, topic) != topic:
+            topic = parents[topic]
+        return topic
+
+    for agent in agents:
+        first, *others = (topic.name for topic in agent.input_topics)
+        root(first)
+        for other in others:
+            parents[root(other)] = root(first)
+    for step in steps:
+        root(step.source_topic.name)
+    groups: dict[str, list[str]] = {}
+    for topic in sorted(parents):
+        groups.setdefault(root(topic), []).append(topic)
+    return tuple(
+        SubTopology(
+            names[0],
+            tuple(names),
+            tuple(sorted(agent.name for agent in agents if root(agent.input_topics[0].name) == top)),
+            tuple(sorted(step.name for step in steps if root(step.source_topic.name) == top)),
+        )
+        for top, names in sorted(groups.items(), key=lambda item: item[1][0])
+    )
