@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from streamflow import config
 from streamflow.config import Compression, Guarantee, LogFormat, LogLevel, OffsetReset, Settings
+from streamflow.hosting import hosted, settings_of
 from streamflow.processing.declarations import Declarations
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class App(Declarations):
         Raises:
             ConfigurationError: A value does not fit; the message says where it was given.
         """
-        return config.resolve_for(self.options, origin=self.origin, flags=overrides, environ=os.environ, warn=warn)
+        return settings_of(self.options, origin=self.origin, flags=overrides or {}, environ=os.environ, warn=warn)
 
     def main(self) -> None:
         """Make this script the command line: `python orders.py worker` is `streamflow worker orders.py`.
@@ -118,7 +119,7 @@ class App(Declarations):
         """
         from streamflow.cli.main import main_of
 
-        main_of(self)
+        main_of(self, self)
 
     @asynccontextmanager
     async def running(self, **overrides: Any) -> AsyncIterator[Worker]:
@@ -139,8 +140,6 @@ class App(Declarations):
             RefusedError: The worker will not start like this.
             StreamFlowError: It failed.
         """
-        from streamflow.hosting import hosted
-
         async with hosted(self, self.settings(overrides), web=overrides.get("web") is True) as worker:
             yield worker
 

@@ -29,8 +29,8 @@ Compression: TypeAlias = Literal["none", "gzip", "snappy", "lz4", "zstd"]
 PREFIX = "STREAMFLOW_"
 KAFKA_PREFIX = "STREAMFLOW_KAFKA_"
 """Variables of `sf.Kafka(...)`, which checks them itself."""
-PROCESS_INDEX = "STREAMFLOW_PROCESS_INDEX"
-"""Set by `--processes` for each worker process it starts; not a setting."""
+PROCESS = "STREAMFLOW_PROCESS"
+"""Set by `--processes` for each worker process that it starts; not a setting."""
 DEFAULT_WEB_PORT = 6066
 
 DAY_MS = 86_400_000
@@ -301,7 +301,7 @@ def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
     for variable in sorted(environ):
         if not variable.startswith(PREFIX) or variable.startswith(KAFKA_PREFIX):
             continue
-        if variable not in known and variable != PROCESS_INDEX:
+        if variable not in known and variable != PROCESS:
             close = difflib.get_close_matches(variable, list(known), n=1, cutoff=0.8)
             hint = f"; did you mean {close[0]}?" if close else ""
             yield f"the environment variable {variable} sets nothing{hint}"

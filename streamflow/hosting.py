@@ -1,24 +1,151 @@
-"""A worker inside an event loop that is already there: what `app.running()` and the worker command share."""
+"""A worker inside an event loop that is already there: what `app.running()` and the worker command share.
+
+The runtime and the web server are imported when they are needed: an app is imported far more often than it is run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 
-from streamflow.runtime.worker import Worker
+from streamflow.config import Settings, resolve_for
+from streamflow.log.kafka.options import Kafka
 
 if TYPE_CHECKING:
-    from streamflow.config import Settings
+    from streamflow.metrics import PrometheusSensors
     from streamflow.processing.declarations import Declarations
+    from streamflow.runtime.worker import Worker
+    from streamflow.web.site import ProcessView
+
+
+def settings_of(
+    options: Mapping[str, object],
+    *,
+    origin: Path,
+    flags: Mapping[str, object],
+    environ: Mapping[str, str],
+    warn: Callable[[str], None],
+) -> Settings:
+    """Resolve an app's settings, the `STREAMFLOW_KAFKA_*` variables beside a `kafka://` address included.
+
+    Args:
+        options: What was given to `App(...)`.
+        origin: The app's file.
+        flags: What is stronger than all else.
+        environ: The environment.
+        warn: Told of unknown variables.
+
+    Raises:
+        ConfigurationError: A value does not fit; the message says where it was given.
+    """
+    settings = resolve_for(options, origin=origin, flags=flags, environ=environ, warn=warn)
+    if isinstance(settings.broker, str) and settings.broker.startswith("kafka://"):
+        return replace(settings, broker=Kafka.from_environment(settings.broker, environ))
+    return settings
+
+
+def address_of(settings: Settings) -> str:
+    """The broker's absolute address, without secrets."""
+    return settings.broker.address if isinstance(settings.broker, Kafka) else str(settings.broker)
+
+
+class WorkerSource:
+    """What the web server of one worker tells; a `web.site.Source`.
+
+    Args:
+        worker: The worker.
+        sensors: Its counts.
+        index: Its number among several processes; None for the only one.
+    """
+
+    def __init__(self, worker: Worker, sensors: PrometheusSensors, index: int | None = None) -> None:
+        from streamflow.metrics import Exposition
+
+        self._worker = worker
+        self._index = index
+        self._exposition = Exposition(sensors, worker.status)
+
+    async def metrics(self) -> bytes:
+        """Prometheus' text format."""
+        return self._exposition.text()
+
+    async def processes(self) -> Sequence[ProcessView]:
+        """The worker's state."""
+        from streamflow.web.site import ProcessView
+
+        return [ProcessView(self._index, self._worker.status())]
+
+
+@asynccontextmanager
+async def served(
+    worker: Worker,
+    app: Declarations,
+    settings: Settings,
+    sensors: PrometheusSensors,
+    listener: socket.socket,
+    *,
+    index: int | None = None,
+) -> AsyncIterator[None]:
+    """Serve a worker's metrics, health and status page while the block runs.
+
+    Args:
+        worker: The worker, running or not.
+        app: Its app.
+        settings: Its settings.
+        sensors: Its counts.
+        listener: Where to; closed at the end.
+        index: Its number among several processes.
+    """
+    from streamflow.web.overview import overview_of
+    from streamflow.web.server import serving
+    from streamflow.web.site import build_site
+
+    site = build_site(
+        WorkerSource(worker, sensors, index), lambda: overview_of(app, settings, worker.address, worker.guarantee)
+    )
+    async with serving(site, listener):
+        yield
 
 
 @asynccontextmanager
 async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncIterator[Worker]:
-    """Run a worker while the block runs; see `App.running`."""
-    worker = Worker(app, settings)
+    """Run a worker while the block runs; see `App.running`.
+
+    Args:
+        app: What to run.
+        settings: Resolved.
+        web: Serve metrics and the status page, too.
+    """
+    from streamflow.metrics import PrometheusSensors
+    from streamflow.runtime.worker import Worker
+
+    sensors = PrometheusSensors()
+    worker = Worker(app, settings, sensors=sensors)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            if web:
+                from streamflow.web.server import listen
+
+                listener = listen(settings.web_host, settings.web_port)
+                await stack.enter_async_context(served(worker, app, settings, sensors, listener))
+            await stack.enter_async_context(_running(worker))
+            yield worker
+    except BaseExceptionGroup as group:
+        # The task groups are ours and not the caller's business: one error comes out as itself.
+        if (only := _only_error(group)) is not None:
+            raise only from only.__cause__
+        raise
+
+
+@asynccontextmanager
+async def _running(worker: Worker) -> AsyncIterator[None]:
     finished = anyio.Event()
 
     async def run() -> None:
@@ -33,8 +160,17 @@ async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncIt
         tasks.start_soon(run)
         try:
             await worker.wait_started()
-            yield worker
+            yield
         finally:
             worker.request_stop()
             with anyio.CancelScope(shield=True):
                 await finished.wait()
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error

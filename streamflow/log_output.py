@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import IO
 
 import msgspec
 
@@ -116,30 +115,40 @@ def _details(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     return "\n".join(parts)
 
 
+class _StandardError(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: a progress bar takes its place while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def configure(
     level: LogLevel,
     log_format: LogFormat,
     *,
     app: str,
     process_index: int | None = None,
-    stream: IO[str] | None = None,
+    handler: logging.Handler | None = None,
 ) -> None:
-    """Send the whole process's logging to one stream.
+    """Send the whole process's logging to one place.
 
     Args:
         level: Least severity.
         log_format: `console` or `json`.
         app: The app's id.
         process_index: Which of several worker processes this is; None for the only one.
-        stream: Where to; standard error by default.
+        handler: Where to; standard error by default.
     """
-    stream = stream or sys.stderr
     redact = SecretFilter(os.environ)
-    handler = logging.StreamHandler(stream)
+    handler = handler or _StandardError()
     if log_format == "json":
         handler.setFormatter(JsonFormatter(app, process_index, redact))
     else:
-        colour = stream.isatty() and not os.environ.get("NO_COLOR")
+        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         handler.setFormatter(ConsoleFormatter(process_index, colour=colour, redact=redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)

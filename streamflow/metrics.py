@@ -241,7 +241,7 @@ class WorkerCollector(Collector):
 
 
 def _counter(
-    name: str, text: str, labels: Sequence[str], counts: Mapping[str, int] | Mapping[tuple[str, ...], int]
+    name: str, text: str, labels: Sequence[str], counts: Mapping[str, int] | Mapping[tuple[str, str], int]
 ) -> Metric:
     family = CounterMetricFamily(name, text, labels=labels)
     for key, count in sorted(counts.items()):
@@ -295,4 +295,24 @@ def merge(texts: Mapping[str, str]) -> bytes:
                 into.samples.append(sample._replace(labels={"process": process, **sample.labels}))
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Merged(merged.values()))
+    return generate_latest(registry)
+
+
+def fleet_metrics(up: Mapping[str, bool], restarts: Mapping[str, int]) -> bytes:
+    """What the supervisor of several processes knows itself.
+
+    Args:
+        up: By process, whether it runs.
+        restarts: By process, how often it crashed and was started again.
+    """
+    running = GaugeMetricFamily("streamflow_process_up", "1 while the worker process runs.", labels=["process"])
+    again = CounterMetricFamily(
+        "streamflow_process_restarts", "Times the worker process was started again.", labels=["process"]
+    )
+    for process, is_up in up.items():
+        running.add_metric([process], int(is_up))
+    for process, count in restarts.items():
+        again.add_metric([process], count)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged([running, again]))
     return generate_latest(registry)

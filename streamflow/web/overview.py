@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from streamflow.config import Settings
+from streamflow.metrics import package_version
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.policy import policy_text
+from streamflow.processing.topic import Topic
 
 
 @dataclass(frozen=True)
@@ -14,11 +21,17 @@ class AgentLine:
         name: Its name.
         sources: Topics it reads.
         sinks: Topics it writes to by `sink=`.
+        on_error: Its error policy.
+        concurrency: Records of one partition in progress at once.
+        place: Where it was declared, `file:line`.
     """
 
     name: str
     sources: tuple[str, ...]
     sinks: tuple[str, ...]
+    on_error: str
+    concurrency: int
+    place: str
 
 
 @dataclass(frozen=True)
@@ -42,3 +55,45 @@ class Overview:
     data_dir: str
     agents: Sequence[AgentLine]
     topics: Sequence[str]
+
+
+def agents_of(app: Declarations) -> list[AgentLine]:
+    """The app's agents in order of declaration.
+
+    Args:
+        app: Its declarations.
+    """
+    return [
+        AgentLine(
+            agent.name,
+            tuple(topic.name for topic in agent.input_topics),
+            tuple(topic.name for topic in agent.sink_topics),
+            policy_text(agent.on_error),
+            agent.concurrency,
+            agent.place,
+        )
+        for agent in app.agents.values()
+    ]
+
+
+def topics_of(app: Declarations) -> list[Topic[Any, Any]]:
+    """The app's topics in order of declaration, then those behind its steps.
+
+    Args:
+        app: Its declarations.
+    """
+    every = {**app.topics, **{step.topic.name: step.topic for step in app.derived.values()}}
+    return list(every.values())
+
+
+def overview_of(app: Declarations, settings: Settings, broker: str, guarantee: str) -> Overview:
+    """Make an app's overview.
+
+    Args:
+        app: Its declarations.
+        settings: Resolved.
+        broker: Absolute address of the log, without secrets.
+        guarantee: Processing guarantee in force.
+    """
+    topics = tuple(topic.name for topic in topics_of(app))
+    return Overview(app.id, package_version(), broker, guarantee, settings.data_dir, agents_of(app), topics)

@@ -28,11 +28,13 @@ class ProcessView:
         index: Its number among several; None for the only one.
         status: None when it does not answer.
         reason: Why not.
+        starting: Whether it was started only just now, and is not to be held dead.
     """
 
     index: int | None
     status: WorkerStatus | None
     reason: str = ""
+    starting: bool = False
 
     @property
     def name(self) -> str:
@@ -43,7 +45,7 @@ class ProcessView:
     def not_live(self) -> str:
         """Why it makes no progress; empty when it does."""
         if self.status is None:
-            return f"{self.name}: {self.reason}"
+            return "" if self.starting else f"{self.name}: {self.reason}"
         return "" if self.status.live else f"{self.name}: {self.status.live_reason}"
 
     @property
@@ -84,9 +86,7 @@ def build_site(source: Source, overview: Callable[[], Overview]) -> Starlette:
         return _health("ready", [view.not_ready for view in views])
 
     async def status(_: Request) -> Response:
-        views = await source.processes()
-        answer: object = views[0].status if len(views) == 1 and views[0].index is None else views
-        return Response(_encode_json(answer), media_type="application/json")
+        return Response(_encode_json(await source.processes()), media_type="application/json")
 
     async def page(_: Request) -> Response:
         return HTMLResponse(render(overview(), await source.processes()))

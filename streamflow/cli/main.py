@@ -1,0 +1,68 @@
+"""The command line: `streamflow COMMAND APP ...`, or `python orders.py COMMAND ...` by `app.main()`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from streamflow.cli import agents, send, tail, topics, topology, version, worker
+from streamflow.cli.load import Configured, LoadedApp, loading
+from streamflow.cli.options import CONNECTION, as_command
+from streamflow.config import TABLE
+from streamflow.processing.declarations import Declarations
+
+_COMMANDS = (
+    ("worker", worker.worker, tuple(TABLE)),
+    ("send", send.send, CONNECTION),
+    ("tail", tail.tail, CONNECTION),
+    ("topics", topics.topics, CONNECTION),
+    ("agents", agents.agents, CONNECTION),
+    ("topology", topology.topology, CONNECTION),
+)
+
+
+def build(script: LoadedApp | None = None) -> typer.Typer:
+    """Make the command line.
+
+    Args:
+        script: The app whose script it is; its commands then take no APP.
+    """
+    line = typer.Typer(
+        name="streamflow" if script is None else Path(sys.argv[0]).name,
+        help="Async stream processing on Kafka or on one SQLite file."
+        if script is None
+        else f"The application {script.app.id!r}.",
+        no_args_is_help=True,
+        # Its tracebacks show local variables, and those may be secrets.
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        add_completion=script is None,
+    )
+    for name, function, names in _COMMANDS:
+        line.command(name)(as_command(function, names=names, environ=os.environ, script=script))
+    line.command("version")(version.version)
+    return line
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    build()()
+
+
+def main_of(app: Declarations, configured: Configured) -> None:
+    """Run the command line of one app's own script and exit with its code.
+
+    Does nothing while a command imports that script: `streamflow worker orders.py` works on it, too.
+
+    Args:
+        app: The app.
+        configured: The same, with its settings.
+    """
+    if loading:
+        return
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    origin = Path(script).resolve() if script else configured.origin
+    build(LoadedApp(app, configured.options, origin, app.id))()

@@ -1,0 +1,169 @@
+"""`streamflow send APP TOPIC VALUE`: check values against the topic's type and write them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from streamflow.cli.names import topic_names
+from streamflow.cli.options import Session
+from streamflow.cli.output import as_json, introduce, note, run_async, write
+from streamflow.cli.progress import Reporter, progress
+from streamflow.cli.text import reader_of
+from streamflow.config import nearest
+from streamflow.errors import ConfigurationError, StreamFlowError
+from streamflow.model.record import RecordMetadata
+from streamflow.processing.topic import Topic
+from streamflow.runtime.client import Client
+
+IN_FLIGHT = 1000
+"""Lines sent before their acknowledgements are waited for."""
+
+
+def send(
+    session: Session,
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="The topic's name.", autocompletion=topic_names)],
+    value: Annotated[
+        str | None,
+        typer.Argument(metavar="VALUE", help="JSON, or plain text for str and bytes; - reads one value a line."),
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", "-k", help="The key; without it the key is null.")] = None,
+    key_field: Annotated[
+        str | None, typer.Option("--key-field", help="Take the key from this field of each value.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read one value a line from this file.", dir_okay=False)
+    ] = None,
+    tombstone: Annotated[bool, typer.Option("--tombstone", help="Send null: delete the key.")] = False,
+    partition: Annotated[int | None, typer.Option("--partition", min=0, help="Where to, whatever the key.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Say where each record went, one JSON object a line.")] = False,
+) -> None:
+    """Send a value, or one a line, checked against the topic's type first."""
+    if sum((value is not None, file is not None, tombstone)) != 1:
+        raise ConfigurationError("give one of VALUE (- for standard input), --file and --tombstone")
+    if key is not None and key_field is not None:
+        raise ConfigurationError("give one of --key and --key-field")
+    declared = session.app.topics.get(topic)
+    if declared is None:
+        raise ConfigurationError(
+            f"app {session.app.id!r} has no topic {topic!r}{nearest(topic, list(session.app.topics))}"
+        )
+    sending = _Sending(session, declared, key, key_field, partition, json=json)
+    if file is None and value != "-":
+        # Checked before the log is opened: what is refused leaves no trace.
+        sending.take(None if tombstone else value)
+    introduce(session)
+    run_async(sending.one if file is None and value != "-" else lambda: sending.lines(file))
+
+
+class _Sending:
+    """Turns text into records of one topic and sends them."""
+
+    def __init__(
+        self,
+        session: Session,
+        topic: Topic[Any, Any],
+        key: str | None,
+        key_field: str | None,
+        partition: int | None,
+        *,
+        json: bool,
+    ) -> None:
+        self._session = session
+        self._topic = topic
+        self._value_of = reader_of(topic.value_codec)
+        self._fixed_key = None if key is None else reader_of(topic.key_codec)(key)
+        self._key_field = key_field
+        self._partition = partition
+        self._json = json
+        self._record: tuple[Any, Any] = (None, None)
+
+    def take(self, text: str | None) -> tuple[Any, Any]:
+        """Read a key and a value from a value's text; None is a tombstone."""
+        value = None if text is None else self._value_of(text)
+        self._record = (self._fixed_key if self._key_field is None else self._key_in(value), value)
+        return self._record
+
+    def _key_in(self, value: Any) -> Any:
+        name = str(self._key_field)
+        try:
+            return value[name] if isinstance(value, dict) else getattr(value, name)
+        except (KeyError, AttributeError):
+            raise ConfigurationError(f"--key-field: the value has no field {name!r}") from None
+
+    async def one(self) -> None:
+        """Send the record taken."""
+        async with Client(self._session.app, self._session.settings) as client:
+            key, value = self._record
+            sent = await client.send(self._topic, key=key, value=value, partition=self._partition)
+        write([self._line(sent)])
+
+    async def lines(self, file: Path | None) -> None:
+        """Send one value a line; blank lines are passed over."""
+        name = "standard input" if file is None else str(file)
+        with _opened(file) as (stream, size):
+            async with Client(self._session.app, self._session.settings) as client:
+                with progress("sending", quiet=stream.isatty()) as report:
+                    sent = await self._send_all(client, stream, name, size, report)
+        note(f"sent {sent:,} record{'' if sent == 1 else 's'} to {self._topic.name}")
+
+    async def _send_all(
+        self, client: Client, stream: IO[str], name: str, size: Callable[[int], int | None], report: Reporter
+    ) -> int:
+        sent = 0
+        numbered = enumerate(stream, start=1)
+        while True:
+            pending: list[asyncio.Task[RecordMetadata]] = []
+            failed: StreamFlowError | None = None
+            # A line from a pipe or a terminal may be long in coming: what came before it must not wait for it.
+            for number, line in await asyncio.to_thread(_some, numbered, IN_FLIGHT if stream.seekable() else 1):
+                text = line.rstrip("\r\n")
+                if not text:
+                    continue
+                try:
+                    key, value = self.take(text)
+                except StreamFlowError as exc:
+                    failed = ConfigurationError(f"{name}, line {number}: {exc}")
+                    break
+                pending.append(
+                    asyncio.ensure_future(client.send(self._topic, key=key, value=value, partition=self._partition))
+                )
+            else:
+                if not pending:
+                    return sent
+            done = await asyncio.gather(*pending)
+            sent += len(done)
+            if self._json:
+                write(self._line(one) for one in done)
+            report(sent, size(sent))
+            if failed is not None:
+                raise StreamFlowError(f"{failed} ({sent:,} records before it were sent)")
+
+    def _line(self, sent: RecordMetadata) -> str:
+        return as_json(sent._asdict()) if self._json else f"{sent.topic}-{sent.partition}-{sent.offset}"
+
+
+def _some(lines: Iterator[tuple[int, str]], count: int) -> list[tuple[int, str]]:
+    return [line for line, _ in zip(lines, range(count), strict=False)]
+
+
+@contextmanager
+def _opened(file: Path | None) -> Iterator[tuple[IO[str], Callable[[int], int | None]]]:
+    """Standard input, or a file with a way to tell how many lines it has in all (estimated from what was read)."""
+    if file is None:
+        yield sys.stdin, lambda _: None
+        return
+    try:
+        stream = file.open(encoding="utf-8")
+    except OSError as exc:
+        raise ConfigurationError(f"--file {file}: {exc.strerror}") from exc
+    with stream:
+        with file.open("rb") as counted:
+            total = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(1 << 20), b""))
+        yield stream, lambda done: max(done, total)

@@ -1,0 +1,187 @@
+"""`--processes N`: start worker processes, start crashed ones again, serve their metrics as one.
+
+What a child's end means: 0 - it was done; 1 or 2 - it failed or was refused, and so would the others: all stop with
+that code; anything else is a crash, and it is started again after a growing pause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import anyio
+from anyio.abc import Process, TaskGroup
+
+from streamflow.cli.banner import announce
+from streamflow.cli.child import environment_of
+from streamflow.cli.errors import FAILED, REFUSED
+from streamflow.cli.fleet import Fleet, Member
+from streamflow.cli.options import Session
+from streamflow.cli.signals import HANDLED
+from streamflow.runtime.worker import Worker
+from streamflow.web.overview import overview_of
+from streamflow.web.server import address_of, listen, serving
+from streamflow.web.site import build_site
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 60.0
+"""A process that ran for so long starts with the first pause again."""
+_MORE_S = 10.0
+
+logger = logging.getLogger("streamflow.supervisor")
+
+
+def supervise(session: Session, processes: int) -> int:
+    """Run worker processes until they are done, one fails, or a signal comes.
+
+    Args:
+        session: The command's.
+        processes: How many, >= 1.
+
+    Returns:
+        The exit code.
+    """
+    return anyio.run(_Supervisor(session, processes).run)
+
+
+class _Supervisor:
+    def __init__(self, session: Session, processes: int) -> None:
+        self._session = session
+        self._settings = session.settings
+        self._fleet = Fleet([Member(index) for index in range(processes)])
+        self._running: dict[int, Process] = {}
+        self._stopping = False
+        self._code = 0
+        # Read from by the children; the only write end closes when this process ends, however it ends.
+        self._watch_fd, self._hold_fd = os.pipe()
+
+    async def run(self) -> int:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(os.close, self._hold_fd)
+            stack.callback(os.close, self._watch_fd)
+            web = await self._serve(stack)
+            facade = Worker(self._session.app, self._settings)
+            overview = overview_of(self._session.app, self._settings, facade.address, facade.guarantee)
+            announce(overview, web, len(self._fleet.members), self._settings.log_format)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._signals, tasks)
+                try:
+                    async with anyio.create_task_group() as children:
+                        for member in self._fleet.members:
+                            children.start_soon(self._keep, member, children)
+                finally:
+                    self._kill()
+                tasks.cancel_scope.cancel()
+        return self._code
+
+    async def _serve(self, stack: contextlib.AsyncExitStack) -> str:
+        if not self._settings.web:
+            return "off"
+        listener = listen(self._settings.web_host, self._settings.web_port)
+        for member in self._fleet.members:
+            # Bound here, so that the port is known and stays the same over restarts.
+            member.listener = stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
+        session = self._session
+        facade = Worker(session.app, self._settings)
+        site = build_site(
+            self._fleet, lambda: overview_of(session.app, self._settings, facade.address, facade.guarantee)
+        )
+        await stack.enter_async_context(serving(site, listener))
+        return address_of(listener)
+
+    # --- one process -----------------------------------------------------------------------------------------------
+
+    async def _keep(self, member: Member, children: TaskGroup) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._stopping:
+            started = time.monotonic()
+            code = await self._run_once(member)
+            if code == 0 or self._stopping:
+                member.state = "stopped"
+                if code in {FAILED, REFUSED} and self._code == 0:
+                    self._code = code
+                return
+            if code in {FAILED, REFUSED}:
+                logger.error("process %d exited with %d; stopping all", member.index, code)
+                self._code = code
+                self._stop(children)
+                return
+            if time.monotonic() - started > HEALTHY_S:
+                pause_s = FIRST_PAUSE_S
+            member.restarts += 1
+            member.state = f"restarting after {_told(code)}"
+            logger.error("process %d ended with %s; starting it again in %.1f s", member.index, _told(code), pause_s)
+            await anyio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    async def _run_once(self, member: Member) -> int:
+        environment, inherited = environment_of(member.index, self._watch_fd, member.listener)
+        # A session of its own: Ctrl-C on a terminal reaches only the supervisor, which then tells each child once.
+        process = await anyio.open_process(
+            _command(),
+            stdin=None,
+            stdout=None,
+            stderr=None,
+            env=environment,
+            pass_fds=inherited,
+            start_new_session=True,
+        )
+        self._running[member.index] = process
+        member.started(process.pid)
+        logger.info("process %d started (pid %d)", member.index, process.pid)
+        try:
+            if self._stopping:
+                process.terminate()
+            return await process.wait()
+        finally:
+            member.ended()
+            del self._running[member.index]
+
+    # --- stopping --------------------------------------------------------------------------------------------------
+
+    async def _signals(self, tasks: TaskGroup) -> None:
+        with anyio.open_signal_receiver(*HANDLED) as received:
+            async for number in received:
+                if self._stopping:
+                    self._kill()
+                    os._exit(128 + number)
+                self._stop(tasks)
+
+    def _stop(self, tasks: TaskGroup) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        for process in list(self._running.values()):
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        tasks.start_soon(self._kill_later)
+
+    async def _kill_later(self) -> None:
+        await anyio.sleep(self._settings.shutdown_timeout_s + _MORE_S)
+        if self._running:
+            logger.error("processes %s did not stop in time; killing them", sorted(self._running))
+            self._code = self._code or FAILED
+            self._kill()
+
+    def _kill(self) -> None:
+        for process in list(self._running.values()):
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+
+def _command() -> Sequence[str]:
+    """This very command line in a fresh interpreter; the environment tells it that it is a child."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def _told(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"

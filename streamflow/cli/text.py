@@ -1,0 +1,89 @@
+"""Between a topic's keys and values and the text of a command line."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from streamflow.errors import ConfigurationError, DeserializationError
+from streamflow.model.record import Headers
+from streamflow.model.serde import BoundCodec, NeedSchema
+
+
+def reader_of(codec: BoundCodec[Any]) -> Callable[[str], Any]:
+    """How a topic's key or value is read from text: strings and bytes as they stand, numbers, and JSON for the rest.
+
+    Args:
+        codec: The topic's.
+
+    Returns:
+        A function from text to a checked value; it raises `ConfigurationError`, which names the field path.
+    """
+    read = _READERS.get(codec.serializer)
+    from_json = msgspec.json.Decoder(codec.type).decode
+
+    def value_of(text: str) -> Any:
+        try:
+            value = from_json(text) if read is None else read(text)
+            # What is read back must be of the type, limits (msgspec.Meta) included; encoding alone does not check them.
+            data = codec.encode(value)
+            return value if data is None else codec.decode(data)
+        except DeserializationError as exc:
+            raise ConfigurationError(exc.message) from exc
+        except (msgspec.DecodeError, ValueError) as exc:
+            what = f"{exc}; it is {_shortened(text)}{_hint(codec, text)}"
+            raise ConfigurationError(f"the {codec.part} for topic {codec.topic!r} does not fit: {what}") from exc
+
+    return value_of
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"str": str, "raw": str.encode, "int": int, "float": float}
+
+
+def _hint(codec: BoundCodec[Any], text: str) -> str:
+    if codec.serializer in _READERS or text.lstrip()[:1] in {"{", "[", '"'}:
+        return ""
+    return "; it is read as JSON, so text stands in quotes: '\"like this\"'"
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def shown(codec: BoundCodec[Any] | None, data: bytes | None, headers: Headers) -> Any:
+    """A key or value of a record as JSON has it.
+
+    Args:
+        codec: The topic's; None where the topic is not declared: then bytes.
+        data: As stored.
+        headers: The record's.
+
+    Raises:
+        DeserializationError: It does not decode.
+    """
+    if data is None:
+        return None
+    if codec is None:
+        return plain(data)
+    try:
+        return plain(codec.decode(data, headers))
+    except NeedSchema as exc:
+        raise DeserializationError(f"the {codec.part} of topic {codec.topic!r}: {exc}") from exc
+
+
+def plain(value: Any) -> Any:
+    """A value in JSON's own types; bytes as text where they are UTF-8, else `{"base64": ...}`.
+
+    Args:
+        value: Any value.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        data = bytes(value)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(data).decode()}
+    return msgspec.to_builtins(value, enc_hook=str, str_keys=True)

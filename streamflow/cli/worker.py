@@ -1,0 +1,108 @@
+"""`streamflow worker APP`: run the agents until they are told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from typing import Annotated
+
+import typer
+
+from streamflow.cli import child
+from streamflow.cli.banner import announce
+from streamflow.cli.child import Child
+from streamflow.cli.errors import exit_code, report
+from streamflow.cli.options import Session
+from streamflow.cli.output import run_async
+from streamflow.cli.progress import progress
+from streamflow.cli.signals import stopping
+from streamflow.cli.supervisor import supervise
+from streamflow.errors import ConfigurationError, StreamFlowError
+from streamflow.hosting import served
+from streamflow.log_output import configure
+from streamflow.metrics import PrometheusSensors
+from streamflow.runtime.status import Progress
+from streamflow.runtime.worker import Worker
+from streamflow.web.overview import overview_of
+from streamflow.web.server import address_of, listen
+
+logger = logging.getLogger("streamflow.worker")
+
+
+def worker(
+    session: Session,
+    until_end: Annotated[
+        bool,
+        typer.Option("--until-end", help="Process up to the ends found at the start, with all that follows, and stop."),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Run so many worker processes and watch over them.")
+    ] = None,
+) -> None:
+    """Run the app's agents until SIGTERM or Ctrl-C (a second one stops at once)."""
+    settings = session.settings
+    me = child.from_environment()
+    configure(
+        settings.log_level, settings.log_format, app=session.app.id, process_index=None if me is None else me.index
+    )
+    if me is None:
+        for warning in session.warnings:
+            logger.warning("%s", warning)
+    try:
+        if me is None and processes is not None:
+            _check_processes(session)
+            code = supervise(session, processes)
+        else:
+            code = _run(session, me, until_end=until_end)
+    except Exception as exc:
+        # Into the structured log, or with the process's index; a lone worker on a terminal tells people instead.
+        if me is None and settings.log_format == "console":
+            code = report(exc)
+        else:
+            logger.critical("%s", exc, exc_info=None if isinstance(exc, StreamFlowError) else exc)
+            code = exit_code(exc)
+    raise typer.Exit(code)
+
+
+def _check_processes(session: Session) -> None:
+    if str(session.settings.broker).startswith("memory://"):
+        raise ConfigurationError("--processes: memory:// lives inside one process; use sqlite:///PATH or kafka://")
+
+
+def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
+    settings = session.settings
+    listener = _listener(session, me)
+    web = "off" if listener is None else address_of(listener)
+    sensors = PrometheusSensors()
+    index = None if me is None else me.index
+    with contextlib.ExitStack() as stack:
+        reporter = stack.enter_context(progress("processing", quiet=not until_end or me is not None))
+
+        def on_progress(now: Progress) -> None:
+            reporter(now.done, now.total)
+
+        running = Worker(session.app, settings, sensors=sensors, until_end=until_end, on_progress=on_progress)
+        stack.enter_context(stopping(running.request_stop))
+        if me is not None:
+            me.watch_parent(running.request_stop, settings.shutdown_timeout_s)
+
+        async def run() -> None:
+            async with contextlib.AsyncExitStack() as around:
+                if listener is not None:
+                    site = served(running, session.app, settings, sensors, listener, index=index)
+                    await around.enter_async_context(site)
+                if me is None:
+                    overview = overview_of(session.app, settings, running.address, running.guarantee)
+                    announce(overview, web, None, settings.log_format)
+                await running.run()
+
+        run_async(run)
+    return 0
+
+
+def _listener(session: Session, me: Child | None) -> socket.socket | None:
+    if me is not None:
+        return me.listener
+    settings = session.settings
+    return listen(settings.web_host, settings.web_port) if settings.web else None
