@@ -212,7 +212,8 @@ class _Stepping:
         if free:
             self.owned |= free
             self.events.append(Assigned(free, self.generation()))
-        self.settled = not self.revoking and all(owner == self.member_id for _, _, owner, _ in rows)
+        waits_for_others = any(owner not in {None, self.member_id} for _, _, owner, _ in rows)
+        self.settled = not self.revoking and not waits_for_others
 
     def generation(self) -> int:
         (generation,) = self.sql.execute("SELECT generation FROM groups WHERE id = ?", (self.group,)).fetchone()

@@ -1,0 +1,35 @@
+"""The logs the one suite runs on: an address to connect to, as often as a test likes."""
+
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from streamflow.clock import SystemClock
+from streamflow.log.api import Log
+from streamflow.log.connect import connect
+
+
+@pytest.fixture(params=["memory", "sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
+def open_log(request: pytest.FixtureRequest, tmp_path) -> Callable[[], Log]:
+    """Makes one more connection to the test's log, to be entered with `async with`."""
+    if request.param == "kafka":
+        address = f"kafka://{request.getfixturevalue('kafka_broker').bootstrap}"
+    elif request.param == "sqlite":
+        address = f"sqlite:///{tmp_path}/log.db"
+    else:
+        address = f"memory://{uuid.uuid4().hex}"
+    return lambda: connect(address, clock=SystemClock(), client_id="contract-suite")
+
+
+@pytest.fixture
+def name() -> Callable[[str], str]:
+    """Makes names that no other test uses: a broker is shared by all."""
+    suffix = uuid.uuid4().hex[:12]
+    return lambda prefix: f"{prefix}-{suffix}"
+
+
+@pytest.fixture
+def least_session_timeout_ms(request: pytest.FixtureRequest) -> int:
+    """The shortest session a log takes: a Kafka broker refuses less than `group.min.session.timeout.ms`."""
+    return 6000 if request.node.callspec.params["open_log"] == "kafka" else 1500
