@@ -31,7 +31,7 @@ _LONG = struct.Struct(">q")
 _DOUBLE = struct.Struct(">d")
 
 
-class NeedSchema(Exception):  # noqa: N818 - a request to the runtime, not a failure
+class NeedSchema(Exception):
     """Raised by `Codec.decode` when it needs a schema it has not got yet; the runtime fetches it and decodes again.
 
     Args:
@@ -64,6 +64,7 @@ class Codec(Protocol[T]):
         Raises:
             NeedSchema: A schema has to be fetched first.
         """
+        ...
 
 
 @runtime_checkable
@@ -84,6 +85,7 @@ class Serializer(Protocol):
         Raises:
             SchemaError: It cannot handle the type.
         """
+        ...
 
 
 class BoundCodec(Generic[T]):
@@ -223,7 +225,8 @@ class BoundCodec(Generic[T]):
         if isinstance(exc, struct.error):
             exc = OverflowError("it does not fit into 8 bytes")
         return ProductionError(
-            f"{self._place} takes {type_name(self.type)} ({self.serializer}), and {_shown(value)} cannot be written: {exc}"
+            f"{self._place} takes {type_name(self.type)} ({self.serializer}), and {_shown(value)} cannot be "
+            f"written: {exc}"
         )
 
 
@@ -290,8 +293,8 @@ def _bind_built_in(form: Any, serializer: str | None, topic: str, part: Part) ->
         shape = shape_of(form)
     except SchemaError as exc:
         raise SchemaError(
-            f"topic {topic!r}, {part}_type: {exc}; use a msgspec.Struct, a dataclass, a TypedDict or a built-in type, or "
-            f"give {part}_serializer= an object with `bind(type, *, topic, part)`"
+            f"topic {topic!r}, {part}_type: {exc}; use a msgspec.Struct, a dataclass, a TypedDict or a built-in type, "
+            f"or give {part}_serializer= an object with `bind(type, *, topic, part)`"
         ) from exc
     name = serializer or _BY_TYPE.get(type(shape.known), "json")
     codec: BoundCodec[Any] = BoundCodec(form, topic=topic, part=part, serializer=name)

@@ -15,7 +15,7 @@ from streamflow.processing.places import place_of_call
 from streamflow.processing.policy import ErrorPolicy, check_policy, dead_letter_topic
 from streamflow.processing.signature import UNKNOWN, Kind, Signature, code_names, signature_of
 from streamflow.processing.stream import Stream
-from streamflow.processing.topic import Derived, Owner, Topic, check_name
+from streamflow.processing.topic import Derived, Owner, Topic, check_name, is_whole
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -229,7 +229,7 @@ def make_agent(
 def _sources(app: Owner, given: Any, where: str) -> tuple[Source[Any, Any], ...]:
     if given is None:
         return ()
-    sources = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    sources = _listed(given)
     if not sources:
         raise TopologyError(f"{where}: there is no topic in {given!r}")
     for one in sources:
@@ -250,27 +250,32 @@ def _sources(app: Owner, given: Any, where: str) -> tuple[Source[Any, Any], ...]
 def _sinks(app: Owner, given: Any, where: str) -> tuple[Topic[Any, Any] | Agent[Any, Any, Any], ...]:
     if given is None:
         return ()
-    sinks = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    sinks = _listed(given)
     for one in sinks:
         if not isinstance(one, Topic | Agent):
             raise TopologyError(
-                f"{where}: sink={one!r}: a sink is a topic or an agent, or a sequence of them: `sink=app.topic('totals', "
-                "key_type=str, value_type=Total)`"
+                f"{where}: sink={one!r}: a sink is a topic or an agent, or a sequence of them: "
+                "`sink=app.topic('totals', key_type=str, value_type=Total)`"
             )
         _check_owner(app, one, where, "has the sink")
     return sinks
 
 
+def _listed(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+
+
 def _check_owner(app: Owner, one: Topic[Any, Any] | Agent[Any, Any, Any], where: str, verb: str) -> None:
     if one.app is not app:
         raise TopologyError(
-            f"{where}: it {verb} {one.name!r} of app {one.app.id!r}; declare the topic in {app.id!r} too, by the same name"
+            f"{where}: it {verb} {one.name!r} of app {one.app.id!r}; declare the topic in {app.id!r} too, by the same "
+            "name"
         )
 
 
 def _check_options(options: AgentOptions, fn: Any, signature: Signature, where: str) -> None:
     concurrency = options.concurrency
-    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
+    if not is_whole(concurrency, least=1):
         raise ConfigurationError(f"{where}: concurrency={concurrency!r}: at least 1 record at a time")
     code = getattr(fn, "__code__", None)
     if concurrency > 1 and signature.kind != "record" and code is not None and "take" in code_names(code):
@@ -282,8 +287,8 @@ def _check_options(options: AgentOptions, fn: Any, signature: Signature, where: 
         raise TopologyError(f"{where}: thread=True is for `def`; an `async def` runs on the event loop: leave it out")
     if options.sink is not None and signature.kind == "stream":
         raise TopologyError(
-            f"{where}: it has a sink and never yields: `yield` what goes there and annotate `-> AsyncIterator[Total]`, or "
-            "leave sink= out"
+            f"{where}: it has a sink and never yields: `yield` what goes there and annotate `-> "
+            "AsyncIterator[Total]`, or leave sink= out"
         )
     if options.sink is not None and signature.output_types == ():
         raise TopologyError(

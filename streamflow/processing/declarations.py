@@ -33,7 +33,7 @@ from streamflow.processing.selector import Field
 from streamflow.processing.signature import UNKNOWN, Signature
 from streamflow.processing.stream import Stream
 from streamflow.processing.topic import Derived, Partitioner, Topic, TopicOptions, check_name
-from streamflow.processing.topology import Topology, build_topology
+from streamflow.processing.topology import Job, Topology, build_topology
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -302,28 +302,28 @@ class Declarations:
         Raises:
             RefusedError: Something does not fit; the message says what to write.
         """
-        bare = callable(source) and not isinstance(source, Topic | Derived | Agent)
+        fn = source if callable(source) and not isinstance(source, Agent) else None
         place = place_of_call()
 
-        def declare(fn: Callable[..., Any]) -> Agent[Any, Any, Any]:
-            options = AgentOptions(None if bare else source, sink, concurrency, on_error, name, thread)
-            agent = make_agent(self, fn, options, self._own_topic)
+        def declare(function: Callable[..., Any]) -> Agent[Any, Any, Any]:
+            options = AgentOptions(None if fn is not None else source, sink, concurrency, on_error, name, thread)
+            agent = make_agent(self, function, options, self._own_topic)
             known = self.agents.get(agent.name)
             if known is not None:
                 raise TopologyError(
-                    f"two agents are called {agent.name!r}: one at {known.place}, one at {place}; rename a function, or "
-                    "give name="
+                    f"two agents are called {agent.name!r}: one at {known.place}, one at {place}; rename a function, "
+                    "or give name="
                 )
             self.agents[agent.name] = agent
             return agent
 
-        return declare(source) if bare else FreeDecorator(declare)
+        return FreeDecorator(declare) if fn is None else declare(fn)
 
     def _own_topic(self, agent: str, signature: Signature) -> Topic[Any, Any]:
         if signature.value_type is UNKNOWN:
             raise TopologyError(
-                f"agent {agent!r} ({place_of_call()}): nothing says what it reads: give it a topic, `@app.agent(orders)`, "
-                "or annotate its parameter, `stream: sf.Stream[Order]`"
+                f"agent {agent!r} ({place_of_call()}): nothing says what it reads: give it a topic, "
+                "`@app.agent(orders)`, or annotate its parameter, `stream: sf.Stream[Order]`"
             )
         key_type = None if signature.key_type is UNKNOWN else signature.key_type
         return self._declared(Topic(self, f"{self.id}-{agent}", key_type=key_type, value_type=signature.value_type))
@@ -378,7 +378,7 @@ class Declarations:
     @overload
     def task(self, fn: A, /) -> A: ...
     @overload
-    def task(self, *, on_leader: bool = False, name: str | None = None) -> Callable[[A], A]: ...
+    def task(self, fn: None = None, /, *, on_leader: bool = False, name: str | None = None) -> Callable[[A], A]: ...
     def task(self, fn: Any = None, /, *, on_leader: bool = False, name: str | None = None) -> Any:
         """Run a function (sync or async, without arguments) once, from the worker's start, beside the agents.
 
@@ -400,11 +400,14 @@ class Declarations:
 
     def _job_name(self, fn: Callable[..., object], name: str | None) -> str:
         chosen = check_name(name or getattr(fn, "__name__", "") or "?", "the name of a timer, crontab or task")
-        if any(job.name == chosen for job in (*self.timers, *self.crontabs, *self.tasks)):
+        if any(job.name == chosen for job in self._jobs()):
             raise TopologyError(
                 f"two timers, crontabs or tasks are called {chosen!r} ({place_of_call()}); give one a name="
             )
         return chosen
+
+    def _jobs(self) -> tuple[Job, ...]:
+        return (*self.timers, *self.crontabs, *self.tasks)
 
     # --- hooks -------------------------------------------------------------------------------------------------
 
@@ -440,5 +443,4 @@ class Declarations:
         Raises:
             TopologyError: The declarations do not fit together; the message names the places.
         """
-        jobs = (*self.timers, *self.crontabs, *self.tasks)
-        return build_topology(self.id, topics=self.topics, agents=self.agents, derived=self.derived, jobs=jobs)
+        return build_topology(self.id, topics=self.topics, agents=self.agents, derived=self.derived, jobs=self._jobs())

@@ -133,7 +133,8 @@ def check_crontab(expression: object, timezone: object) -> None:
         raise ConfigurationError(f"@app.crontab({expression!r}): such a time never comes; {example}") from None
     except CronSimError as exc:
         raise ConfigurationError(
-            f"@app.crontab({expression!r}): {exc}: five fields are minute, hour, day of month, month, day of week; {example}"
+            f"@app.crontab({expression!r}): {exc}: five fields are minute, hour, day of month, month, day of week; "
+            f"{example}"
         ) from exc
 
 

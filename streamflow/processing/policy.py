@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
 from streamflow.errors import ConfigurationError
-from streamflow.processing.topic import Topic
+from streamflow.processing.topic import Topic, is_number, is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,11 @@ class Retry:
     then: Stop | Skip | DeadLetter = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.times, int) or isinstance(self.times, bool) or self.times < 1:
+        if not is_whole(self.times, least=1):
             raise ConfigurationError(f"Retry({self.times!r}): times is how often to try again, at least 1")
         for name, least in (("backoff_s", 0.0), ("max_backoff_s", self.backoff_s)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not (least <= value < math.inf):
+            if not is_number(value) or not least <= value < math.inf:
                 raise ConfigurationError(f"Retry({name}={value!r}): seconds, at least {least:g}")
         if isinstance(self.then, Retry):
             raise ConfigurationError("Retry(then=Retry(...)): one Retry is enough, raise its `times`")
@@ -96,12 +96,13 @@ def check_policy(policy: object, where: str) -> None:
     """
     if isinstance(policy, _POLICIES):
         return
-    if policy in _POLICIES:
-        name = getattr(policy, "__name__", "Stop")
+    if isinstance(policy, type) and issubclass(policy, _POLICIES):
+        name = policy.__name__
         arguments = {"Retry": "3", "DeadLetter": "topic"}.get(name, "")
         raise ConfigurationError(f"{where}: write sf.{name}({arguments}), not the class sf.{name}")
     raise ConfigurationError(
-        f"{where}: {policy!r} is no error policy; there are sf.Stop(), sf.Skip(), sf.Retry(times) and sf.DeadLetter(topic)"
+        f"{where}: {policy!r} is no error policy; there are sf.Stop(), sf.Skip(), sf.Retry(times) and "
+        "sf.DeadLetter(topic)"
     )
 
 

@@ -95,8 +95,9 @@ def _only_parameter(fn: Callable[..., Any], where: str) -> str:
     if len(needed) != 1 or needed[0] is not parameters[0] or needed[0].kind is inspect.Parameter.KEYWORD_ONLY:
         shown = ", ".join(one.name for one in parameters)
         raise TopologyError(
-            f"{where}: an agent takes one parameter, the stream or the value, not ({shown}): `async def {_example(fn)}`; "
-            "what else it needs it finds in its module, and key, headers and position in stream.events()"
+            f"{where}: an agent takes one parameter, the stream or the value, not ({shown}): `async def "
+            f"{_example(fn)}`; what else it needs it finds in its module; key, headers and position come with "
+            "stream.events()"
         )
     return needed[0].name
 
@@ -132,19 +133,20 @@ def _evaluated(fn: Any, raw: Any) -> Any:
 def _check_form(fn: Any, annotation: Any, where: str, *, is_async: bool, is_generator: bool, over_stream: bool) -> None:
     if inspect.isgeneratorfunction(fn):
         raise TopologyError(
-            f"{where}: a generator has to be asynchronous: `async def {_example(fn)}` with `async for` over the stream, "
-            "or return one value per record"
+            f"{where}: a generator has to be asynchronous: `async def {_example(fn)}` with `async for` over the "
+            "stream, or return one value per record"
         )
     if over_stream and not is_async:
         raise TopologyError(f"{where}: a function over a stream is asynchronous: `async def {_example(fn)}`")
     if is_generator and not over_stream and annotation is not UNKNOWN:
         raise TopologyError(
-            f"{where}: an async generator works over the stream, and its parameter says {type_name(annotation)}: annotate "
-            f"it `sf.Stream[{type_name(annotation)}]`"
+            f"{where}: an async generator works over the stream, and its parameter says {type_name(annotation)}: "
+            f"annotate it `sf.Stream[{type_name(annotation)}]`"
         )
     if (get_origin(annotation) or annotation) is Event:
         raise TopologyError(
-            f"{where}: events come out of the stream: take `stream: sf.Stream[Order]` and iterate over `stream.events()`"
+            f"{where}: events come out of the stream: take `stream: sf.Stream[Order]` and iterate over "
+            "`stream.events()`"
         )
 
 

@@ -49,6 +49,16 @@ def check_name(name: object, what: str) -> str:
     return name
 
 
+def is_whole(value: object, *, least: int) -> bool:
+    """Whether an option is a whole number of at least `least` (a bool is none)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a number (a bool is none)."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class Owner(Protocol):
     """What topics need of their app."""
 
@@ -400,7 +410,8 @@ def _through(source: Topic[Any, Any] | Derived[Any, Any], other: Topic[Any, Any]
         mine, theirs = getattr(topic, part), getattr(other, part)
         if surely_differs(mine, theirs):
             raise TopologyError(
-                f"{where}: {topic.name!r} has {part}={type_name(mine)} and {other.name!r} has {part}={type_name(theirs)}"
+                f"{where}: {topic.name!r} has {part}={type_name(mine)} and {other.name!r} has "
+                f"{part}={type_name(theirs)}"
             )
     return _registered(topic.app, Through(source, other, f"{source.name}-through-{other.name}", None))
 
@@ -441,22 +452,14 @@ def _check_options(topic: Topic[Any, Any]) -> None:
     def refuse(option: str, what: str) -> None:
         raise ConfigurationError(f"{where}: {option}={getattr(topic, option)!r}: {what}")
 
-    def is_whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
-
-    if topic.partitions is not None and (not is_whole(topic.partitions) or topic.partitions < 1):
+    if topic.partitions is not None and not is_whole(topic.partitions, least=1):
         refuse("partitions", "a topic has at least 1 partition; leave it out to take what exists, or the app's default")
-    if topic.replication is not None and (
-        not is_whole(topic.replication) or (topic.replication < 1 and topic.replication != -1)
-    ):
+    if topic.replication is not None and topic.replication != -1 and not is_whole(topic.replication, least=1):
         refuse("replication", "at least 1 copy, or -1 for the broker's default")
-    if topic.retention_s is not None and (
-        isinstance(topic.retention_s, bool)
-        or not isinstance(topic.retention_s, int | float)
-        or not topic.retention_s > 0
-    ):
+    if topic.retention_s is not None and not (is_number(topic.retention_s) and topic.retention_s > 0):
         refuse("retention_s", "seconds above 0, or float('inf') to keep records for ever")
-    if topic.partitioner is not None and not callable(topic.partitioner):
+    partitioner: Any = topic.partitioner
+    if partitioner is not None and not callable(partitioner):
         refuse("partitioner", "a function of key bytes and partition count that returns the partition")
     for option, key in (("retention_s", "retention.ms"), ("compacting", "cleanup.policy")):
         if getattr(topic, option) and key in topic.config:

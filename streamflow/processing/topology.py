@@ -173,6 +173,26 @@ class Topology:
     edges: tuple[Edge, ...]
     sub_topologies: tuple[SubTopology, ...]
 
+    @property
+    def topics(self) -> tuple[TopicNode, ...]:
+        """The topics, internal ones too, in order of name."""
+        return tuple(node for node in self.nodes if isinstance(node, TopicNode))
+
+    @property
+    def agents(self) -> tuple[AgentNode, ...]:
+        """The agents, in order of name."""
+        return tuple(node for node in self.nodes if isinstance(node, AgentNode))
+
+    @property
+    def steps(self) -> tuple[StepNode, ...]:
+        """The steps made by `group_by` and `through`, in order of name."""
+        return tuple(node for node in self.nodes if isinstance(node, StepNode))
+
+    @property
+    def jobs(self) -> tuple[JobNode, ...]:
+        """Timers, crontabs and tasks."""
+        return tuple(node for node in self.nodes if isinstance(node, JobNode))
+
     def node(self, id: str) -> Node:
         """The node of an id.
 
@@ -192,20 +212,25 @@ class Topology:
             lines += [f"  reads   {self._label(f'topic:{name}')}" for name in sub.topics]
             for id in (*(f"step:{name}" for name in sub.steps), *(f"agent:{name}" for name in sub.agents)):
                 lines += [f"  {self._label(id)}", *self._outputs(id)]
-        for job in (one for one in self.nodes if isinstance(one, JobNode)):
+        for job in self.jobs:
             lines += ["", self._label(job.id), *self._outputs(job.id)]
         joined = {end for edge in self.edges for end in (edge.source, edge.target)}
-        alone = [one for one in self.nodes if isinstance(one, TopicNode) and one.id not in joined]
+        alone = [one for one in self.topics if one.id not in joined]
         if alone:
             lines += ["", "topics no agent names", *(f"  {self._label(one.id)}" for one in alone)]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """The topology as a JSON object (a dict of strings, numbers and lists)."""
-        names = {TopicNode: "topics", AgentNode: "agents", StepNode: "steps", JobNode: "jobs"}
+        kinds: dict[str, tuple[Node, ...]] = {
+            "topics": self.topics,
+            "agents": self.agents,
+            "steps": self.steps,
+            "jobs": self.jobs,
+        }
         listed: dict[str, Any] = {"app": self.app}
-        for kind, name in names.items():
-            listed[name] = [{"id": one.id} | asdict(one) for one in self.nodes if isinstance(one, kind)]
+        for name, nodes in kinds.items():
+            listed[name] = [{"id": one.id} | asdict(one) for one in nodes]
         listed["edges"] = [asdict(edge) for edge in self.edges]
         listed["sub_topologies"] = [
             {name: list(part) if isinstance(part, tuple) else part for name, part in asdict(sub).items()}
@@ -230,7 +255,9 @@ class Topology:
     def _caption(self, node: Node) -> str:
         if isinstance(node, TopicNode):
             return f"{node.name}<br/>{_escaped(f'{node.key_type}: {node.value_type}')}"
-        return f"{node.name}<br/>{_escaped(node.schedule)}" if isinstance(node, JobNode) and node.schedule else node.name
+        return (
+            f"{node.name}<br/>{_escaped(node.schedule)}" if isinstance(node, JobNode) and node.schedule else node.name
+        )
 
     def _label(self, id: str) -> str:
         node = self.node(id)
@@ -393,8 +420,8 @@ def _agent_edges(agent: Agent[Any, Any, Any], topics: Mapping[str, Topic[Any, An
 
 
 def _sends(id: str, fn: Any, topics: Mapping[str, Topic[Any, Any]]) -> list[Edge]:
-    named = (one.input_topics[0] if isinstance(one, Agent) else one for one in named_objects(fn, (Topic, Agent)))
-    return [Edge(id, f"topic:{topic.name}", "sends") for topic in named if topics.get(topic.name) is topic]
+    named = [one.input_topics[0] if isinstance(one, Agent) else one for one in named_objects(fn, (Topic, Agent))]
+    return [Edge(id, f"topic:{topic.name}", "sends") for topic in named if topic in topics.values()]
 
 
 def _sub_topologies(
