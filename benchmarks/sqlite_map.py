@@ -66,7 +66,7 @@ def work(broker: str, data_dir: str, mode: str) -> Cost:
     """Run a worker on all that is there."""
     environment = {"BROKER": broker, "IN": "orders", "OUT": "out", "MODE": mode, "APPID": "bench", "DATADIR": data_dir}
     command = [str(STREAMFLOW), "worker", str(APPS / "streamflow_app.py"), "--until-end", "--log-level", "WARNING"]
-    environment["GUARANTEE"] = os.environ.get("GUARANTEE") or "exactly_once"
+    environment["STREAMFLOW_PROCESSING_GUARANTEE"] = os.environ.get("STREAMFLOW_PROCESSING_GUARANTEE") or "exactly_once"
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, env={**os.environ, **environment}, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
     elapsed_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)

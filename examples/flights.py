@@ -123,7 +123,7 @@ def delay_min(planned: int, actual: int | None) -> int | None:
     return (late + 120) % 1440 - 120
 
 
-@app.agent(departures.group_by(lambda departure: departure.carrier, name="airline", key_type=str), sink=results)
+@app.agent(departures.group_by("carrier", key_type=str), sink=results)
 async def summarise(stream: sf.Stream[Departure]) -> AsyncIterator[sf.Out[AirlineResult]]:
     """Running results per airline: a new one for each airline that a batch names.
 

@@ -53,7 +53,7 @@ def main() -> int:
         asyncio.run(feed(lines, settings))
         work(settings)
         totals = latest_results(settings)
-        reasons = Counter(record["headers"][CAUSE] for record in tail(rejected.name, settings))
+        reasons = Counter(dict(record["headers"])[CAUSE] for record in tail(rejected.name, settings))
         elapsed_s = time.perf_counter() - started
     print(report(totals, reasons))
     print(f"{len(lines):,} lines in {elapsed_s:.1f} s, from the first line sent to the last result read.")

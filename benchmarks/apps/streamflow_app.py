@@ -27,7 +27,7 @@ app = sf.App(
     os.environ["APPID"],
     broker=os.environ.get("BROKER") or "kafka://" + os.environ["BOOTSTRAP"],
     data_dir=os.environ["DATADIR"],
-    processing_guarantee=os.environ.get("GUARANTEE") or ("exactly_once" if MODE.endswith("eos") else "at_least_once"),
+    processing_guarantee="exactly_once" if MODE.endswith("eos") else "at_least_once",
 )
 orders = app.topic(os.environ["IN"], key_type=str, value_type=Order)
 out = app.topic(os.environ["OUT"], key_type=str, value_type=Out)
