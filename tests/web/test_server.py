@@ -1,0 +1,69 @@
+import asyncio
+import signal
+import socket
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from streamflow import config
+from streamflow.errors import ConfigurationError
+from streamflow.web import server
+from streamflow.web.server import address_of, listen, serving
+
+
+@pytest.fixture
+def taken():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_port_that_is_asked_for_and_taken_is_refused(taken):
+    with pytest.raises(ConfigurationError, match=rf"port {taken} on 127.0.0.1 is taken: .*--no-web"):
+        listen("127.0.0.1", taken)
+
+
+def test_the_default_port_gives_way_to_a_free_one(taken, monkeypatch):
+    monkeypatch.setattr(server, "DEFAULT_WEB_PORT", taken)
+    with listen("127.0.0.1", None) as listener:
+        assert listener.getsockname()[1] not in {taken, 0}
+
+
+def test_the_default_port(monkeypatch):
+    assert config.DEFAULT_WEB_PORT == 6066
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free = probe.getsockname()[1]
+    monkeypatch.setattr(server, "DEFAULT_WEB_PORT", free)
+    with listen("127.0.0.1", None) as listener:
+        assert address_of(listener) == f"http://127.0.0.1:{free}"
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_refused(host):
+    with pytest.raises(ConfigurationError, match=f"cannot listen on {host}"):
+        listen(host, 0)
+
+
+async def test_it_serves_and_stops():
+    async def hello(_):
+        return PlainTextResponse("hello")
+
+    before = signal.getsignal(signal.SIGINT)
+    listener = listen("127.0.0.1", 0)
+    url = address_of(listener)
+    async with serving(Starlette(routes=[Route("/", hello)]), listener), httpx.AsyncClient() as client:
+        answer = await client.get(url)
+        assert answer.text == "hello"
+        assert "server" not in answer.headers
+        assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(OSError, match=r"(?i)connect"):
+        await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+
+
+async def test_an_error_in_the_block_comes_out():
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with serving(Starlette(), listen("127.0.0.1", 0)):
+            raise ValueError("mine")
+    assert caught.group_contains(ValueError, match="mine")
