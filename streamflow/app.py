@@ -115,11 +115,15 @@ class App(Declarations):
     def main(self) -> None:
         """Make this script the command line: `python orders.py worker` is `streamflow worker orders.py`.
 
-        Never returns: it ends the process with the command's exit code.
+        It ends the process with the command's exit code, except while `streamflow COMMAND orders.py` imports the
+        script: then it does nothing.
         """
-        from streamflow.cli.main import main_of
+        from streamflow.cli.load import loading
 
-        main_of(self, self)
+        if not loading:
+            from streamflow.cli.main import main_of
+
+            main_of(self, self.origin)
 
     @asynccontextmanager
     async def running(self, **overrides: Any) -> AsyncIterator[Worker]:

@@ -6,12 +6,11 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, cast
 
 from streamflow.config import nearest
 from streamflow.errors import ConfigurationError, StreamFlowError
@@ -22,26 +21,17 @@ loading: list[str] = []
 """APPs being imported just now: meanwhile `app.main()` at the end of a script does nothing."""
 
 
-class Configured(Protocol):
-    """What `App` adds to the declarations, as the command line needs it."""
-
-    options: Mapping[str, object]
-    origin: Path
-
-
 @dataclass(frozen=True)
 class LoadedApp:
     """An app and where it came from.
 
     Attributes:
         app: Its declarations.
-        options: The settings given to `App(...)`.
         origin: The file whose folder, or nearest pyproject.toml, relative paths start at.
         name: How to name it to people.
     """
 
     app: Declarations
-    options: Mapping[str, object]
     origin: Path
     name: str
 
@@ -60,7 +50,7 @@ def load(target: str) -> LoadedApp:
         module = _import_file(Path(place)) if _is_file_name(place) else _import_module(place)
     app = _choose(module, place, name)
     origin = Path(module.__file__) if module.__file__ else Path.cwd()
-    return LoadedApp(app, cast(Configured, app).options, origin, target)
+    return LoadedApp(app, origin, target)
 
 
 def _split(target: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from streamflow.cli import agents, send, tail, topics, topology, version, worker
-from streamflow.cli.load import Configured, LoadedApp, loading
+from streamflow.cli.load import LoadedApp
 from streamflow.cli.options import CONNECTION, as_command
 from streamflow.config import TABLE
 from streamflow.processing.declarations import Declarations
@@ -52,17 +52,12 @@ def main() -> None:
     build()()
 
 
-def main_of(app: Declarations, configured: Configured) -> None:
+def main_of(app: Declarations, origin: Path) -> None:
     """Run the command line of one app's own script and exit with its code.
-
-    Does nothing while a command imports that script: `streamflow worker orders.py` works on it, too.
 
     Args:
         app: The app.
-        configured: The same, with its settings.
+        origin: The file that made it; what counts is the script, where there is one.
     """
-    if loading:
-        return
     script = getattr(sys.modules["__main__"], "__file__", None)
-    origin = Path(script).resolve() if script else configured.origin
-    build(LoadedApp(app, configured.options, origin, app.id))()
+    build(LoadedApp(app, Path(script).resolve() if script else origin, app.id))()

@@ -48,7 +48,7 @@ def open_session(loaded: LoadedApp, flags: Mapping[str, object], environ: Mappin
         ConfigurationError: A setting does not fit.
     """
     warnings: list[str] = []
-    settings = settings_of(loaded.options, origin=loaded.origin, flags=flags, environ=environ, warn=warnings.append)
+    settings = settings_of(loaded.app.options, origin=loaded.origin, flags=flags, environ=environ, warn=warnings.append)
     return Session(loaded.app, settings, loaded.name, warnings)
 
 

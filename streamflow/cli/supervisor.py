@@ -54,6 +54,9 @@ class _Supervisor:
     def __init__(self, session: Session, processes: int) -> None:
         self._session = session
         self._settings = session.settings
+        # Never run: it knows the guarantee, and refuses what the children would.
+        facade = Worker(session.app, session.settings)
+        self._overview = overview_of(session.app, session.settings, facade.address, facade.guarantee)
         self._fleet = Fleet([Member(index) for index in range(processes)])
         self._running: dict[int, Process] = {}
         self._stopping = False
@@ -66,9 +69,7 @@ class _Supervisor:
             stack.callback(os.close, self._hold_fd)
             stack.callback(os.close, self._watch_fd)
             web = await self._serve(stack)
-            facade = Worker(self._session.app, self._settings)
-            overview = overview_of(self._session.app, self._settings, facade.address, facade.guarantee)
-            announce(overview, web, len(self._fleet.members), self._settings.log_format)
+            announce(self._overview, web, len(self._fleet.members), self._settings.log_format)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._signals, tasks)
                 try:
@@ -87,12 +88,7 @@ class _Supervisor:
         for member in self._fleet.members:
             # Bound here, so that the port is known and stays the same over restarts.
             member.listener = stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
-        session = self._session
-        facade = Worker(session.app, self._settings)
-        site = build_site(
-            self._fleet, lambda: overview_of(session.app, self._settings, facade.address, facade.guarantee)
-        )
-        await stack.enter_async_context(serving(site, listener))
+        await stack.enter_async_context(serving(build_site(self._fleet, lambda: self._overview), listener))
         return address_of(listener)
 
     # --- one process -----------------------------------------------------------------------------------------------

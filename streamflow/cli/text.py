@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from streamflow.errors import ConfigurationError, DeserializationError
+from streamflow.errors import ConfigurationError, DeserializationError, RecordError
 from streamflow.model.record import Headers
 from streamflow.model.serde import BoundCodec, NeedSchema
 
@@ -22,22 +22,28 @@ def reader_of(codec: BoundCodec[Any]) -> Callable[[str], Any]:
     Returns:
         A function from text to a checked value; it raises `ConfigurationError`, which names the field path.
     """
-    read = _READERS.get(codec.serializer)
-    from_json = msgspec.json.Decoder(codec.type).decode
+    read = _READERS.get(codec.serializer) or _json_reader(codec.type)
 
     def value_of(text: str) -> Any:
         try:
-            value = from_json(text) if read is None else read(text)
+            value = read(text)
             # What is read back must be of the type, limits (msgspec.Meta) included; encoding alone does not check them.
             data = codec.encode(value)
             return value if data is None else codec.decode(data)
-        except DeserializationError as exc:
+        except RecordError as exc:
             raise ConfigurationError(exc.message) from exc
         except (msgspec.DecodeError, ValueError) as exc:
             what = f"{exc}; it is {_shortened(text)}{_hint(codec, text)}"
             raise ConfigurationError(f"the {codec.part} for topic {codec.topic!r} does not fit: {what}") from exc
 
     return value_of
+
+
+def _json_reader(form: Any) -> Callable[[str], Any]:
+    try:
+        return msgspec.json.Decoder(form).decode
+    except TypeError:  # a type that only the user's own serializer knows
+        return msgspec.json.Decoder(Any).decode
 
 
 _READERS: dict[str, Callable[[str], Any]] = {"str": str, "raw": str.encode, "int": int, "float": float}
