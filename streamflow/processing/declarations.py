@@ -20,6 +20,7 @@ from streamflow.processing.hooks import (
     A,
     Action,
     Crontab,
+    P,
     PartitionsAction,
     Task,
     Timer,
@@ -42,7 +43,6 @@ K = TypeVar("K")
 V = TypeVar("V")
 R = TypeVar("R")
 S = TypeVar("S")
-P = TypeVar("P", bound=Callable[[Any], object])
 
 _NAME_BYTES = 100
 

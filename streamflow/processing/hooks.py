@@ -24,7 +24,8 @@ PartitionsAction: TypeAlias = (
 )
 """A function of a set of partitions, sync or async."""
 
-A = TypeVar("A", bound=Callable[..., object])
+A = TypeVar("A", bound=Callable[[], object])
+P = TypeVar("P", bound=Callable[[set[TopicPartition]], object])
 
 _NO_ZONES = "no time zone database on this machine; install the package tzdata"
 

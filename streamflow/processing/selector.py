@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import decimal
 import inspect
 import operator
 import types
 import typing
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias
+
+import msgspec
 
 from streamflow.errors import ConfigurationError, SchemaError
 from streamflow.model.schema import field_type, is_mapping, type_name
 
-Field: TypeAlias = object
-"""`"country"`, `Order.country` (a member of a struct, which type checkers take for the field's own type), or a
-function of the value."""
+Member: TypeAlias = (
+    int | float | bytes | datetime.date | datetime.time | uuid.UUID | Enum | decimal.Decimal | msgspec.Struct | None
+)
+"""`Order.country`: at run time a descriptor, to type checkers a value of the field's type (a str is a name as well)."""
+
+Field: TypeAlias = str | Callable[[Any], Any] | Member
+"""What takes a part out of a value: a field's name, a function, or a struct's member."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,7 @@ class Selector:
     form: Any
 
 
-def selector(field: Field, value_type: Any, where: str) -> Selector:
+def selector(field: Any, value_type: Any, where: str) -> Selector:
     """Compile a field or a function.
 
     Args:

@@ -16,7 +16,7 @@ from streamflow.model.schema import surely_differs, type_name
 from streamflow.model.serde import BoundCodec, Serializer, bind_codec
 from streamflow.processing.context import current_turn, sender_of
 from streamflow.processing.places import place_of_call
-from streamflow.processing.selector import Field, selector, timestamp_reader
+from streamflow.processing.selector import Field, Member, selector, timestamp_reader
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 K = TypeVar("K")
 V = TypeVar("V")
 K2 = TypeVar("K2")
+M = TypeVar("M", bound=Member)
 
 Partitioner: TypeAlias = Callable[[bytes, int], int]
 """Key bytes and partition count -> partition."""
@@ -234,13 +235,15 @@ class Topic(Generic[K, V]):
     @overload
     def group_by(self, field: str, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
     @overload
+    def group_by(self, field: str, *, name: str | None = None) -> GroupBy[Any, V]: ...
+    @overload
     def group_by(
         self, field: Callable[[V], K2], *, name: str | None = None, key_type: TypeForm[K2] | None = None
     ) -> GroupBy[K2, V]: ...
     @overload
-    def group_by(
-        self, field: Field, *, name: str | None = None, key_type: TypeForm[Any] | None = None
-    ) -> GroupBy[Any, V]: ...
+    def group_by(self, field: Member, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
+    @overload
+    def group_by(self, field: M, *, name: str | None = None) -> GroupBy[M, V]: ...
     def group_by(self, field: Field, *, name: str | None = None, key_type: Any = None) -> GroupBy[Any, V]:
         """Key the records anew, by way of an internal topic, so that equal keys meet in one partition.
 
@@ -307,13 +310,15 @@ class Derived(Generic[K, V]):
     @overload
     def group_by(self, field: str, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
     @overload
+    def group_by(self, field: str, *, name: str | None = None) -> GroupBy[Any, V]: ...
+    @overload
     def group_by(
         self, field: Callable[[V], K2], *, name: str | None = None, key_type: TypeForm[K2] | None = None
     ) -> GroupBy[K2, V]: ...
     @overload
-    def group_by(
-        self, field: Field, *, name: str | None = None, key_type: TypeForm[Any] | None = None
-    ) -> GroupBy[Any, V]: ...
+    def group_by(self, field: Member, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
+    @overload
+    def group_by(self, field: M, *, name: str | None = None) -> GroupBy[M, V]: ...
     def group_by(self, field: Field, *, name: str | None = None, key_type: Any = None) -> GroupBy[Any, V]:
         """Key the records once more; see `Topic.group_by`."""
         return _group_by(self, field, name, key_type)
