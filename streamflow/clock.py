@@ -6,12 +6,14 @@ sleeps keeps sleeping in real time.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import time
 from abc import ABC, abstractmethod
 
 import anyio
+import anyio.lowlevel
 
 
 class Clock(ABC):
@@ -34,6 +36,31 @@ class Clock(ABC):
 
         Cancellation: atomic; nothing is left behind.
         """
+
+    async def wait(self, event: asyncio.Event, timeout_s: float) -> bool:
+        """Wait for an event, but not for ever.
+
+        Args:
+            event: What to wait for.
+            timeout_s: Seconds on this clock, >= 0.
+
+        Returns:
+            Whether the event is set.
+
+        Cancellation: atomic.
+        """
+        if event.is_set() or timeout_s <= 0:
+            return event.is_set()
+        async with anyio.create_task_group() as group:
+
+            async def expire() -> None:
+                await self.sleep(timeout_s)
+                group.cancel_scope.cancel()
+
+            group.start_soon(expire)
+            await event.wait()
+            group.cancel_scope.cancel()
+        return event.is_set()
 
 
 class SystemClock(Clock):
@@ -70,11 +97,17 @@ class VirtualClock(Clock):
 
     async def sleep(self, seconds: float) -> None:
         if seconds <= 0:
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             return
         event = anyio.Event()
-        heapq.heappush(self._sleepers, (self._elapsed_s + seconds, next(self._sequence), event))
-        await event.wait()
+        sleeper = (self._elapsed_s + seconds, next(self._sequence), event)
+        heapq.heappush(self._sleepers, sleeper)
+        try:
+            await event.wait()
+        finally:
+            if sleeper in self._sleepers:
+                self._sleepers.remove(sleeper)
+                heapq.heapify(self._sleepers)
 
     def next_wake_s(self) -> float | None:
         """Seconds until the next sleeper wakes, or None when nobody sleeps."""

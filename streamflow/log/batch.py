@@ -9,6 +9,7 @@ sequence) and can be stamped any number of times, so that the same records can b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Protocol
 
 from streamflow.log import codec
@@ -59,10 +60,12 @@ class RecordBatch:
 
     def open(self) -> Iterator[LogRecord]:
         """Iterate over the records from `first_offset` on, once; decompression happens here."""
+        # The chain ends for good: the codec's own iterator raises when it is asked again after its end.
+        records: Iterator[LogRecord] = chain(self._records)
         if self._records.base_offset >= self.first_offset:
-            return iter(self._records)
+            return records
         first = self.first_offset
-        return (record for record in self._records if record.offset >= first)
+        return (record for record in records if record.offset >= first)
 
 
 class SealedBatch:

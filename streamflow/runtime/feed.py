@@ -1,0 +1,463 @@
+"""What an agent's stream pulls from: the hot path, hops 3 to 6.
+
+Per record there is one call of `__anext__`: it merges the stage of the record that is done, takes the next record of the
+run in hand, decodes it. Everything else (time slices, metrics, sending, waiting) happens between runs. A run is as long
+as the agent manages in a few milliseconds, so that nothing on the loop waits longer than a run or a record.
+
+Invariants: while the agent has a record in hand, `positions()` names that record; while it waits, what comes after the last
+one. So a snapshot of positions and outputs taken at any moment is consistent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from itertools import chain
+from operator import length_hint
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from streamflow.errors import ClosedError, ConfigurationError, DeserializationError, ProcessingError, RecordError
+from streamflow.log.batch import LogRecord
+from streamflow.model.record import TopicPartition
+from streamflow.processing.agent import Agent
+from streamflow.processing.stream import Event, View
+from streamflow.runtime.record_errors import STOP, Drop, RecordErrors
+from streamflow.runtime.turn import NO_HEADERS, Staged, Turn, unit_in_context
+
+if TYPE_CHECKING:
+    from streamflow.runtime.task import Task
+
+_RUN_S = 0.004
+_SLICE_S = 0.01
+_MAX_RUN_RECORDS = 512
+_FIRST_RUN_RECORDS = 8
+
+T = TypeVar("T")
+_EMPTY: Iterator[Any] = iter(())
+END_UNIT = object()
+
+
+class Feed(Turn, Generic[T]):
+    """A stream's source in one task; `T` is what a run consists of (records, or records with their ledger entries).
+
+    Args:
+        task: The task.
+        agent: The agent.
+        errors: Decides about records that fail.
+    """
+
+    def __init__(self, task: Task, agent: Agent[Any, Any, Any], errors: RecordErrors) -> None:
+        super().__init__(task, agent)
+        self.errors = errors
+        self.records: Iterator[T] = _EMPTY
+        self.stopping = False
+        self.parked = asyncio.Event()
+        self._failing: tuple[TopicPartition, int] | None = None
+        self._attempts = 0
+        self.taken_at_s = perf_counter()
+        self._asking = False
+        self._run_length = 0
+        self._run_records = _FIRST_RUN_RECORDS
+        self._run_started_s = 0.0
+        self._slice_started_s = 0.0
+        self._set_source(self.source, self.tp)
+
+    def _set_source(self, topic: Any, tp: TopicPartition) -> None:
+        self.source, self.tp = topic, tp
+        codec = topic.value_codec
+        self.codec = codec
+        copies = self.agent.kind == "copy" and self.agent.rekey is None
+        self.decode: Callable[[Any], Any] = _as_it_is if copies else codec.fast_decode or self._decode_with_headers
+        self.timestamp_of = self.task.timestamp_of(topic)
+
+    def _decode_with_headers(self, data: bytes | None) -> Any:
+        record = self.record
+        return self.codec.decode(data, record.headers if record is not None else [])
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    @abstractmethod
+    async def __anext__(self) -> Any:
+        """See `processing.stream.Source`."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """The unit in hand is done: its stage joins the outputs, the position passes it."""
+
+    @abstractmethod
+    def put_back(self) -> None:
+        """Drop the stage and put the unit in hand back in front, to be processed again."""
+
+    @abstractmethod
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Next offset to process per partition, as of now."""
+
+    def take_rest(self, max_records: int) -> list[LogRecord]:
+        """Take more records along with the one in hand, for a worker thread; this feed takes one at a time."""
+        return []
+
+    def finish_many(self, stages: list[list[Staged]], rest: list[LogRecord]) -> None:
+        """Give the stages back that a worker thread made; the next record, if any, is the unit in hand."""
+        for stage in stages:
+            self.stage[:] = stage
+
+    # --- between runs ------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        """Hand out nothing more: the agent is parked when it asks for its next record."""
+        self.stopping = True
+        self.records = _EMPTY
+        self.task.inputs.wake()
+
+    def _account_run(self) -> None:
+        """Tell the metrics about the run that ends, and size the next one."""
+        done = self._run_length - length_hint(self.records)
+        self._run_length = 0
+        now = perf_counter()
+        if done > 0:
+            seconds = now - self._run_started_s
+            self.task.sensors.records_processed(self.agent.name, self.tp.topic, done, seconds)
+            fitting = int(_RUN_S * done / seconds) if seconds > 0 else _MAX_RUN_RECORDS
+            self._run_records = max(1, min(fitting, self._run_records * 2, _MAX_RUN_RECORDS))
+
+    async def _yield_slice(self) -> None:
+        """Let the others run when this agent had its slice of time."""
+        if perf_counter() - self._slice_started_s > _SLICE_S:
+            await asyncio.sleep(0)
+            self._slice_started_s = perf_counter()
+
+    def _check_asker(self) -> None:
+        if asyncio.current_task() is not self.task.owner_of(self) or self._asking:
+            raise ClosedError(
+                f"agent {self.agent.name!r}: its stream is asked for a record from another task, or for two at once. A "
+                "record is done when the next one is asked for, so a wrapper must not read ahead; use take() for batches "
+                "and concurrency= for parallel work"
+            )
+
+    async def park(self) -> None:
+        """Wait to be cancelled: there are no more records for this agent."""
+        self.parked.set()
+        await asyncio.Event().wait()
+
+    # --- views -------------------------------------------------------------------------------------------------
+
+    def event(self, value: Any) -> Event[Any, Any]:
+        """See `processing.stream.Source`."""
+        record = self.record
+        if record is None:
+            raise ClosedError("there is no record in hand")
+        key = self._decode_key(record)
+        timestamp_ms = self.timestamp_ms()
+        return Event(key, value, record.headers, timestamp_ms, self.tp.topic, self.tp.partition, record.offset)
+
+    def _decode_key(self, record: LogRecord) -> Any:
+        return self.source.key_codec.decode(record.key, record.headers)
+
+    def as_view(self, value: Any, view: View) -> Any:
+        """See `processing.stream.Source`."""
+        if view == "events":
+            return self.event(value)
+        if view == "items":
+            record = self.record
+            return (self._decode_key(record) if record is not None else None, value)
+        return value
+
+    # --- failures -----------------------------------------------------------------------------------------------
+
+    def count_attempt(self) -> int:
+        """How often the unit in hand has failed, this time included."""
+        in_hand = self.in_hand()
+        first = (in_hand[0][0], in_hand[0][1].offset) if in_hand else None
+        self._attempts = self._attempts + 1 if first == self._failing else 1
+        self._failing = first
+        return self._attempts
+
+    async def decode_or_resolve(self, record: LogRecord) -> Any:
+        """Decode a record whose fast decoding failed; the policy decides when it really is undecodable.
+
+        Returns:
+            The value, or `Drop` when the record is to be passed over (its unit is already finished).
+        """
+        attempt = 0
+        while True:
+            try:
+                return await self._decode_fully(record)
+            except RecordError as error:
+                attempt += 1
+                error.at(self.tp.topic, self.tp.partition, record.offset)
+                if not await self.settle(error, attempt):
+                    return Drop
+
+    async def _decode_fully(self, record: LogRecord) -> Any:
+        try:
+            return await self.task.decode(self.codec, record)
+        except DeserializationError:
+            raise
+        except Exception as exc:
+            raise self.codec.explain(exc, record.value) from exc
+
+    async def settle(self, error: RecordError, attempt: int) -> bool:
+        """Let the policy act on the unit in hand after its `attempt`-th failure.
+
+        Returns:
+            True to try again (after the back-off), False when the unit was passed over.
+
+        Raises:
+            RecordError: The policy is to stop; inside a stream this parks the agent instead.
+        """
+        self.stage.clear()
+        decision = self.errors.decide(error, attempt)
+        if decision.retry_after_s is not None:
+            await self.task.clock.sleep(decision.retry_after_s)
+            return True
+        letters: list[Staged] = []
+        if decision.dead_letter is not None:
+            try:
+                letters = self.errors.dead_letters(self, decision.dead_letter, error, attempt)
+            except RecordError as unwritable:
+                unwritable.__cause__ = error
+                error, decision = unwritable, STOP
+        self.answer_error(error)
+        if decision.stop:
+            self.task.failed(self.agent, error, list(self.stage))
+            self.stage.clear()
+            await self.park()
+        self.stage.extend(letters)
+        self.finish()
+        return False
+
+
+class DirectFeed(Feed[LogRecord]):
+    """The feed of a task with one agent and one record in flight: the fast path."""
+
+    def __init__(self, task: Task, agent: Agent[Any, Any, Any], errors: RecordErrors) -> None:
+        super().__init__(task, agent, errors)
+        self._positions = task.start_positions()
+        self._together: list[LogRecord] | None = None
+
+    async def __anext__(self) -> Any:
+        while True:
+            if self.stage:
+                self._merge()
+            for record in self.records:
+                self.record = record
+                unit_in_context.set(record)
+                if record.headers:
+                    self.take_headers(record)
+                try:
+                    return self.decode(record.value)
+                except Exception:
+                    value = await self.decode_or_resolve(record)
+                    if value is not Drop:
+                        return value
+            await self._next_run()
+
+    def _merge(self) -> None:
+        if self.replies:
+            self.answer_nothing()
+        for output, partition, timestamp_ms, key, value, headers in self.stage:
+            output.append(partition, timestamp_ms, key, value, headers)
+        self.stage.clear()
+        if self.headers is not NO_HEADERS:
+            self.headers = NO_HEADERS
+
+    def finish(self) -> None:
+        self._merge()
+        for tp, record in self.in_hand():
+            self._positions[tp] = record.offset + 1
+        self.record = None
+        self.unit = None
+
+    def put_back(self) -> None:
+        self.stage.clear()
+        self.forget_headers()
+        in_hand = self.in_hand()
+        for tp, record in reversed(in_hand):
+            self._positions[tp] = record.offset
+        self.records = chain([record for _, record in in_hand], self.records)
+        self.record = None
+        self.unit = None
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        if self._together is not None:
+            return {**self._positions, self.tp: self._together[0].offset}
+        in_hand = self.in_hand()
+        if not in_hand:
+            return self._positions
+        positions = dict(self._positions)
+        for tp, record in reversed(in_hand):
+            positions[tp] = record.offset
+        return positions
+
+    # --- runs --------------------------------------------------------------------------------------------------
+
+    async def _next_run(self) -> None:
+        self._check_asker()
+        self._asking = True
+        try:
+            await self._wait_for_run()
+        finally:
+            self._asking = False
+
+    async def _wait_for_run(self, timeout_s: float | None = None) -> bool:
+        """Finish what is in hand and get the next run; False when the time is over or the input has ended."""
+        keep = self.unit
+        if keep is None:
+            self.finish()
+        self._account_run()
+        await self._yield_slice()
+        task = self.task
+        started_s = task.clock.monotonic()
+        while True:
+            if self.stopping:
+                await self.park()
+            if task.outputs.sealed_bytes >= task.max_unsent_bytes:
+                await task.delivery.make_room(task)
+                continue
+            run = task.inputs.next_run(self._run_records)
+            if run is not None:
+                self._install(*run)
+                return True
+            self._jump_positions()
+            if keep is not None and task.input_ended():
+                return False
+            await task.delivery.idle(task)
+            if timeout_s is None:
+                await task.inputs.wait()
+            else:
+                left_s = timeout_s - (task.clock.monotonic() - started_s)
+                if left_s <= 0 or not await task.inputs.wait_at_most(left_s):
+                    return False
+            self._slice_started_s = perf_counter()
+
+    def _install(self, source: Any, records: list[LogRecord]) -> None:
+        if source.tp != self.tp:
+            self._set_source(self.task.topic_of(source.tp), source.tp)
+        self._run_length = len(records)
+        self._run_started_s = self.taken_at_s = perf_counter()
+        self.records = iter(records)
+
+    def _jump_positions(self) -> None:
+        if self.unit is not None:
+            return
+        for tp, each in self.task.inputs.by_tp.items():
+            jump = each.position_when_drained()
+            if jump is not None and jump > self._positions[tp]:
+                self._positions[tp] = jump
+
+    # --- threads -----------------------------------------------------------------------------------------------
+
+    def take_rest(self, max_records: int) -> list[LogRecord]:
+        """Take more records of the run in hand along with the one taken; plain ones only."""
+        rest: list[LogRecord] = []
+        if self.stage:
+            return rest
+        for record in self.records:
+            if record.headers or record.value is None:
+                self.records = chain((record,), self.records)
+                break
+            rest.append(record)
+            if len(rest) == max_records:
+                break
+        first = self.record
+        if first is not None and rest:
+            self._positions[self.tp] = first.offset
+            self._together = [first, *rest]
+        return rest
+
+    def finish_many(self, stages: list[list[Staged]], rest: list[LogRecord]) -> None:
+        """Finish the records whose stages came back; the next one, if any, is the unit in hand."""
+        together = self._together or ([self.record] if self.record is not None else [])
+        self._together = None
+        for stage in stages:
+            self.stage[:] = stage
+            self._merge()
+        if len(stages) < len(together):
+            self.record = together[len(stages)]
+            self.records = chain(together[len(stages) + 1 :], self.records)
+        else:
+            self.record = together[-1]
+
+    # --- take --------------------------------------------------------------------------------------------------
+
+    async def take(self, max_records: int, within_s: float | None, view: View) -> list[Any]:
+        """See `processing.stream.Source`."""
+        self._check_asker()
+        if self.unit is not None or self.record is not None:
+            self.finish()
+        unit: list[tuple[TopicPartition, LogRecord]] = []
+        items: list[Any] = []
+        deadline_s: float | None = None
+        while len(items) < max_records:
+            record = next(self.records, None)
+            if record is None:
+                left_s = None if deadline_s is None else deadline_s - self.task.clock.monotonic()
+                if items and left_s is not None and left_s <= 0:
+                    break
+                self.unit = unit or None
+                if not await self._wait_for_run(left_s if items else None):
+                    break
+                continue
+            item = await self._take_one(record, unit, view)
+            if item is END_UNIT:
+                break
+            if item is not Drop:
+                items.append(item)
+            if items and deadline_s is None and within_s is not None:
+                deadline_s = self.task.clock.monotonic() + within_s
+        self.unit = unit
+        self.record = unit[-1][1] if unit else None
+        unit_in_context.set(unit)
+        return items
+
+    async def _take_one(self, record: LogRecord, unit: list[tuple[TopicPartition, LogRecord]], view: View) -> Any:
+        """Decode one record of a unit.
+
+        Returns:
+            The item; `Drop` when the record was passed over as a unit of its own; `END_UNIT` when the unit must be
+            handed out first, since this record does not decode and its fate must not hang on theirs.
+        """
+        self.unit, self.record = None, record
+        if record.headers:
+            self.take_headers(record)
+        try:
+            value = self.decode(record.value)
+        except Exception:
+            if unit:
+                self.records = chain((record,), self.records)
+                self.record = None
+                return END_UNIT
+            value = await self.decode_or_resolve(record)
+            if value is Drop:
+                return Drop
+        unit.append((self.tp, record))
+        return self.as_view(value, view)
+
+
+def _as_it_is(data: bytes | None) -> bytes | None:
+    return data
+
+
+def processing_error(feed: Feed[Any], exc: Exception) -> RecordError:
+    """What an exception of user code means for the unit in hand."""
+    if isinstance(exc, RecordError):
+        error = exc
+    else:
+        error = ProcessingError(f"agent {feed.agent.name!r} raised {type(exc).__name__}: {exc}")
+        error.__cause__ = exc
+    in_hand = feed.in_hand()
+    if in_hand and error.topic is None:
+        tp, record = in_hand[0]
+        error.at(tp.topic, tp.partition, record.offset)
+    return error
+
+
+def refuse_take_with_concurrency(agent: Agent[Any, Any, Any]) -> ConfigurationError:
+    """The error of `take` in an agent with `concurrency` above 1."""
+    return ConfigurationError(
+        f"agent {agent.name!r}: take() and concurrency={agent.concurrency} exclude each other; a unit of records is "
+        "processed by one coroutine. Leave one of them out"
+    )

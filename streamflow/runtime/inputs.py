@@ -1,0 +1,227 @@
+"""A task's input: whole batches as they came, opened record by record, in runs that never cross an input.
+
+With one input its order is the log's. With several the next run is of the input whose head has the smallest timestamp, up
+to the first record later than another input's head (Kafka Streams' choice, `PartitionGroup`). An input without a record in
+hand is waited for while more is known to be coming, then for `max_task_idle_s`; after that the others go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from streamflow.clock import Clock
+from streamflow.log.api import Fetched
+from streamflow.log.batch import LogRecord, RecordBatch
+from streamflow.model.record import TopicPartition
+
+_LOW_WATER_BYTES = 512 * 1024
+_EMPTY: Iterator[LogRecord] = iter(())
+
+
+class Input:
+    """One partition of one source topic in a task's hands.
+
+    Args:
+        tp: The partition.
+        position: First offset to process.
+        timestamp_of: Event time of a record; None is the record's own timestamp.
+    """
+
+    def __init__(
+        self, tp: TopicPartition, position: int, timestamp_of: Callable[[LogRecord], int] | None = None
+    ) -> None:
+        self.tp = tp
+        self.position = position
+        self.fetched_to = position
+        self.end_offset: int | None = None
+        # A bounded run takes nothing at or past its limit; where a written topic seems to end, units are flushed.
+        self.limit: int | None = None
+        self.flush_at: int | None = None
+        self.stream_time_ms = -1
+        self._timestamp_of = timestamp_of
+        self._batches: deque[RecordBatch] = deque()
+        self._queued_bytes = 0
+        self._open: Iterator[LogRecord] = _EMPTY
+        self._open_next_offset = position
+        self._head: LogRecord | None = None
+        self._jump: int | None = None
+
+    def add(self, fetched: Fetched) -> None:
+        """Queue what a fetch brought."""
+        self.end_offset = fetched.end_offset
+        self.fetched_to = max(self.fetched_to, fetched.next_offset)
+        self._batches.extend(fetched.batches)
+        self._queued_bytes += fetched.size_bytes
+        self._jump = fetched.next_offset
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether there is room for another fetch."""
+        return self._queued_bytes < _LOW_WATER_BYTES and not self.limit_reached_by(self.fetched_to)
+
+    def limit_reached_by(self, offset: int) -> bool:
+        """Whether an offset is at or past the end of a bounded run."""
+        return self.limit is not None and offset >= self.limit
+
+    def has_ended(self) -> bool:
+        """Whether a bounded run has taken everything there is to take."""
+        end = self.limit if self.limit is not None else self.flush_at
+        return end is not None and self.fetched_to >= end and self.head() is None
+
+    def head(self) -> LogRecord | None:
+        """The next record, or None while none is in hand."""
+        while self._head is None:
+            record = next(self._open, None)
+            if record is not None:
+                if self.limit_reached_by(record.offset):
+                    self._drop_rest()
+                    return None
+                self._head = record
+            elif self._batches:
+                batch = self._batches.popleft()
+                self._queued_bytes -= batch.size_bytes
+                self._open = batch.open()
+                self._open_next_offset = batch.next_offset
+            else:
+                return None
+        return self._head
+
+    def head_timestamp_ms(self) -> int:
+        """Event time of the head, which must exist."""
+        head = self.head()
+        if head is None:
+            return -1
+        return head.timestamp if self._timestamp_of is None else self._timestamp_of(head)
+
+    def take(self, max_records: int, until_ms: int | None) -> list[LogRecord]:
+        """Take up to `max_records` from one batch, none later than `until_ms`."""
+        head = self.head()
+        if head is None:
+            return []
+        self._head = None
+        if until_ms is None and self.limit is None:
+            records = [head, *islice(self._open, max_records - 1)]
+        else:
+            records = [head]
+            while len(records) < max_records:
+                record = next(self._open, None)
+                if record is None:
+                    break
+                if self.limit_reached_by(record.offset):
+                    self._drop_rest()
+                    break
+                if until_ms is not None and self._time(record) > until_ms:
+                    self._head = record
+                    break
+                records.append(record)
+        return records
+
+    def _time(self, record: LogRecord) -> int:
+        return record.timestamp if self._timestamp_of is None else self._timestamp_of(record)
+
+    def _drop_rest(self) -> None:
+        self._open = _EMPTY
+        self._batches.clear()
+        self._queued_bytes = 0
+
+    def move_to(self, position: int) -> None:
+        """Go on elsewhere: what lay at the position is not there any more."""
+        self.fetched_to = position
+        self._jump = position
+
+    def position_when_drained(self) -> int | None:
+        """Where the position may jump to once no record is in hand (over markers and holes)."""
+        if self._head is not None or self._batches:
+            return None
+        if self.limit is not None and self._jump is not None:
+            return min(self._jump, max(self.limit, self.position))
+        return self._jump
+
+
+class Inputs:
+    """The inputs of one task.
+
+    Args:
+        inputs: One per partition.
+        clock: For `max_task_idle_s`.
+        max_task_idle_s: Seconds to wait for an input that is known to be at its end, >= 0.
+        ask: Wants one more fetch of a partition.
+    """
+
+    def __init__(
+        self, inputs: list[Input], clock: Clock, max_task_idle_s: float, ask: Callable[[TopicPartition], None]
+    ) -> None:
+        self.by_tp = {each.tp: each for each in inputs}
+        self._clock = clock
+        self._max_task_idle_s = max_task_idle_s
+        self._ask = ask
+        self._arrived = asyncio.Event()
+        self._idle_since: float | None = None
+        self.enforced = 0
+
+    def add(self, fetched: Fetched) -> None:
+        """Queue what a fetch brought, and wake whoever waits."""
+        each = self.by_tp[fetched.tp]
+        each.add(fetched)
+        self.ask_more(each)
+        self.wake()
+
+    def ask_more(self, each: Input) -> None:
+        """Ask for more where there is room."""
+        if each.wants_more:
+            self._ask(each.tp)
+
+    def wake(self) -> None:
+        """Wake whoever waits."""
+        self._arrived.set()
+
+    async def wait(self) -> None:
+        """Wait until something arrived or `wake` was called.
+
+        Cancellation: atomic.
+        """
+        if self._idle_since is None:
+            await self._arrived.wait()
+        else:
+            await self._clock.wait(
+                self._arrived, max(0.001, self._max_task_idle_s - (self._clock.monotonic() - self._idle_since))
+            )
+        self._arrived.clear()
+
+    def next_run(self, max_records: int) -> tuple[Input, list[LogRecord]] | None:
+        """Take the next run of records, all of one input; None when there is none to take now."""
+        if len(self.by_tp) == 1:
+            (each,) = self.by_tp.values()
+            records = each.take(max_records, None)
+            self.ask_more(each)
+            return (each, records) if records else None
+        return self._merged_run(max_records)
+
+    def _merged_run(self, max_records: int) -> tuple[Input, list[LogRecord]] | None:
+        ready = [each for each in self.by_tp.values() if each.head() is not None]
+        for each in self.by_tp.values():
+            self.ask_more(each)
+        if not ready or (len(ready) < len(self.by_tp) and not self._may_go_without(ready)):
+            return None
+        first = min(ready, key=Input.head_timestamp_ms)
+        others = [each.head_timestamp_ms() for each in ready if each is not first]
+        return first, first.take(max_records, min(others) if others else None)
+
+    def _may_go_without(self, ready: list[Input]) -> bool:
+        for each in self.by_tp.values():
+            if each not in ready and not each.limit_reached_by(each.fetched_to):
+                if each.end_offset is None or each.fetched_to < each.end_offset:
+                    self._idle_since = None
+                    return False
+        if self._max_task_idle_s > 0:
+            now = self._clock.monotonic()
+            if self._idle_since is None:
+                self._idle_since = now
+            if now - self._idle_since < self._max_task_idle_s:
+                return False
+        self._idle_since = None
+        self.enforced += 1
+        return True

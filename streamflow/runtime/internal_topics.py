@@ -1,0 +1,104 @@
+"""Topics at start: what is missing is created, what does not fit is refused, before the group is joined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamflow.config import Settings
+from streamflow.errors import TopologyError
+from streamflow.log.api import Admin, NewTopic, TopicDescription
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.topic import Topic
+
+_REPLY_RETENTION_MS = 3_600_000
+
+
+def reply_topic_name(app_id: str) -> str:
+    """Where answers to `ask` of an app arrive."""
+    return f"{app_id}-replies"
+
+
+async def prepare_topics(
+    app: Declarations, settings: Settings, admin: Admin, *, only: frozenset[str] | None = None
+) -> Mapping[str, TopicDescription]:
+    """Make sure that all declared topics exist with the right number of partitions.
+
+    Args:
+        app: The app.
+        settings: Defaults for topics that are created.
+        admin: The log's administration.
+        only: Names of the topics to look at; None means all of the app.
+
+    Returns:
+        Every topic's description by name, the reply topic included.
+
+    Raises:
+        TopologyError: One is missing with `create=False`, or has another partition count than `partitions=` says; the
+            message has both numbers.
+    """
+    topics = {name: topic for name, topic in app.topics.items() if only is None or name in only}
+    names = [*topics, reply_topic_name(app.id)]
+    existing = dict(await admin.describe(names))
+    for topic in topics.values():
+        if not topic.internal:
+            _check(topic, existing.get(topic.name))
+    counts = {name: description.partitions for name, description in existing.items()}
+    new = _new_external(topics, settings, counts)
+    new += _new_internal(app, topics, counts)
+    if reply_topic_name(app.id) not in existing:
+        config = {"retention.ms": str(_REPLY_RETENTION_MS), "cleanup.policy": "delete"}
+        new.append(NewTopic(reply_topic_name(app.id), settings.partitions, settings.replication, config))
+    if new:
+        await admin.create(new)
+        existing.update(await admin.describe([topic.name for topic in new]))
+    return existing
+
+
+def _check(topic: Topic[Any, Any], description: TopicDescription | None) -> None:
+    if description is None:
+        if not topic.create:
+            raise TopologyError(
+                f"topic {topic.name!r} does not exist, and create=False forbids creating it ({topic.place})"
+            )
+    elif topic.partitions is not None and topic.partitions != description.partitions:
+        raise TopologyError(
+            f"topic {topic.name!r} has {description.partitions} partitions, but partitions={topic.partitions} was "
+            f"declared ({topic.place}): leave partitions= out to take the topic as it is, or declare {description.partitions}"
+        )
+
+
+def _new_external(
+    topics: Mapping[str, Topic[Any, Any]], settings: Settings, counts: dict[str, int]
+) -> list[NewTopic]:
+    new: list[NewTopic] = []
+    for topic in topics.values():
+        if topic.internal or topic.name in counts:
+            continue
+        partitions = settings.partitions if topic.partitions is None else topic.partitions
+        replication = settings.replication if topic.replication is None else topic.replication
+        counts[topic.name] = partitions
+        new.append(NewTopic(topic.name, partitions, replication, topic.topic_config()))
+    return new
+
+
+def _new_internal(app: Declarations, topics: Mapping[str, Topic[Any, Any]], counts: dict[str, int]) -> list[NewTopic]:
+    """Repartition topics have their source's partition count; a derivation may stand on another one."""
+    new: list[NewTopic] = []
+    left = [derived for derived in app.derived.values() if derived.topic.internal and derived.topic.name in topics]
+    while left:
+        known = [derived for derived in left if derived.source_topic.name in counts]
+        if not known:
+            raise TopologyError(f"the sources of {', '.join(each.topic.name for each in left)} are unknown")
+        for derived in known:
+            left.remove(derived)
+            name, partitions = derived.topic.name, counts[derived.source_topic.name]
+            if name not in counts:
+                counts[name] = partitions
+                new.append(NewTopic(name, partitions, -1, {"cleanup.policy": "delete", "retention.ms": "-1"}))
+            elif counts[name] != partitions:
+                raise TopologyError(
+                    f"repartition topic {name!r} has {counts[name]} partitions, but its source {derived.source_topic.name!r} has "
+                    f"{partitions}: stop all workers, delete {name!r} once it is drained, and start again"
+                )
+    return new

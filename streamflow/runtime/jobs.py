@@ -1,0 +1,192 @@
+"""Timers, crontabs and tasks: user code that runs beside the agents.
+
+Their sends leave at once, at least once. With `on_leader=True` they run only in the worker that owns the leader task
+(partition 0 of the first sub-topology), and what one turn sends joins that task's next commit, fenced like the rest.
+
+A timer or crontab that raises is logged and counted and comes again at its next time; a task that raises stops the worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from streamflow.clock import Clock
+from streamflow.errors import ClosedError, FatalError
+from streamflow.model.record import Headers
+from streamflow.processing.agent import Agent
+from streamflow.processing.context import current_turn
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.hooks import Action, Crontab, Task, Timer
+from streamflow.processing.topic import Topic
+from streamflow.runtime.task import Task as PartitionTask
+from streamflow.runtime.turn import Staged
+from streamflow.sensors import Sensors
+
+logger = logging.getLogger("streamflow.jobs")
+
+_LEADER_POLL_S = 0.25
+
+
+class LeaderTurn:
+    """A turn in the leader task: what it sends joins that task's outputs when it is done.
+
+    Args:
+        task: The leader task.
+    """
+
+    def __init__(self, task: PartitionTask) -> None:
+        self._task = task
+        self._stage: list[Staged] = []
+        self._open = True
+
+    def send(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> None:
+        """See `processing.context.Turn.send`."""
+        if not self._open:
+            raise ClosedError("a leader's turn is over; await everything before the function returns")
+        output = self._task.outputs.to(topic)
+        key_bytes, data = topic.key_codec.encode(key, headers), topic.value_codec.encode(value, headers)
+        output.target.check_size(key_bytes, data, headers)
+        if partition is None:
+            partition = output.null_partition() if key_bytes is None else output.target.partition_of(key_bytes)
+        output.target.check_partition(partition)
+        at_ms = self._task.clock.now_ms() if timestamp_ms is None else timestamp_ms
+        self._stage.append((output, partition, at_ms, key_bytes, data, list(headers)))
+
+    def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
+        """Asking is allowed: the turn blocks no record."""
+
+    def done(self) -> None:
+        """The turn succeeded: its sends join the task's outputs, if it still is ours."""
+        self.flush()
+        self._open = False
+
+    def flush(self) -> None:
+        """Move what was sent so far into the task's outputs."""
+        if self._task.state in ("closed", "created"):
+            raise ClosedError(f"the leader task {self._task.name} has moved to another worker")
+        for output, partition, at_ms, key, data, headers in self._stage:
+            output.append(partition, at_ms, key, data, headers)
+        self._stage.clear()
+
+
+class Jobs:
+    """Runs the timers, crontabs and tasks of one worker.
+
+    Args:
+        app: The app.
+        clock: Time.
+        sensors: Metrics hooks.
+        leader_task: The leader task where this worker owns it, else None.
+    """
+
+    def __init__(
+        self, app: Declarations, clock: Clock, sensors: Sensors, leader_task: Callable[[], PartitionTask | None]
+    ) -> None:
+        self._app = app
+        self._clock = clock
+        self._sensors = sensors
+        self._leader_task = leader_task
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        async with anyio.create_task_group() as group:
+            for timer in self._app.timers:
+                group.start_soon(self._run_timer, timer, name=f"timer {timer.name}")
+            for crontab in self._app.crontabs:
+                group.start_soon(self._run_crontab, crontab, name=f"crontab {crontab.name}")
+            for task in self._app.tasks:
+                group.start_soon(self._run_task, task, name=f"task {task.name}")
+
+    async def _run_timer(self, timer: Timer) -> None:
+        due_s = self._clock.monotonic() + timer.interval_s
+        while True:
+            await self._clock.sleep(max(0.0, due_s - self._clock.monotonic()))
+            await self._fire(timer.name, timer.fn, timer.on_leader)
+            # Missed times are not made up for: the next one is the first that lies ahead.
+            behind_s = self._clock.monotonic() - due_s
+            due_s += timer.interval_s * (1 + max(0.0, behind_s // timer.interval_s))
+
+    async def _run_crontab(self, crontab: Crontab) -> None:
+        while True:
+            due_ms = crontab.next_ms(self._clock.now_ms())
+            while (left_ms := due_ms - self._clock.now_ms()) > 0:
+                await self._clock.sleep(min(left_ms / 1000, 60.0))  # the wall clock may be set
+            await self._fire(crontab.name, crontab.fn, crontab.on_leader)
+
+    async def _fire(self, name: str, fn: Action, on_leader: bool) -> None:
+        leader = self._leader_task() if on_leader else None
+        if on_leader and leader is None:
+            return
+        try:
+            await self._turn(fn, leader)
+        except Exception:
+            self._sensors.record_error(name, "timer")
+            logger.exception("%s raised; it comes again at its next time", name)
+
+    async def _turn(self, fn: Action, leader: PartitionTask | None) -> None:
+        if leader is None:
+            current_turn.set(None)
+            await _call(fn)
+            return
+        turn = LeaderTurn(leader)
+        token = current_turn.set(turn)
+        try:
+            await _call(fn)
+        finally:
+            current_turn.reset(token)
+        turn.done()
+
+    async def _run_task(self, task: Task) -> None:
+        while task.on_leader and self._leader_task() is None:
+            await self._clock.sleep(_LEADER_POLL_S)
+        try:
+            if task.on_leader:
+                await self._run_leading(task)
+            else:
+                current_turn.set(None)
+                await _call(task.fn)
+        except Exception as exc:
+            raise FatalError(f"task {task.name!r} raised {type(exc).__name__}: {exc}") from exc
+
+    async def _run_leading(self, task: Task) -> None:
+        """Run the task while this worker leads; when leadership comes back, it starts anew."""
+        while True:
+            leader = self._leader_task()
+            if leader is None:
+                await self._clock.sleep(_LEADER_POLL_S)
+                continue
+            async with anyio.create_task_group() as group:
+                finished = False
+
+                async def lead(leader: PartitionTask = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
+                    nonlocal finished
+                    await self._turn(task.fn, leader)
+                    finished = True
+                    scope.cancel()
+
+                group.start_soon(lead)
+                while self._leader_task() is leader:
+                    await self._clock.sleep(_LEADER_POLL_S)
+                group.cancel_scope.cancel()
+            if finished:
+                return
+
+
+async def _call(fn: Action) -> None:
+    result = fn()
+    if inspect.isawaitable(result):
+        await result

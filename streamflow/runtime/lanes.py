@@ -1,0 +1,332 @@
+"""Records of one task in several hands at once: `concurrency=N`, and several agents on one source.
+
+Each record that is taken gets an entry in the ledger. An entry is done when every agent is done with its record; entries
+leave the ledger strictly from its head, and only then do their stages join the outputs and does the position move. So a
+commit never passes a record in flight, whatever order the hands finish in.
+
+A record goes to a lane of each agent by its key, so records of one key are processed in order. A record without key goes
+to the lane with the least to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from streamflow.log.batch import LogRecord
+from streamflow.model.record import TopicPartition
+from streamflow.processing.agent import Agent
+from streamflow.processing.stream import View
+from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
+from streamflow.runtime.record_errors import Drop, RecordErrors
+from streamflow.runtime.turn import NO_HEADERS, Staged, unit_in_context
+
+if TYPE_CHECKING:
+    from streamflow.runtime.task import Task
+
+_IN_FLIGHT_PER_LANE = 64
+_RUN_RECORDS = 64
+
+
+class Entry:
+    """One record in the ledger.
+
+    Args:
+        tp: Its partition.
+        record: The record.
+        agents: How many agents have to finish it.
+    """
+
+    __slots__ = ("glued", "pending", "record", "stages", "tp")
+
+    def __init__(self, tp: TopicPartition, record: LogRecord, agents: int) -> None:
+        self.tp = tp
+        self.record = record
+        self.pending = agents
+        self.stages: list[list[Staged]] = []
+        # Set inside a unit of take(): this entry may not leave without the next one.
+        self.glued = False
+
+
+class Ledger:
+    """The records of one task that were taken and are not yet merged, in the order they were taken.
+
+    Args:
+        positions: Next offset per partition at the start.
+    """
+
+    def __init__(self, positions: dict[TopicPartition, int]) -> None:
+        self._positions = positions
+        self._entries: deque[Entry] = deque()
+        self._moved = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def open(self, entry: Entry) -> None:
+        """Add the record taken last."""
+        self._entries.append(entry)
+
+    def finish(self, entry: Entry, stage: list[Staged]) -> None:
+        """One agent is done with a record."""
+        if stage:
+            entry.stages.append(stage)
+        entry.pending -= 1
+        count = 0
+        while count < len(self._entries) and self._entries[count].pending == 0:
+            count += 1
+            if not self._entries[count - 1].glued:
+                for _ in range(count):
+                    self._leave(self._entries.popleft())
+                count = 0
+
+    def _leave(self, entry: Entry) -> None:
+        for stage in entry.stages:
+            for output, partition, timestamp_ms, key, value, headers in stage:
+                output.append(partition, timestamp_ms, key, value, headers)
+        self._positions[entry.tp] = entry.record.offset + 1
+        self._moved.set()
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Next offset per partition: the oldest unfinished record of it, or what comes after the last."""
+        positions = dict(self._positions)
+        for entry in reversed(self._entries):
+            positions[entry.tp] = entry.record.offset
+        return positions
+
+    def jump(self, tp: TopicPartition, position: int) -> None:
+        """Move over a hole in the offsets; only while nothing is in flight."""
+        if not self._entries and position > self._positions[tp]:
+            self._positions[tp] = position
+
+    async def wait_moved(self) -> None:
+        """Wait until an entry has left."""
+        self._moved.clear()
+        await self._moved.wait()
+
+
+class LaneFeed(Feed[Entry]):
+    """The feed of one lane.
+
+    Args:
+        task: The task.
+        agent: The agent.
+        errors: Decides about records that fail.
+        ledger: The task's ledger.
+    """
+
+    def __init__(self, task: Task, agent: Agent[Any, Any, Any], errors: RecordErrors, ledger: Ledger) -> None:
+        super().__init__(task, agent, errors)
+        self._ledger = ledger
+        self.queue: deque[Entry] = deque()
+        self._arrived = asyncio.Event()
+        self._entries: list[Entry] = []
+
+    def push(self, entry: Entry) -> None:
+        """Hand a record to this lane."""
+        self.queue.append(entry)
+        self._arrived.set()
+
+    def wake(self) -> None:
+        """Look again: the input has ended."""
+        self._arrived.set()
+
+    def cut(self) -> None:
+        self.stopping = True
+        self._arrived.set()
+
+    async def __anext__(self) -> Any:
+        self._check_asker()
+        self._asking = True
+        try:
+            while True:
+                if self._entries:
+                    self._account()
+                    self.finish()
+                await self._yield_slice()
+                entry = await self._next_entry()
+                record = self._hold(entry)
+                try:
+                    return self.decode(record.value)
+                except Exception:
+                    value = await self.decode_or_resolve(record)
+                    if value is not Drop:
+                        return value
+        finally:
+            self._asking = False
+
+    async def _next_entry(self) -> Entry:
+        while True:
+            entry = await self._entry_within(None)
+            if entry is not None:
+                return entry
+
+    async def _entry_within(self, timeout_s: float | None) -> Entry | None:
+        """The next entry; None when the time is over, or the input has ended and a unit waits for more."""
+        if self.stopping:
+            await self.park()
+        if not self.queue:
+            self._arrived.clear()
+            if timeout_s is None:
+                await self._arrived.wait()
+            else:
+                await self.task.clock.wait(self._arrived, timeout_s)
+            self._slice_started_s = perf_counter()
+        if self.stopping:
+            await self.park()
+        return self.queue.popleft() if self.queue else None
+
+    def _hold(self, entry: Entry) -> LogRecord:
+        if entry.tp != self.tp:
+            self._set_source(self.task.topic_of(entry.tp), entry.tp)
+        self._entries = [entry]
+        record = self.record = entry.record
+        unit_in_context.set(record)
+        self.taken_at_s = perf_counter()
+        if record.headers:
+            self.take_headers(record)
+        return record
+
+    def _account(self) -> None:
+        seconds = perf_counter() - self.taken_at_s
+        self.task.sensors.records_processed(self.agent.name, self.tp.topic, 1, seconds)
+
+    def finish(self) -> None:
+        entries, self._entries = self._entries, []
+        self.record = self.unit = None
+        if not entries:
+            return
+        if self.replies:
+            self.answer_nothing()
+        self.headers = NO_HEADERS
+        stage = [staged for staged in self.stage if staged[0] is not self.task.nowhere]
+        self.stage.clear()
+        for entry in entries[:-1]:
+            entry.glued = True
+        for entry in entries[:-1]:
+            self._ledger.finish(entry, [])
+        self._ledger.finish(entries[-1], stage)
+
+    def put_back(self) -> None:
+        self.stage.clear()
+        self.forget_headers()
+        self.queue.extendleft(reversed(self._entries))
+        self._entries = []
+        self.record = self.unit = None
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        return self._ledger.positions()
+
+    async def take(self, max_records: int, within_s: float | None, view: View) -> list[Any]:
+        if self.agent.concurrency > 1:
+            raise refuse_take_with_concurrency(self.agent)
+        self._check_asker()
+        if self._entries:
+            self._account()
+            self.finish()
+        unit: list[Entry] = []
+        items: list[Any] = []
+        deadline_s: float | None = None
+        while len(items) < max_records:
+            left_s = None if deadline_s is None else deadline_s - self.task.clock.monotonic()
+            if left_s is not None and left_s <= 0:
+                break
+            entry = await self._entry_within(left_s)
+            if entry is None:
+                if unit and (deadline_s is not None or self.task.input_ended()):
+                    break
+                continue
+            item = await self._take_one(entry, unit, view)
+            if item is END_UNIT:
+                break
+            if item is not Drop:
+                items.append(item)
+            if items and deadline_s is None and within_s is not None:
+                deadline_s = self.task.clock.monotonic() + within_s
+        self._entries = unit
+        self.unit = [(entry.tp, entry.record) for entry in unit]
+        self.record = unit[-1].record if unit else None
+        unit_in_context.set(self.unit)
+        return items
+
+    async def _take_one(self, entry: Entry, unit: list[Entry], view: View) -> Any:
+        record = self._hold(entry)
+        try:
+            value = self.decode(record.value)
+        except Exception:
+            if unit:
+                self.queue.appendleft(entry)
+                return END_UNIT
+            value = await self.decode_or_resolve(record)
+            if value is Drop:
+                return Drop
+        unit.append(entry)
+        return self.as_view(value, view)
+
+
+class Dispatcher:
+    """Moves the task's records into lanes, bounded by what is in flight.
+
+    Args:
+        task: The task.
+        ledger: Its ledger.
+        lanes: Per agent, its lanes.
+    """
+
+    def __init__(self, task: Task, ledger: Ledger, lanes: list[list[LaneFeed]]) -> None:
+        self._task = task
+        self._ledger = ledger
+        self._lanes = lanes
+        self._max_in_flight = _IN_FLIGHT_PER_LANE * max(len(each) for each in lanes)
+        self.stopping = False
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        task, ledger = self._task, self._ledger
+        while True:
+            if len(ledger) >= self._max_in_flight:
+                await ledger.wait_moved()
+                continue
+            if task.outputs.sealed_bytes >= task.max_unsent_bytes:
+                await task.delivery.make_room(task)
+                continue
+            run = None if self.stopping else task.inputs.next_run(min(_RUN_RECORDS, self._max_in_flight - len(ledger)))
+            if run is None:
+                await self._wait()
+                continue
+            source, records = run
+            readers = self._readers(source.tp)
+            for record in records:
+                self._dispatch(Entry(source.tp, record, len(readers)), readers)
+            await asyncio.sleep(0)
+
+    async def _wait(self) -> None:
+        for tp, each in self._task.inputs.by_tp.items():
+            jump = each.position_when_drained()
+            if jump is not None:
+                self._ledger.jump(tp, jump)
+        if self._task.input_ended():
+            for lanes in self._lanes:
+                for lane in lanes:
+                    lane.wake()
+        await self._task.delivery.idle(self._task)
+        await self._task.inputs.wait()
+
+    def _readers(self, tp: TopicPartition) -> list[list[LaneFeed]]:
+        """The lanes of the agents that read a topic."""
+        return [lanes for lanes in self._lanes if any(topic.name == tp.topic for topic in lanes[0].agent.input_topics)]
+
+    def _dispatch(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
+        self._ledger.open(entry)
+        key = entry.record.key
+        for lanes in readers:
+            if len(lanes) == 1:
+                lanes[0].push(entry)
+            elif key is None:
+                min(lanes, key=lambda lane: len(lane.queue)).push(entry)
+            else:
+                lanes[crc32(key) % len(lanes)].push(entry)

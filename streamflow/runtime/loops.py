@@ -1,0 +1,93 @@
+"""The worker's loops: fetching, committing, lingering outputs, group events, and the watch over the event loop itself."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+
+import anyio.abc
+
+from streamflow.clock import Clock
+from streamflow.config import Settings
+from streamflow.log.api import Group, Reader
+from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
+from streamflow.runtime.task_manager import TaskManager
+from streamflow.sensors import Sensors
+
+_WATCH_S = 0.1
+_STALL_S = 0.01
+
+
+class Loops:
+    """What runs beside the tasks while a worker runs.
+
+    Args:
+        settings: Intervals.
+        clock: Time.
+        sensors: Metrics hooks.
+        group: The membership.
+        reader: The source lane.
+        delivery: Commits.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        sensors: Sensors,
+        group: Group,
+        reader: Reader,
+        delivery: AtLeastOnce | ExactlyOnce,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._sensors = sensors
+        self._group = group
+        self._reader = reader
+        self._delivery = delivery
+        self.output_waits = asyncio.Event()
+
+    def start(self, services: anyio.abc.TaskGroup, manager: TaskManager) -> None:
+        """Start all loops in a task group that the worker cancels."""
+        services.start_soon(self._fetch, manager)
+        services.start_soon(self._commit, manager)
+        services.start_soon(self._follow_group, manager)
+        services.start_soon(self._watch, manager)
+        if isinstance(self._delivery, AtLeastOnce):
+            services.start_soon(self._linger, manager)
+
+    async def _fetch(self, manager: TaskManager) -> None:
+        while True:
+            for fetched in await self._reader.receive():
+                await manager.fetched(fetched)
+
+    async def _commit(self, manager: TaskManager) -> None:
+        interval_s = self._settings.commit_interval_ms / 1000
+        while True:
+            await self._clock.wait(self._delivery.wanted, interval_s)
+            self._delivery.wanted.clear()
+            await self._delivery.commit(manager.running())
+
+    async def _linger(self, manager: TaskManager) -> None:
+        linger_s = self._settings.linger_ms / 1000
+        while True:
+            await self.output_waits.wait()
+            self.output_waits.clear()
+            await self._clock.sleep(linger_s)
+            await self._delivery.linger(manager.running())
+
+    async def _follow_group(self, manager: TaskManager) -> None:
+        while True:
+            await manager.handle(await self._group.next_event())
+
+    async def _watch(self, manager: TaskManager) -> None:
+        """Measure stalls of the event loop, and report progress unless a record is stuck."""
+        max_poll_s = self._settings.max_poll_interval_ms / 1000
+        while True:
+            before_s = perf_counter()
+            await asyncio.sleep(_WATCH_S)
+            stalled_s = perf_counter() - before_s - _WATCH_S
+            if stalled_s > _STALL_S:
+                self._sensors.loop_stalled(stalled_s)
+            if all(task.oldest_in_flight_s() < max_poll_s for task in manager.running()):
+                self._group.report_progress()

@@ -1,0 +1,140 @@
+"""Runs one agent function over one feed, and calls it anew after an error (its locals are then lost)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from streamflow.errors import ProcessingError, RecordError
+from streamflow.log.batch import LogRecord
+from streamflow.processing.agent import Agent
+from streamflow.processing.context import current_turn
+from streamflow.processing.stream import Stream
+from streamflow.runtime.feed import Feed, processing_error
+from streamflow.runtime.turn import NO_HEADERS, unit_in_context
+
+_THREAD_BATCH_RECORDS = 256
+
+
+class AgentRun:
+    """One coroutine of one agent in one task.
+
+    Args:
+        agent: The agent.
+        feed: Where its records come from.
+    """
+
+    def __init__(self, agent: Agent[Any, Any, Any], feed: Feed[Any]) -> None:
+        self.agent = agent
+        self.feed = feed
+        self.scope = anyio.CancelScope()
+
+    async def run(self) -> None:
+        """Run until cancelled through `scope` (after the feed was cut, or its records were lost)."""
+        current_turn.set(self.feed)
+        body = self._body()
+        with self.scope:
+            while True:
+                try:
+                    await body()
+                except Exception as exc:
+                    await self._failed(exc)
+                else:
+                    await self._returned()
+
+    def _body(self) -> Callable[[], Awaitable[None]]:
+        if self.agent.kind == "generator":
+            return self._over_generator
+        if self.agent.kind == "stream":
+            return self._over_stream
+        if self.agent.kind == "copy":
+            return self._copy
+        if self.agent.thread:
+            return self._in_thread
+        return self._per_record_async if self.agent.is_async else self._per_record
+
+    # --- the forms of an agent -----------------------------------------------------------------------------------
+
+    async def _over_generator(self) -> None:
+        emit = self.feed.emitter()
+        async with aclosing(self.agent.fn(Stream(self.feed))) as results:
+            async for result in results:
+                emit(result)
+
+    async def _over_stream(self) -> None:
+        await self.agent.fn(Stream(self.feed))
+
+    async def _per_record(self) -> None:
+        emit, function = self.feed.emitter(), self.agent.fn
+        async for value in self.feed:
+            emit(function(value))
+
+    async def _per_record_async(self) -> None:
+        emit, function = self.feed.emitter(), self.agent.fn
+        async for value in self.feed:
+            emit(await function(value))
+
+    async def _copy(self) -> None:
+        """Copy records into a derived topic, with a new key where it has one."""
+        feed, copier = self.feed, self.agent
+        (topic,) = copier.sink_topics
+        async for value in feed:
+            if copier.rekey is None:
+                feed.copy_to(topic, feed.record_key())
+            else:
+                feed.copy_to(topic, topic.key_codec.encode(copier.rekey(value), NO_HEADERS))
+
+    async def _in_thread(self) -> None:
+        """Process what is there in one hop to a worker thread; each record keeps a stage of its own."""
+        feed = self.feed
+        async for first in feed:
+            rest = feed.take_rest(_THREAD_BATCH_RECORDS)
+            done, error = await anyio.to_thread.run_sync(
+                partial(copy_context().run, self._work_through, first, rest), abandon_on_cancel=False
+            )
+            feed.finish_many(done, rest)
+            if error is not None:
+                raise error
+
+    def _work_through(self, first: Any, rest: list[LogRecord]) -> tuple[list[list[Any]], Exception | None]:
+        """In the worker thread: the stages of the records that succeeded, and the error of the one that did not."""
+        feed, function = self.feed, self.agent.fn
+        done: list[list[Any]] = []
+        value = first
+        for number in range(len(rest) + 1):
+            try:
+                if number:
+                    record = rest[number - 1]
+                    feed.record = record
+                    unit_in_context.set(record)
+                    value = feed.codec.decode(record.value, record.headers)
+                feed.emit(function(value))
+            except Exception as exc:
+                return done, exc
+            done.append(list(feed.stage))
+            feed.stage.clear()
+        return done, None
+
+    # --- failures ------------------------------------------------------------------------------------------------
+
+    async def _failed(self, exc: Exception) -> None:
+        feed = self.feed
+        error = processing_error(feed, exc)
+        if not feed.in_hand():
+            feed.task.failed(self.agent, error, [])
+            await feed.park()
+        if await feed.settle(error, feed.count_attempt()):
+            feed.put_back()
+
+    async def _returned(self) -> None:
+        error: RecordError = ProcessingError(
+            f"agent {self.agent.name!r} returned before its stream ended: it must go on asking for records "
+            "(`async for ...` without break or return); to pass records over, use continue"
+        )
+        await self._failed(error)

@@ -1,0 +1,105 @@
+"""What a process needs to send and ask outside any record's turn; workers and clients share it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+
+from streamflow.clock import Clock
+from streamflow.log.api import Log, TopicDescription
+from streamflow.model.record import Headers, RecordMetadata
+from streamflow.processing.agent import Agent
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.topic import Topic
+from streamflow.runtime.asks import Asks
+from streamflow.runtime.internal_topics import reply_topic_name
+from streamflow.runtime.sender import DirectSender
+from streamflow.runtime.targets import KnownTargets
+from streamflow.runtime.turn import Staged
+from streamflow.sensors import Sensors
+
+
+class ProcessSender:
+    """Sends and asks for one app in this process; made by `open`.
+
+    Args:
+        direct: Sends records.
+        asks: Asks agents.
+    """
+
+    def __init__(self, direct: DirectSender, asks: Asks) -> None:
+        self._direct = direct
+        self._asks = asks
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        app: Declarations,
+        log: Log,
+        known: KnownTargets,
+        descriptions: Mapping[str, TopicDescription],
+        clock: Clock,
+        sensors: Sensors,
+    ) -> AsyncIterator[ProcessSender]:
+        """Run while the block runs.
+
+        Args:
+            app: The app.
+            log: An open log.
+            known: Its targets.
+            descriptions: Its topics, the reply topic among them.
+            clock: Time.
+            sensors: Metrics hooks.
+        """
+        async with log.producer() as producer:
+            direct = DirectSender(producer, known.of, clock, sensors)
+            reply_topic = reply_topic_name(app.id)
+            partitions = descriptions[reply_topic].partitions
+            asks = Asks(log, direct, reply_topic, partitions, clock)
+            async with direct.open(), anyio.create_task_group() as tasks:
+                tasks.start_soon(asks.run)
+                try:
+                    yield cls(direct, asks)
+                finally:
+                    tasks.cancel_scope.cancel()
+
+    async def send(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> RecordMetadata:
+        """See `processing.context.Sender`."""
+        return await self._direct.send(
+            topic, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
+        )
+
+    def send_nowait(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> None:
+        """See `processing.context.Sender`."""
+        self._direct.send_nowait(topic, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+
+    async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any, timeout_s: float) -> Any:
+        """See `processing.context.Sender`."""
+        return await self._asks.ask(agent, value, key=key, timeout_s=timeout_s)
+
+    def send_answers(self, answers: Iterable[Staged]) -> None:
+        """Send answers of a record that stops the worker: outside any commit, since its record is not committed."""
+        for output, partition, timestamp_ms, key, value, headers in answers:
+            self._direct.add_encoded(output.target, key, value, partition, timestamp_ms, headers, None)

@@ -1,0 +1,85 @@
+"""What a worker tells about itself: frozen snapshots for the web pages, metrics and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionStatus:
+    """One source partition.
+
+    Attributes:
+        topic: Topic.
+        partition: Partition.
+        position: Next offset to process.
+        end_offset: End of the partition as last seen; None before the first fetch.
+        lag: Records between the two; None while the end is unknown.
+    """
+
+    topic: str
+    partition: int
+    position: int
+    end_offset: int | None
+    lag: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStatus:
+    """One task.
+
+    Attributes:
+        task: Its name, `<sub-topology>-<partition>`.
+        state: created, running, finishing or closed.
+        partitions: Its source partitions.
+        oldest_in_flight_s: Seconds the record taken first has been in an agent's hands; 0 between records.
+    """
+
+    task: str
+    state: str
+    partitions: tuple[PartitionStatus, ...]
+    oldest_in_flight_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker.
+
+    Attributes:
+        app: App id.
+        state: starting, running, rebalancing, stopping or stopped.
+        address: The log's address.
+        guarantee: exactly_once or at_least_once.
+        tasks: Its tasks, sorted by name.
+        ready: Assigned and processing (a worker without partitions is ready too).
+        live: Getting on: no record is stuck, commits succeed, the group hears from it.
+        live_reason: Why it is not live; "ok" otherwise.
+        rebalances: Rebalances so far.
+        rebalance_s: Seconds spent in them.
+        last_commit_age_s: Seconds since the last commit; None before the first.
+    """
+
+    app: str
+    state: str
+    address: str
+    guarantee: str
+    tasks: tuple[TaskStatus, ...]
+    ready: bool
+    live: bool
+    live_reason: str
+    rebalances: int
+    rebalance_s: float
+    last_commit_age_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a bounded run is.
+
+    Attributes:
+        done: Records of the external topics that are committed.
+        total: Records they had at the start.
+    """
+
+    done: int
+    total: int

@@ -1,0 +1,68 @@
+"""Is a worker getting on? The snapshot behind `/live`, `/ready`, the metrics and the status page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streamflow.runtime.status import PartitionStatus, TaskStatus, WorkerStatus
+from streamflow.runtime.task import Task
+
+if TYPE_CHECKING:
+    from streamflow.runtime.worker import Worker
+
+_STALE_COMMIT_S = 30.0
+
+
+def snapshot(worker: Worker) -> WorkerStatus:
+    """What a worker says about itself now."""
+    manager, group = worker.manager, worker.group
+    tasks = tuple(sorted((_task_status(task) for task in manager.running()), key=lambda each: each.task)) if manager else ()
+    statistics = group.statistics() if group is not None else None
+    commit_age_s = worker.last_commit_age_s()
+    reason = _why_not_live(worker, tasks, statistics.last_heartbeat_age_s if statistics else None)
+    state = "rebalancing" if worker.state == "running" and manager is not None and manager.changing else worker.state
+    return WorkerStatus(
+        app=worker.app.id,
+        state=state,
+        address=worker.address,
+        guarantee=worker.guarantee,
+        tasks=tasks,
+        ready=worker.state == "running" and all(task.state == "running" for task in tasks),
+        live=reason == "ok",
+        live_reason=reason,
+        rebalances=statistics.rebalances if statistics else 0,
+        rebalance_s=statistics.rebalance_s if statistics else 0.0,
+        last_commit_age_s=commit_age_s,
+    )
+
+
+def _task_status(task: Task) -> TaskStatus:
+    positions = task.positions()
+    partitions = tuple(
+        PartitionStatus(
+            topic=tp.topic,
+            partition=tp.partition,
+            position=position,
+            end_offset=end,
+            lag=None if end is None else max(0, end - position),
+        )
+        for tp, position in sorted(positions.items())
+        for end in (task.inputs.by_tp[tp].end_offset,)
+    )
+    return TaskStatus(task.name, task.state, partitions, task.oldest_in_flight_s())
+
+
+def _why_not_live(worker: Worker, tasks: tuple[TaskStatus, ...], heartbeat_age_s: float | None) -> str:
+    stuck_s = worker.settings.max_poll_interval_ms / 1000
+    for task in tasks:
+        if task.oldest_in_flight_s > stuck_s:
+            return f"task {task.task} has had a record in hand for {task.oldest_in_flight_s:.0f} s"
+    session_s = worker.settings.session_timeout_ms / 1000
+    if heartbeat_age_s is not None and heartbeat_age_s > session_s:
+        return f"the group has not answered a heartbeat for {heartbeat_age_s:.0f} s"
+    waiting_s = worker.uncommitted_for_s()
+    if waiting_s > max(_STALE_COMMIT_S, 3 * session_s):
+        return f"nothing could be committed for {waiting_s:.0f} s"
+    if worker.state == "stopped":
+        return "the worker has stopped"
+    return "ok"

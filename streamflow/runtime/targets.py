@@ -1,0 +1,55 @@
+"""Topics that are written to: described once, at start or when a client first uses one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamflow.errors import UnknownTopicError
+from streamflow.log.api import Admin, TopicDescription
+from streamflow.processing.topic import Topic
+from streamflow.runtime.outputs import Target, Targets
+
+_DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
+
+
+class KnownTargets:
+    """The targets of one app in this process.
+
+    Args:
+        admin: For topics that are not known yet.
+        compression: Codec number for what is written.
+    """
+
+    def __init__(self, admin: Admin, compression: int) -> None:
+        self._admin = admin
+        self._compression = compression
+        self.targets = Targets()
+
+    def add(self, topic: Topic[Any, Any], description: TopicDescription) -> Target:
+        """Make a described topic known."""
+        max_bytes = int(description.config.get("max.message.bytes", _DEFAULT_MAX_MESSAGE_BYTES))
+        target = Target(topic, description.partitions, max_bytes, self._compression)
+        self.targets.add(target)
+        return target
+
+    def add_all(self, topics: Mapping[str, Topic[Any, Any]], descriptions: Mapping[str, TopicDescription]) -> None:
+        """Make all declared topics known that exist."""
+        for name, topic in topics.items():
+            if name in descriptions:
+                self.add(topic, descriptions[name])
+
+    async def of(self, topic: Topic[Any, Any]) -> Target:
+        """The target of a topic, described now if it is not known.
+
+        Raises:
+            UnknownTopicError: It does not exist.
+        """
+        if topic.name in self.targets:
+            return self.targets[topic.name]
+        described = await self._admin.describe([topic.name])
+        if topic.name not in described:
+            raise UnknownTopicError(
+                f"topic {topic.name!r} does not exist: start a worker of the app once, which creates its topics, or create it"
+            )
+        return self.add(topic, described[topic.name])

@@ -1,0 +1,260 @@
+"""A task: one partition of one sub-topology, the unit of processing, commit and movement.
+
+It ties together its inputs, its agents' feeds and runs, and its outputs. It knows neither the group nor the other tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from streamflow.clock import Clock
+from streamflow.errors import DeserializationError, RecordError
+from streamflow.log.api import OffsetMark
+from streamflow.log.batch import LogRecord
+from streamflow.model.record import Headers, TopicPartition
+from streamflow.model.serde import BoundCodec, NeedSchema
+from streamflow.processing.agent import Agent
+from streamflow.processing.topic import Topic
+from streamflow.processing.topology import SubTopology
+from streamflow.runtime.delivery import Delivery
+from streamflow.runtime.feed import DirectFeed, Feed
+from streamflow.runtime.inputs import Input, Inputs
+from streamflow.runtime.lanes import Dispatcher, LaneFeed, Ledger
+from streamflow.runtime.outputs import Outputs, OutputTopic, Targets
+from streamflow.runtime.record_errors import RecordErrors
+from streamflow.runtime.run import AgentRun
+from streamflow.runtime.turn import Staged
+from streamflow.sensors import Sensors
+
+
+class Nowhere(OutputTopic):
+    """An output that goes nowhere: it only makes a feed look at a unit's headers again."""
+
+    def __init__(self) -> None:
+        """Has no topic."""
+
+    def append(
+        self, partition: int, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: Headers
+    ) -> None:
+        """Drop it."""
+
+
+class Surroundings:
+    """What every task of a worker shares.
+
+    Args:
+        clock: Time.
+        sensors: Metrics hooks.
+        delivery: The processing guarantee.
+        targets: Topics that may be written.
+        failed: Told when a record stops the worker: agent, error, answers to send at once.
+        ask: Wants one more fetch of a partition.
+        output_waits: Told when a task has something to send.
+        max_task_idle_s: See `Inputs`.
+        max_unsent_bytes: Unsent output of one task above which it waits.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        sensors: Sensors,
+        delivery: Delivery,
+        targets: Targets,
+        failed: Callable[[Agent[Any, Any, Any], RecordError, list[Staged]], None],
+        ask: Callable[[TopicPartition], None],
+        output_waits: Callable[[], None],
+        max_task_idle_s: float,
+        max_unsent_bytes: int,
+    ) -> None:
+        self.clock = clock
+        self.sensors = sensors
+        self.delivery = delivery
+        self.targets = targets
+        self.failed = failed
+        self.ask = ask
+        self.output_waits = output_waits
+        self.max_task_idle_s = max_task_idle_s
+        self.max_unsent_bytes = max_unsent_bytes
+
+
+class Task:
+    """One partition of one sub-topology in this worker's hands.
+
+    Args:
+        sub_topology: Which one.
+        partition: Which partition.
+        agents: Its agents.
+        topics: Its source topics.
+        positions: Next offset per source partition.
+        shared: What the worker's tasks share.
+    """
+
+    nowhere = Nowhere()
+
+    def __init__(
+        self,
+        sub_topology: SubTopology,
+        partition: int,
+        agents: list[Agent[Any, Any, Any]],
+        topics: list[Topic[Any, Any]],
+        positions: Mapping[TopicPartition, int],
+        shared: Surroundings,
+    ) -> None:
+        self.sub_topology = sub_topology
+        self.partition = partition
+        self.name = f"{sub_topology.name}-{partition}"
+        self.clock = shared.clock
+        self.sensors = shared.sensors
+        self.delivery = shared.delivery
+        self.max_unsent_bytes = shared.max_unsent_bytes
+        self.failed = shared.failed
+        self.committed: dict[TopicPartition, int] = dict(positions)
+        self.outputs = Outputs(shared.targets, shared.output_waits)
+        self._targets = shared.targets
+        self._topics = {topic.name: topic for topic in topics}
+        self._positions = dict(positions)
+        inputs = [Input(tp, at, self.timestamp_of(self._topics[tp.topic])) for tp, at in positions.items()]
+        self.inputs = Inputs(inputs, shared.clock, shared.max_task_idle_s, shared.ask)
+        self._owners: dict[int, asyncio.Task[Any] | None] = {}
+        self._dispatcher: Dispatcher | None = None
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+        self.state = "created"
+        self._runs = self._make_runs(agents)
+
+    def _make_runs(self, agents: list[Agent[Any, Any, Any]]) -> list[AgentRun]:
+        if len(agents) == 1 and agents[0].concurrency == 1:
+            feed = DirectFeed(self, agents[0], RecordErrors(agents[0], self.sensors))
+            return [AgentRun(agents[0], feed)]
+        ledger = Ledger(self.start_positions())
+        lanes = [
+            [LaneFeed(self, agent, RecordErrors(agent, self.sensors), ledger) for _ in range(agent.concurrency)]
+            for agent in agents
+        ]
+        self._dispatcher = Dispatcher(self, ledger, lanes)
+        return [AgentRun(feed.agent, feed) for each in lanes for feed in each]
+
+    # --- what feeds and turns ask ------------------------------------------------------------------------------
+
+    def start_positions(self) -> dict[TopicPartition, int]:
+        """Where the task started."""
+        return dict(self._positions)
+
+    def topic_of(self, tp: TopicPartition) -> Topic[Any, Any]:
+        """The declared topic of a source partition."""
+        return self._topics[tp.topic]
+
+    def timestamp_of(self, topic: Topic[Any, Any]) -> Callable[[LogRecord], int] | None:
+        """The topic's timestamp extractor over raw records; None where the record's own timestamp counts."""
+        extract = topic.timestamp_ms_of
+        return None if extract is None else partial(_extracted, extract, topic.value_codec)
+
+    def owner_of(self, feed: Feed[Any]) -> asyncio.Task[Any] | None:
+        """The asyncio task in which the agent of a feed runs."""
+        return self._owners.get(id(feed))
+
+    def reply_output(self, topic: str) -> OutputTopic | None:
+        """Where answers go; None when the asking app's reply topic is unknown here."""
+        return self.outputs.to(self._targets[topic].topic) if topic in self._targets else None
+
+    def input_ended(self) -> bool:
+        """Whether a bounded run has taken everything there is to take: a unit of take() waits for nothing more."""
+        return all(each.has_ended() for each in self.inputs.by_tp.values())
+
+    def flush_inputs_at(self, ends: Mapping[TopicPartition, int]) -> None:
+        """In a bounded run: written topics seem to end here."""
+        for tp, end in ends.items():
+            if tp in self.inputs.by_tp and self.inputs.by_tp[tp].flush_at != end:
+                self.inputs.by_tp[tp].flush_at = end
+                self.inputs.wake()
+
+    async def decode(self, codec: BoundCodec, record: LogRecord) -> Any:
+        """Decode a record whole, loading a schema that is not known yet (off the record's turn)."""
+        try:
+            return codec.decode(record.value, record.headers)
+        except NeedSchema as need:
+            if codec.load_schema is None:
+                raise DeserializationError(
+                    f"the value needs schema {need.id}, which its serializer cannot load: give the codec an "
+                    "async method load_schema(id)"
+                ) from need
+            await codec.load_schema(need.id)
+            return codec.decode(record.value, record.headers)
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run the agents until `close`; owned by the worker's task group."""
+        self.state = "running"
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as group:
+                    for each in self._runs:
+                        group.start_soon(self._run_agent, each)
+                    if self._dispatcher is not None:
+                        group.start_soon(self._dispatcher.run)
+                    for each_input in self.inputs.by_tp.values():
+                        self.inputs.ask_more(each_input)
+        finally:
+            self.state = "closed"
+            self._ended.set()
+
+    async def _run_agent(self, run: AgentRun) -> None:
+        self._owners[id(run.feed)] = asyncio.current_task()
+        await run.run()
+
+    async def finish_records(self) -> None:
+        """Hand out nothing more and wait until every agent is done with the record in its hands."""
+        self.state = "finishing"
+        if self._dispatcher is not None:
+            self._dispatcher.stopping = True
+        for run in self._runs:
+            run.feed.cut()
+        for run in self._runs:
+            await run.feed.parked.wait()
+
+    async def close(self) -> None:
+        """Cancel the agents and wait until they are gone; what is uncommitted is dropped with the task."""
+        if self.state == "created":
+            self._ended.set()
+        self._scope.cancel()
+        await self._ended.wait()
+
+    # --- positions ---------------------------------------------------------------------------------------------
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Next offset to process per source partition, as of now."""
+        return self._runs[0].feed.positions()
+
+    def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
+        """Positions that moved since the last commit."""
+        return {
+            tp: OffsetMark(position) for tp, position in self.positions().items() if position > self.committed[tp]
+        }
+
+    def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
+        """The log has these offsets of ours."""
+        for tp, mark in offsets.items():
+            if tp in self.committed:
+                self.committed[tp] = mark.offset
+
+    def oldest_in_flight_s(self) -> float:
+        """How long the record that was taken first is being processed, in seconds; 0 between records."""
+        now = perf_counter()
+        ages = [now - run.feed.taken_at_s for run in self._runs if run.feed.in_hand()]
+        return max(ages, default=0.0)
+
+
+def _extracted(extract: Callable[[Any], int], codec: BoundCodec, record: LogRecord) -> int:
+    try:
+        return extract(codec.decode(record.value, record.headers))
+    except Exception:
+        return record.timestamp  # it does not decode: its turn says so, with its place

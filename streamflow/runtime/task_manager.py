@@ -1,0 +1,271 @@
+"""Opens and closes tasks as the group assigns, revokes and loses partitions.
+
+What is assigned starts at its committed offsets; what is revoked finishes the records in hand, commits, and only then is
+let go; what is lost is dropped with all that is uncommitted. Tasks that stay are never touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from streamflow.clock import Clock
+from streamflow.config import Settings
+from streamflow.errors import FatalError, OffsetOutOfRangeError, RefusedError, RetriableError
+from streamflow.log.api import Admin, Assigned, Fetched, Group, GroupEvent, Lost, OffsetMark, Reader, Revoked
+from streamflow.model.record import TopicPartition
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.topology import SubTopology
+from streamflow.runtime.delivery import Delivery
+from streamflow.runtime.derived import Copier
+from streamflow.runtime.task import Surroundings, Task
+from streamflow.sensors import Sensors
+
+logger = logging.getLogger("streamflow.tasks")
+
+_RETRY_S = 0.2
+
+
+class TaskManager:
+    """The tasks of one worker.
+
+    Args:
+        app: The app.
+        sub_topologies: Its sub-topologies.
+        counts: Partition count per source topic.
+        settings: Time-outs, offset reset.
+        group: The membership.
+        reader: The source lane.
+        admin: For offsets.
+        delivery: Commits what is revoked.
+        shared: What tasks share.
+        tasks: Task group the tasks run in.
+    """
+
+    def __init__(
+        self,
+        app: Declarations,
+        sub_topologies: Sequence[SubTopology],
+        counts: Callable[[str], int],
+        settings: Settings,
+        group: Group,
+        reader: Reader,
+        admin: Admin,
+        delivery: Delivery,
+        shared: Surroundings,
+        tasks: anyio.abc.TaskGroup,
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._group = group
+        self._reader = reader
+        self._admin = admin
+        self._delivery = delivery
+        self._shared = shared
+        self._task_group = tasks
+        self._counts = counts
+        self._by_topic = {topic: sub for sub in sub_topologies for topic in sub.topics}
+        self._agents = {sub.name: agents_of(app, sub) for sub in sub_topologies}
+        self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
+        self._by_tp: dict[TopicPartition, Task] = {}
+        self.tasks: dict[tuple[str, int], Task] = {}
+        self.changing = False
+        self.assigned_once = anyio.Event()
+        self.limits: dict[TopicPartition, int] = {}
+
+    @property
+    def _clock(self) -> Clock:
+        return self._shared.clock
+
+    @property
+    def _sensors(self) -> Sensors:
+        return self._shared.sensors
+
+    def running(self) -> list[Task]:
+        """Tasks whose work is to be committed."""
+        return list(self.tasks.values())
+
+    def task_of(self, tp: TopicPartition) -> Task | None:
+        """The task that owns a source partition."""
+        return self._by_tp.get(tp)
+
+    # --- events ------------------------------------------------------------------------------------------------
+
+    async def handle(self, event: GroupEvent) -> None:
+        """Act on one event of the group; events are handled one after the other."""
+        self.changing = True
+        try:
+            if isinstance(event, Assigned):
+                await self._assigned(event.partitions)
+            elif isinstance(event, Revoked):
+                await self._revoked(event.partitions)
+            else:
+                await self._lost(event)
+        finally:
+            self.changing = False
+
+    async def _assigned(self, partitions: frozenset[TopicPartition]) -> None:
+        for tp in partitions:
+            sub = self._by_topic[tp.topic]
+            self._incomplete.setdefault((sub.name, tp.partition), set()).add(tp)
+        complete = {key: tps for key, tps in self._incomplete.items() if self._is_complete(key, tps)}
+        for key in complete:
+            del self._incomplete[key]
+        starts = await self._starts([tp for tps in complete.values() for tp in tps])
+        if partitions:
+            logger.info("assigned: %s", _named(partitions))
+            self._sensors.rebalanced(len(partitions), 0, 0)
+            await call_all(self._app.assigned_hooks, set(partitions))
+        for key, tps in complete.items():
+            self._open(key, {tp: starts[tp] for tp in tps})
+        self.assigned_once.set()
+
+    def _is_complete(self, key: tuple[str, int], tps: set[TopicPartition]) -> bool:
+        name, partition = key
+        sub = next(each for each in self._by_topic.values() if each.name == name)
+        return len(tps) == sum(1 for topic in sub.topics if partition < self._counts(topic))
+
+    def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, tuple[int, bool]]) -> None:
+        sub = self._by_topic[next(iter(starts)).topic]
+        topics = [self._app.topics[name] for name in sub.topics]
+        positions = {tp: position for tp, (position, _) in starts.items()}
+        task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared)
+        for tp, (position, is_committed) in starts.items():
+            self._by_tp[tp] = task
+            if not is_committed:
+                task.committed[tp] = -1  # so that the first commit pins where the task started
+            self._reader.add(tp, position)
+            task.inputs.by_tp[tp].limit = self.limits.get(tp)
+        self.tasks[key] = task
+        self._task_group.start_soon(task.run, name=f"task {task.name}")
+
+    async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
+        logger.info("revoked: %s", _named(partitions))
+        tasks = self._tasks_of(partitions)
+        with anyio.move_on_after(self._settings.rebalance_timeout_ms / 2000):
+            async with anyio.create_task_group() as group:
+                for task in tasks:
+                    group.start_soon(task.finish_records)
+        await self._delivery.commit(tasks)
+        await self._close(tasks, partitions)
+        self._sensors.rebalanced(0, len(partitions), 0)
+        self._group.revoked(partitions)
+
+    async def _lost(self, event: Lost) -> None:
+        logger.warning("lost: %s: %s", _named(event.partitions), event.reason)
+        await self._close(self._tasks_of(event.partitions), event.partitions)
+        self._sensors.rebalanced(0, 0, len(event.partitions))
+
+    def _tasks_of(self, partitions: Iterable[TopicPartition]) -> list[Task]:
+        return list({id(task): task for tp in partitions if (task := self._by_tp.get(tp)) is not None}.values())
+
+    async def _close(self, tasks: Iterable[Task], partitions: frozenset[TopicPartition]) -> None:
+        for task in tasks:
+            for tp in task.committed:
+                self._by_tp.pop(tp, None)
+                self._reader.remove(tp)
+            self.tasks = {key: each for key, each in self.tasks.items() if each is not task}
+            await task.close()
+        for tps in self._incomplete.values():
+            tps -= partitions
+        self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
+        if partitions:
+            await call_all(self._app.revoked_hooks, set(partitions))
+
+    # --- where a task starts -----------------------------------------------------------------------------------
+
+    async def _starts(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, bool]]:
+        """Start position per partition, and whether it is a committed one."""
+        while True:
+            try:
+                committed = await self._group.committed(partitions)
+                missing = [tp for tp in partitions if committed[tp] is None]
+                fresh = await self._reset(missing)
+                break
+            except RetriableError as error:
+                logger.warning("reading committed offsets: %s; trying again", error)
+                await self._clock.sleep(_RETRY_S)
+        starts = {tp: (position, False) for tp, position in fresh.items()}
+        starts.update({tp: (mark.offset, True) for tp, mark in committed.items() if isinstance(mark, OffsetMark)})
+        return starts
+
+    async def _reset(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        internal = [tp for tp in partitions if self._app.topics[tp.topic].internal]
+        external = [tp for tp in partitions if not self._app.topics[tp.topic].internal]
+        if self._settings.auto_offset_reset == "earliest":
+            return await self._admin.start_offsets(partitions) if partitions else {}
+        starts = dict(await self._admin.start_offsets(internal)) if internal else {}
+        if external:
+            starts.update(await self._admin.end_offsets(external))
+        return starts
+
+    async def fetched(self, fetched: Fetched) -> None:
+        """Give a fetch to its task."""
+        task = self._by_tp.get(fetched.tp)
+        if task is None:
+            return
+        if isinstance(fetched.error, OffsetOutOfRangeError):
+            await self._out_of_range(task, fetched.tp, fetched.error)
+        elif fetched.error is not None:
+            raise fetched.error if isinstance(fetched.error, FatalError) else FatalError(str(fetched.error))
+        else:
+            if fetched.batches:
+                self._sensors.batches_in(fetched.tp, len(fetched.batches), fetched.size_bytes)
+            task.inputs.add(fetched)
+
+    async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
+        """Records were deleted before they were read: go on as for a partition without offset, and say so."""
+        position = (await self._reset([tp]))[tp]
+        logger.error(
+            "%s; going on at %d as auto_offset_reset=%s says: records in between were deleted before this app read them, "
+            "or the topic was made anew",
+            error,
+            position,
+            self._settings.auto_offset_reset,
+        )
+        if self._by_tp.get(tp) is task:
+            task.inputs.by_tp[tp].move_to(position)
+            self._reader.add(tp, position)
+            self._reader.ask(tp)
+
+    # --- stop --------------------------------------------------------------------------------------------------
+
+    async def finish_records(self) -> None:
+        """Hand out nothing more, and wait until every record in hand is done."""
+        async with anyio.create_task_group() as group:
+            for task in self.running():
+                group.start_soon(task.finish_records)
+
+    async def close(self) -> None:
+        """Cancel all agents."""
+        partitions = frozenset(self._by_tp)
+        await self._close(self.running(), partitions)
+
+
+def agents_of(app: Declarations, sub: SubTopology) -> list[Any]:
+    """The agents and copying steps of a sub-topology, in order of name."""
+    agents: list[Any] = [app.agents[name] for name in sub.agents]
+    for name in sub.steps:
+        derived = app.derived[name]
+        readers = [agent for agent in app.agents.values() if derived.topic in agent.input_topics]
+        if not readers:
+            raise RefusedError(f"step {name!r} is read by no agent")
+        agents.append(Copier(derived, readers[0].on_error))
+    return agents
+
+
+async def call_all(functions: Iterable[Callable[..., Any]], *arguments: Any) -> None:
+    """Call hooks one after the other, sync or async."""
+    for function in functions:
+        result = function(*arguments)
+        if inspect.isawaitable(result):
+            await result
+
+
+def _named(partitions: Iterable[TopicPartition]) -> str:
+    return ", ".join(str(tp) for tp in sorted(partitions))

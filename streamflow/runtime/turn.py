@@ -1,0 +1,260 @@
+"""One agent's turn: the unit of records in its hands, and the stage that holds what it sent.
+
+A stage is a list that is cleared, not an object per record. It joins the task's outputs when the unit is done and is
+dropped when the unit failed, so an output exists only with the offset that passes its record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+
+from streamflow.errors import ClosedError, ProductionError, TopologyError
+from streamflow.log.batch import LogRecord
+from streamflow.model.record import Headers, TopicPartition
+from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, trace_headers
+from streamflow.processing.agent import Agent
+from streamflow.processing.out import INHERIT, Out
+from streamflow.processing.topic import Topic
+from streamflow.runtime.outputs import OutputTopic
+
+if TYPE_CHECKING:
+    from streamflow.runtime.task import Task
+
+Staged: TypeAlias = tuple[OutputTopic, int, int, bytes | None, bytes | None, Headers]
+"""An encoded output: where to, partition, timestamp, key, value, headers."""
+
+NO_HEADERS: list[tuple[str, bytes | None]] = []
+
+unit_in_context: ContextVar[object] = ContextVar("streamflow_unit", default=None)
+"""The unit a task of user code was started in: one that outlives it is noticed when it sends."""
+
+
+def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
+    """Whether an encoded key may go from one topic to the other as it is."""
+    return source.key_type == sink.key_type and source.key_serializer == sink.key_serializer
+
+
+class Turn:
+    """Implements `processing.context.Turn` for one agent in one task.
+
+    Args:
+        task: The task.
+        agent: The agent.
+    """
+
+    def __init__(self, task: Task, agent: Agent[Any, Any, Any]) -> None:
+        self.task = task
+        self.agent = agent
+        self.stage: list[Staged] = []
+        self.record: LogRecord | None = None
+        self.tp = TopicPartition("", -1)
+        self.source: Topic[Any, Any] = agent.input_topics[0]
+        self.unit: list[tuple[TopicPartition, LogRecord]] | None = None
+        self.timestamp_of: Callable[[LogRecord], int] | None = None
+        self.headers = NO_HEADERS
+        self.replies: list[tuple[str, int, bytes]] = []
+        self.in_thread = False
+
+    # --- what is in hand ---------------------------------------------------------------------------------------
+
+    def in_hand(self) -> list[tuple[TopicPartition, LogRecord]]:
+        """The records of the unit in hand, in order; empty between units."""
+        if self.unit is not None:
+            return self.unit
+        return [] if self.record is None else [(self.tp, self.record)]
+
+    def take_headers(self, record: LogRecord) -> None:
+        """Look at the headers of a record that has some: trace context to pass on, an answer that is waited for."""
+        if self.agent.kind == "copy":
+            return
+        self.headers = trace_headers(record.headers)
+        reply = reply_address(record.headers)
+        if reply is not None:
+            self.replies.append(reply)
+        # The feed looks at a unit again when its stage is not empty: make it look.
+        self.stage.append((self.task.nowhere, 0, 0, None, None, NO_HEADERS))
+
+    def forget_headers(self) -> None:
+        """The unit is over."""
+        self.headers = NO_HEADERS
+        self.replies.clear()
+
+    def timestamp_ms(self) -> int:
+        """Event time of the record in hand."""
+        record = self.record
+        if record is None:
+            return self.task.clock.now_ms()
+        return record.timestamp if self.timestamp_of is None else self.timestamp_of(record)
+
+    # --- sending -----------------------------------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        unit = self.unit if self.unit is not None else self.record
+        if unit is None or unit_in_context.get() is not unit:
+            raise ClosedError(
+                f"agent {self.agent.name!r}: a task that was started while an earlier record was processed sent something "
+                "after that record was done; await it before asking for the next record"
+            )
+
+    def send(
+        self,
+        topic: Topic[Any, Any],
+        key: Any,
+        value: Any,
+        *,
+        partition: int | None,
+        timestamp_ms: int | None,
+        headers: Headers,
+    ) -> None:
+        """See `processing.context.Turn.send`."""
+        self._check_alive()
+        key_bytes = topic.key_codec.encode(key, headers)
+        timestamp_ms = self.timestamp_ms() if timestamp_ms is None else timestamp_ms
+        self._stage(topic, key_bytes, value, partition, timestamp_ms, [*self.headers, *headers])
+
+    def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
+        """See `processing.context.Turn.refuse_ask`."""
+        self._check_alive()
+        if self.task.sub_topology.has_agent(agent.name):
+            raise TopologyError(
+                f"agent {self.agent.name!r} asks {agent.name!r}, which is of the same sub-topology: it could be asking "
+                "the very task that waits for the answer. Call its function, or give it a topic of its own"
+            )
+
+    def _stage(
+        self,
+        topic: Topic[Any, Any],
+        key: bytes | None,
+        value: Any,
+        partition: int | None,
+        timestamp_ms: int,
+        headers: list[tuple[str, bytes | None]],
+    ) -> None:
+        output = self.task.outputs.to(topic)
+        data = topic.value_codec.encode(value, headers)
+        target = output.target
+        target.check_size(key, data, headers)
+        if partition is None:
+            partition = output.null_partition() if key is None else target.partition_of(key)
+        else:
+            target.check_partition(partition)
+        self.stage.append((output, partition, timestamp_ms, key, data, headers))
+
+    def record_key(self) -> bytes | None:
+        """Encoded key of the record in hand."""
+        return None if self.record is None else self.record.key
+
+    def copy_to(self, topic: Topic[Any, Any], key: bytes | None) -> None:
+        """Add a copy of the record in hand, its value and headers as they are."""
+        record = self.record
+        if record is None:
+            raise ClosedError("there is no record in hand")
+        output = self.task.outputs.to(topic)
+        output.target.check_size(key, record.value, record.headers)
+        partition = output.null_partition() if key is None else output.target.partition_of(key)
+        self.stage.append((output, partition, self.timestamp_ms(), key, record.value, record.headers))
+
+    # --- yields ------------------------------------------------------------------------------------------------
+
+    def emitter(self) -> Callable[[Any], None]:
+        """What to call with each value the agent yields or returns."""
+        topics = self.agent.sink_topics
+        if len(topics) == 1 and self.timestamp_of is None and same_key(self.source, topics[0]):
+            return self._fast_emitter(topics[0])
+        return self.emit
+
+    def emit(self, result: Any) -> None:
+        """Encode a yielded value for every sink, and answer who asked."""
+        if self.replies:
+            self._answer(result)
+        if result is None:
+            return
+        for topic in self.agent.sink_topics:
+            self._emit_to(topic, result)
+
+    def _emit_to(self, topic: Topic[Any, Any], result: Any) -> None:
+        record = self.record
+        if not isinstance(result, Out):
+            out: Out[Any] = Out(result)
+        else:
+            out = result
+        headers = [*self.headers, *out.headers]
+        timestamp_ms = self.timestamp_ms() if out.timestamp_ms is INHERIT else out.timestamp_ms
+        if out.key is not INHERIT:
+            key = topic.key_codec.encode(out.key, headers)
+        elif record is None or self.unit is not None:
+            raise ProductionError(
+                f"agent {self.agent.name!r} yielded without a key for topic {topic.name!r}: a unit of take() has no one "
+                "key to inherit; yield sf.Out(value, key=...)"
+            )
+        elif not same_key(self.source, topic):
+            raise ProductionError(
+                f"agent {self.agent.name!r} yielded without a key: the keys of {self.source.name!r} "
+                f"({_type_name(self.source.key_type)}) cannot be inherited by {topic.name!r} "
+                f"({_type_name(topic.key_type)}); yield sf.Out(value, key=...)"
+            )
+        else:
+            key = record.key
+        self._stage(topic, key, out.value, out.partition, timestamp_ms, headers)
+
+    def _fast_emitter(self, topic: Topic[Any, Any]) -> Callable[[Any], None]:
+        output = self.task.outputs.to(topic)
+        memo_get = output.target.memo.get
+        safe_bytes = output.target.max_record_bytes // 2
+        exact, encode = topic.value_codec.exact_type, topic.value_codec.fast_encode
+        stage_append = self.stage.append
+        emit = self.emit
+        if exact is None or encode is None:
+            return emit
+
+        def emit_fast(result: Any) -> None:
+            record = self.record
+            if type(result) is exact and self.headers is NO_HEADERS and self.unit is None and record is not None:
+                key = record.key
+                partition = memo_get(key)  # type: ignore[arg-type]  # a null key is in no memo
+                if partition is not None:
+                    try:
+                        data = encode(result)
+                    except Exception:
+                        emit(result)  # raises what says which topic and type
+                        return
+                    if len(data) < safe_bytes:
+                        stage_append((output, partition, record.timestamp, key, data, NO_HEADERS))
+                        return
+            emit(result)
+
+        return emit_fast
+
+    # --- answers -----------------------------------------------------------------------------------------------
+
+    def _answer(self, result: Any) -> None:
+        value = result.value if isinstance(result, Out) else result
+        self._reply(None if value is None else msgspec.json.encode(value), [])
+
+    def answer_nothing(self) -> None:
+        """Tell who asked that the agent finished the record without yielding."""
+        text = f"AskError: agent {self.agent.name!r} finished the record without an answer (it yielded nothing)"
+        self._reply(None, [(HEADER_ERROR, text.encode())])
+
+    def answer_error(self, error: BaseException) -> None:
+        """Tell who asked that the record failed."""
+        if self.replies:
+            cause = error.__cause__ or error
+            text = f"{type(cause).__name__}: {cause}".encode()
+            self._reply(None, [(HEADER_ERROR, text)])
+
+    def _reply(self, data: bytes | None, headers: list[tuple[str, bytes | None]]) -> None:
+        now_ms = self.task.clock.now_ms()
+        for topic, partition, ask_id in self.replies:
+            output = self.task.reply_output(topic)
+            if output is not None and 0 <= partition < output.target.partitions:
+                self.stage.append((output, partition, now_ms, None, data, [(HEADER_ASK_ID, ask_id), *headers]))
+        self.replies.clear()
+
+
+def _type_name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))

@@ -1,0 +1,121 @@
+"""A bounded run: everything that is there at the start, and everything that follows from it.
+
+External topics are processed up to the end they had at the start. Topics the app itself writes are processed until they
+are drained: their sources are done, and what was committed is their end. Both are read from the log, so the answer is the
+same whichever worker has a partition.
+
+Why the drain test holds: committed offsets are read before end offsets. When every offset committed then equals the end
+found afterwards, everything had been processed, and its outputs written, before the ends were looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from streamflow.clock import Clock
+from streamflow.errors import RetriableError
+from streamflow.log.api import Log
+from streamflow.model.record import TopicPartition
+from streamflow.processing.topology import Topology
+from streamflow.runtime.status import Progress
+from streamflow.runtime.task_manager import TaskManager
+
+_POLL_S = 0.05
+
+
+class UntilEnd:
+    """Watches a bounded run and says when it is over.
+
+    Args:
+        topology: What reads and writes what.
+        counts: Partition count per source topic.
+        log: The log.
+        group_id: The app's group.
+        clock: For the polls.
+        on_progress: Told how far the run is.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        counts: Mapping[str, int],
+        log: Log,
+        group_id: str,
+        clock: Clock,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._log = log
+        self._group_id = group_id
+        self._clock = clock
+        self._on_progress = on_progress
+        self._upstream = upstream_topics(topology)
+        self._partitions = {
+            topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in counts.items()
+        }
+        self._starts: dict[TopicPartition, int] = {}
+        self.limits: dict[TopicPartition, int] = {}
+
+    async def find_ends(self) -> None:
+        """Note where the external topics end now; called before the group is joined."""
+        external = [tp for topic in self._partitions if not self._upstream[topic] for tp in self._partitions[topic]]
+        committed = await self._log.admin.group_offsets(self._group_id)
+        starts = await self._log.admin.start_offsets(external)
+        self.limits = dict(await self._log.admin.end_offsets(external))
+        for tp in external:
+            self._starts[tp] = max(committed[tp].offset if tp in committed else 0, starts[tp])
+
+    async def wait(self, manager: TaskManager) -> None:
+        """Return when the run is over; tells tasks where written topics end as it learns it."""
+        external = list(self.limits)
+        while True:
+            try:
+                if await self._step(manager, external):
+                    return
+            except RetriableError:
+                pass  # the log is away: it is waited for
+            await self._clock.sleep(_POLL_S)
+
+    async def _step(self, manager: TaskManager, external: Sequence[TopicPartition]) -> bool:
+        committed = {tp: mark.offset for tp, mark in (await self._log.admin.group_offsets(self._group_id)).items()}
+        written = [tp for topic in self._partitions if self._upstream[topic] for tp in self._partitions[topic]]
+        ends = await self._log.admin.end_offsets(written) if written else {}
+        self._tell(committed, external)
+        drained = {tp for tp in external if committed.get(tp, -1) >= self.limits[tp]}
+        drained |= {tp for tp in written if committed.get(tp, -1) >= ends[tp]}
+        if len(drained) == len(external) + len(written):
+            return True
+        done_topics = {topic for topic, tps in self._partitions.items() if drained.issuperset(tps)}
+        for topic in self._ended(done_topics):
+            for task in manager.running():
+                task.flush_inputs_at({tp: ends[tp] for tp in self._partitions[topic]})
+        return False
+
+    def _ended(self, done: set[str]) -> Iterable[str]:
+        """Written topics whose end is known: nothing upstream is still being processed (or they feed themselves)."""
+        ready = [topic for topic, above in self._upstream.items() if above and above - {topic} <= done]
+        if ready:
+            return ready
+        external_done = all(topic in done for topic, above in self._upstream.items() if not above)
+        return [topic for topic, above in self._upstream.items() if above] if external_done else []
+
+    def _tell(self, committed: Mapping[TopicPartition, int], external: Sequence[TopicPartition]) -> None:
+        total = sum(self.limits[tp] - self._starts[tp] for tp in external)
+        done = sum(
+            min(max(committed.get(tp, 0), self._starts[tp]), self.limits[tp]) - self._starts[tp] for tp in external
+        )
+        self._on_progress(Progress(done, total))
+
+
+def upstream_topics(topology: Topology) -> dict[str, set[str]]:
+    """Per source topic of the app: the source topics from which its own records come; empty for an external one."""
+    reads: dict[str, set[str]] = {}
+    writers: dict[str, set[str]] = {}
+    for edge in topology.edges:
+        if edge.kind == "reads":
+            reads.setdefault(edge.target, set()).add(edge.source.removeprefix("topic:"))
+        else:
+            writers.setdefault(edge.target.removeprefix("topic:"), set()).add(edge.source)
+    sources = {topic for sub in topology.sub_topologies for topic in sub.topics}
+    return {
+        topic: {source for writer in writers.get(topic, ()) for source in reads.get(writer, ())} for topic in sources
+    }

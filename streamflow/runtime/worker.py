@@ -1,0 +1,340 @@
+"""A worker: opens the log, joins the group, runs the tasks, commits, and winds all of it down within a deadline.
+
+Phases: refuse what cannot work, prepare topics, open the log's parts, run, finish the records in hand, commit, leave the
+group, close. Every task of the event loop belongs to a task group here or below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from streamflow.clock import Clock, SystemClock
+from streamflow.config import Settings
+from streamflow.errors import ConfigurationError, RecordError, StreamFlowError, TopologyError
+from streamflow.log.api import Group, GroupSettings, Log, Reader, TopicDescription
+from streamflow.log.codec import COMPRESSIONS
+from streamflow.log.connect import connect
+from streamflow.processing.agent import Agent
+from streamflow.processing.context import registered_sender
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.topic import Topic
+from streamflow.runtime.assignor import TaskAssignor
+from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
+from streamflow.runtime.internal_topics import prepare_topics, reply_topic_name
+from streamflow.runtime.jobs import Jobs
+from streamflow.runtime.loops import Loops
+from streamflow.runtime.record_errors import way_past
+from streamflow.runtime.sending import ProcessSender
+from streamflow.runtime.status import Progress, WorkerStatus
+from streamflow.runtime.supervision import snapshot
+from streamflow.runtime.targets import KnownTargets
+from streamflow.runtime.task import Surroundings, Task
+from streamflow.runtime.task_manager import TaskManager, call_all
+from streamflow.runtime.turn import Staged
+from streamflow.runtime.until_end import UntilEnd
+from streamflow.sensors import Sensors
+
+logger = logging.getLogger("streamflow.worker")
+
+_FINAL_COMMIT_S = 3.0
+
+
+class Worker:
+    """Runs one app in this process.
+
+    Args:
+        app: The app.
+        settings: Resolved settings.
+        clock: Time; None is the system's.
+        sensors: Metrics hooks; None counts nothing.
+        until_end: Stop when everything that was there at the start is processed.
+        on_progress: Told how far a bounded run is.
+    """
+
+    def __init__(
+        self,
+        app: Declarations,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        sensors: Sensors | None = None,
+        until_end: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.app = app
+        self.settings = settings
+        self.clock = clock or SystemClock()
+        self.sensors = sensors or Sensors()
+        self._until_end = until_end
+        self._on_progress = on_progress or _no_progress
+        self._log = connect(settings.broker, clock=self.clock, client_id=f"streamflow-{app.id}")
+        self.guarantee = self._chosen_guarantee()
+        self.state = "starting"
+        self._stop = anyio.Event()
+        self._started = anyio.Event()
+        self._loop_token: Any = None
+        self._failure: BaseException | None = None
+        self.manager: TaskManager | None = None
+        self.group: Group | None = None
+        self._loops: Loops | None = None
+        self._delivery: AtLeastOnce | ExactlyOnce | None = None
+        self._sender: ProcessSender | None = None
+
+    @property
+    def address(self) -> str:
+        """The log's absolute address, without secrets."""
+        return self._log.address
+
+    def _chosen_guarantee(self) -> str:
+        asked = self.settings.processing_guarantee
+        if asked is None:
+            return "exactly_once" if self._log.atomic_commits else "at_least_once"
+        if asked == "exactly_once" and not self._log.atomic_commits:
+            raise ConfigurationError(
+                f"processing_guarantee='exactly_once' is not offered on {self._log.address}: this version commits there at "
+                "least once; leave the setting out, or use the embedded log"
+            )
+        return asked
+
+    # --- from outside ------------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Ask for a clean stop: finish the records in hand, commit, leave. Safe from threads and signal handlers."""
+        if self._loop_token is None:
+            self._stop.set()
+            return
+        self._loop_token.call_soon_threadsafe(self._stop.set)
+
+    async def wait_started(self) -> None:
+        """Wait until the first assignment is in force and the agents run; returns as well when the worker ended."""
+        await self._started.wait()
+
+    def status(self) -> WorkerStatus:
+        """A snapshot."""
+        return snapshot(self)
+
+    def last_commit_age_s(self) -> float | None:
+        """Seconds since the last commit; None before the first."""
+        at_s = self._delivery.last_commit_s if self._delivery is not None else None
+        return None if at_s is None else self.clock.monotonic() - at_s
+
+    def uncommitted_for_s(self) -> float:
+        """How long a commit has been trying, in seconds; 0 while none is."""
+        since_s = self._delivery.trying_since_s if self._delivery is not None else None
+        return 0.0 if since_s is None else self.clock.monotonic() - since_s
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run until stopped.
+
+        Raises:
+            RefusedError: The worker will not start like this.
+            RecordError: A record stopped it (`on_error=sf.Stop()`); it wound down cleanly.
+            StreamFlowError: Something else stopped it.
+
+        Cancellation: cuts the wind-down short; what is uncommitted is processed again by the next start.
+        """
+        self._loop_token = asyncio.get_running_loop()
+        try:
+            topology = self.app.topology()
+            self._check_leader(bool(topology.sub_topologies))
+            with _one_error():
+                async with self._open_log() as log:
+                    await self._run_on(log, topology)
+        finally:
+            self.state = "stopped"
+            self._started.set()
+        if self._failure is not None:
+            raise self._failure
+
+    def _check_leader(self, has_agents: bool) -> None:
+        jobs = [*self.app.timers, *self.app.crontabs, *self.app.tasks]
+        for job in jobs:
+            if job.on_leader and not has_agents:
+                raise TopologyError(
+                    f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns partition 0 "
+                    "of its first source topic"
+                )
+
+    @asynccontextmanager
+    async def _open_log(self) -> AsyncIterator[Log]:
+        async with self._log as log:
+            yield log
+
+    async def _run_on(self, log: Log, topology: Any) -> None:
+        descriptions = await prepare_topics(self.app, self.settings, log.admin)
+        known = KnownTargets(log.admin, COMPRESSIONS[self.settings.compression])
+        known.add_all(self.app.topics, descriptions)
+        known.add(*_reply_topic(self.app, descriptions))
+        async with AsyncExitStack() as stack:
+            self._sender = await stack.enter_async_context(
+                ProcessSender.open(self.app, log, known, descriptions, self.clock, self.sensors)
+            )
+            stack.enter_context(registered_sender(self.app, self._sender))
+            await call_all(self.app.start_hooks)
+            stack.push_async_callback(call_all, self.app.stop_hooks)
+            sub_topologies = topology.sub_topologies
+            counts = {topic: descriptions[topic].partitions for sub in sub_topologies for topic in sub.topics}
+            if not counts:
+                await self._run_without_agents()
+                return
+            ends: UntilEnd | None = None
+            if self._until_end:
+                ends = UntilEnd(topology, counts, log, self.app.id, self.clock, self._on_progress)
+                await ends.find_ends()
+            self._delivery = await self._open_delivery(stack, log)
+            reader = await stack.enter_async_context(log.reader("source"))
+            assignor = TaskAssignor({sub.name: sub.topics for sub in sub_topologies})
+            async with log.group(self.app.id, frozenset(counts), assignor, self._group_settings()) as group:
+                self.group = group
+                await self._process(log, group, reader, known, sub_topologies, counts, ends)
+
+    async def _open_delivery(self, stack: AsyncExitStack, log: Log) -> AtLeastOnce | ExactlyOnce:
+        if self.guarantee == "exactly_once":
+            transactional_id = f"{self.app.id}-{id(self):x}"
+            transactional = await stack.enter_async_context(log.transactional_producer(transactional_id))
+            return ExactlyOnce(transactional, self._current_group, self.sensors, self.clock)
+        producer = await stack.enter_async_context(log.producer(delivery_timeout_s=float("inf")))
+        return AtLeastOnce(producer, self._current_group, self.sensors, self.clock)
+
+    def _current_group(self) -> Group:
+        if self.group is None:
+            raise StreamFlowError("the worker is not in its group yet")
+        return self.group
+
+    def _group_settings(self) -> GroupSettings:
+        return GroupSettings(
+            session_timeout_ms=self.settings.session_timeout_ms,
+            heartbeat_interval_ms=self.settings.heartbeat_interval_ms,
+            rebalance_timeout_ms=self.settings.rebalance_timeout_ms,
+            max_poll_interval_ms=self.settings.max_poll_interval_ms,
+        )
+
+    async def _run_without_agents(self) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(Jobs(self.app, self.clock, self.sensors, lambda: None).run)
+            self.state = "running"
+            self._started.set()
+            if not self._until_end:
+                await self._stop.wait()
+            group.cancel_scope.cancel()
+
+    async def _process(
+        self,
+        log: Log,
+        group: Group,
+        reader: Reader,
+        known: KnownTargets,
+        sub_topologies: Any,
+        counts: Mapping[str, int],
+        ends: UntilEnd | None,
+    ) -> None:
+        delivery = self._delivery
+        if delivery is None:
+            raise StreamFlowError("no delivery")
+        async with anyio.create_task_group() as tasks:
+            self._loops = loops = Loops(self.settings, self.clock, self.sensors, group, reader, delivery)
+            shared = Surroundings(
+                clock=self.clock,
+                sensors=self.sensors,
+                delivery=delivery,
+                targets=known.targets,
+                failed=self._record_failed,
+                ask=reader.ask,
+                output_waits=loops.output_waits.set,
+                max_task_idle_s=self.settings.max_task_idle_ms / 1000,
+                max_unsent_bytes=max(1 << 20, self.settings.memory_budget_bytes // (8 * max(1, sum(counts.values())))),
+            )
+            manager = self.manager = TaskManager(
+                self.app, sub_topologies, counts.__getitem__, self.settings, group, reader, log.admin, delivery, shared, tasks
+            )
+            if ends is not None:
+                manager.limits = ends.limits
+            tasks.start_soon(self._announce, manager)
+            async with anyio.create_task_group() as services:
+                loops.start(services, manager)
+                services.start_soon(Jobs(self.app, self.clock, self.sensors, self._leader_task).run)
+                if ends is not None:
+                    services.start_soon(self._stop_at_end, ends, manager)
+                await self._stop.wait()
+                self.state = "stopping"
+                await self._wind_down(manager, delivery)
+                services.cancel_scope.cancel()
+            await self._closed(manager)
+            tasks.cancel_scope.cancel()
+
+    async def _announce(self, manager: TaskManager) -> None:
+        await manager.assigned_once.wait()
+        if self.state == "starting":
+            self.state = "running"
+        self._started.set()
+
+    async def _stop_at_end(self, ends: UntilEnd, manager: TaskManager) -> None:
+        await ends.wait(manager)
+        self._stop.set()
+
+    async def _wind_down(self, manager: TaskManager, delivery: AtLeastOnce | ExactlyOnce) -> None:
+        """Finish the records in hand and commit, within the shutdown time."""
+        finish_s = max(0.1, self.settings.shutdown_timeout_s - _FINAL_COMMIT_S)
+        with anyio.move_on_after(finish_s) as finishing:
+            await manager.finish_records()
+        if finishing.cancelled_caught:
+            logger.warning("records in hand were not done within %g s; they are processed again", finish_s)
+        with anyio.move_on_after(_FINAL_COMMIT_S) as committing:
+            await delivery.commit(manager.running())
+        if committing.cancelled_caught:
+            logger.warning("the log did not answer the last commit; what it held is processed again")
+
+    async def _closed(self, manager: TaskManager) -> None:
+        with anyio.move_on_after(1.0):
+            await manager.close()
+
+    def _leader_task(self) -> Task | None:
+        manager = self.manager
+        if manager is None:
+            return None
+        first = min((sub for sub, _ in manager.tasks), default="")
+        topology_first = self.app.topology().sub_topologies[0].name
+        return manager.tasks.get((topology_first, 0)) if first else None
+
+    def _record_failed(self, agent: Agent[Any, Any, Any], error: RecordError, answers: list[Staged]) -> None:
+        """A record stops the worker: say where and how to get past it, answer who asked, wind down."""
+        if self._failure is None:
+            self._failure = error
+            logger.error("%s", way_past(agent, error), exc_info=error.__cause__)
+        if self._sender is not None:
+            self._sender.send_answers(answers)
+        self._stop.set()
+
+
+def _reply_topic(
+    app: Declarations, descriptions: Mapping[str, TopicDescription]
+) -> tuple[Topic[Any, Any], TopicDescription]:
+    name = reply_topic_name(app.id)
+    topic: Topic[Any, Any] = Topic(app, name, internal=True)
+    return topic, descriptions[name]
+
+
+def _no_progress(_: Progress) -> None:
+    """Nobody is told."""
+
+
+class _one_error:
+    """Raises the one error of an exception group itself: what stopped the worker, not the shape of its task groups."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) >= 1:
+            error = error.exceptions[0]
+            if not isinstance(error, BaseExceptionGroup):
+                raise error
