@@ -28,6 +28,7 @@ T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 1.0
 _IDLE_MS = 540_000  # below the broker's 10 minutes, so that we close first
 _MAX_THROTTLE_S = 60.0
+_LOOKUP_TIMEOUT_S = 10.0  # metadata and coordinators: another broker can answer them too
 _COORDINATOR_KIND = {"group": 0, "transaction": 1}
 
 
@@ -93,13 +94,14 @@ class Client:
 
     # --- sending -------------------------------------------------------------------------------------------------
 
-    async def send(self, node: int, call: wire.Call, lane: Hashable = None) -> Any:
+    async def send(self, node: int, call: wire.Call, lane: Hashable = None, *, timeout_s: float | None = None) -> Any:
         """Send a request and wait for its response.
 
         Args:
             node: Broker id.
             call: The request.
             lane: Requests of one lane share a connection and are answered in order: one that parks needs its own.
+            timeout_s: For the answer, where it is shorter than the client's.
 
         Raises:
             RetriableError: No connection, no answer in time, or the connection broke: the outcome is unknown.
@@ -115,7 +117,11 @@ class Client:
         if muted is not None:
             await self._wait_muted(node, muted)
         try:
-            response = await connection.send(call)
+            if timeout_s is None:
+                response = await connection.send(call)
+            else:
+                with anyio.fail_after(timeout_s):
+                    response = await connection.send(call)
         except TimeoutError as exc:
             # A late answer would delay the next request; the next one opens a connection of its own.
             connection.close(reason=wire.CloseReason.CONNECTION_TIMEOUT)
@@ -226,7 +232,7 @@ class Client:
         failure: StreamFlowError | None = None
         for node in random.sample(list(self._brokers), len(self._brokers)):
             try:
-                response = await self.send(node, call)
+                response = await self.send(node, call, timeout_s=_LOOKUP_TIMEOUT_S)
             except RetriableError as exc:
                 failure = exc
             else:
@@ -245,7 +251,8 @@ class Client:
     async def _ask_bootstrap(self, host: str, port: int, call: wire.Call) -> Any:
         connection = await self._open(host, port)
         try:
-            return await connection.send(call)
+            with anyio.fail_after(_LOOKUP_TIMEOUT_S):
+                return await connection.send(call)
         except Exception as exc:
             raise codes.translated(exc, f"kafka broker {host}:{port}") from exc
         finally:
@@ -288,7 +295,8 @@ class Client:
         """
         if not self._brokers:
             await self.refresh()
-        response = await self.send(self.any_node(), wire.FIND_COORDINATOR(key, _COORDINATOR_KIND[kind]))
+        call = wire.FIND_COORDINATOR(key, _COORDINATOR_KIND[kind])
+        response = await self.send(self.any_node(), call, timeout_s=_LOOKUP_TIMEOUT_S)
         if response.error_code:
             raise codes.error(response.error_code, f"find the coordinator of {kind} {key}")
         node: int = response.node_id

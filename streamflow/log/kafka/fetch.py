@@ -12,15 +12,14 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
 import anyio
 
 from streamflow.errors import (
     FatalError,
+    InternalError,
     LogUnavailableError,
     OffsetOutOfRangeError,
     RefusedError,
@@ -35,6 +34,7 @@ from streamflow.log.kafka.hot import FETCH, FetchedPartition, FetchResponse
 from streamflow.log.kafka.offsets import EARLIEST, LATEST, list_offsets
 from streamflow.log.kafka.records import open_records
 from streamflow.log.kafka.slots import Slots
+from streamflow.log.kafka.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
@@ -88,21 +88,19 @@ class KafkaReader(Reader):
         self._closed = False
         self._short_polls: set[int] = set()
         self._timers: set[asyncio.TimerHandle] = set()
-        self._stack = AsyncExitStack()
+        self._tasks = TaskOwner(f"kafka reader {lane}", self._on_bug)
 
     async def __aenter__(self) -> KafkaReader:
         self._loop = asyncio.get_running_loop()
-        tasks = await self._stack.enter_async_context(anyio.create_task_group())
-        self._stack.callback(tasks.cancel_scope.cancel)
-        self._slots: Slots[list[_Position]] = Slots(tasks, _SLOTS, self._fetch, self._on_slot_free)
-        tasks.start_soon(self._find_leaders)
+        self._slots: Slots[list[_Position]] = Slots(self._tasks, _SLOTS, self._fetch, self._on_slot_free)
+        self._tasks.start(self._find_leaders())
         return self
 
-    async def __aexit__(self, *exc_info: Any) -> bool | None:
+    async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
         for timer in self._timers:
             timer.cancel()
-        return await self._stack.__aexit__(*exc_info)
+        await self._tasks.__aexit__()
 
     # --- contract ------------------------------------------------------------------------------------------------
 
@@ -298,6 +296,11 @@ class KafkaReader(Reader):
             error = fatal
         self._failure = error
         self._answered.set()
+
+    def _on_bug(self, exc: BaseException) -> None:
+        error = InternalError(f"the {self._lane} lane failed: {exc!r}")
+        error.__cause__ = exc
+        self._fail(error)
 
     def _count(self, what: str, positions: Iterable[_Position]) -> None:
         self.errors[what] += 1

@@ -22,6 +22,7 @@ from streamflow.log.api import (
 from streamflow.log.kafka.admin import KafkaAdmin
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.fetch import KafkaReader
+from streamflow.log.kafka.group import KafkaGroup
 from streamflow.log.kafka.options import Kafka
 from streamflow.log.kafka.producer import KafkaProducer
 
@@ -82,7 +83,7 @@ class KafkaLog(Log):
     def group(
         self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
     ) -> AbstractAsyncContextManager[Group]:
-        raise NotImplementedError
+        return KafkaGroup(self._client, group_id, topics, assignor, settings)
 
     async def changed(self) -> None:
         await anyio.sleep(_POLL_S)

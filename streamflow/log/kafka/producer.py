@@ -13,15 +13,15 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import anyio
 
 from streamflow.errors import (
     ClosedError,
     FatalError,
+    InternalError,
     LogUnavailableError,
     ProductionError,
     RefusedError,
@@ -35,6 +35,7 @@ from streamflow.log.kafka import codes, wire
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.hot import PRODUCE, ProducedPartition, ProduceResponse
 from streamflow.log.kafka.slots import Slots
+from streamflow.log.kafka.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
@@ -94,6 +95,10 @@ class _Partition:
     failure: StreamFlowError | None = None
 
 
+_Taken: TypeAlias = list[tuple[_Partition, _Outgoing]]
+"""What one request carries."""
+
+
 def next_sequence(sequence: int, records: int) -> int:
     """The sequence number after this many records; it wraps from 2^31-1 to 0."""
     return (sequence + records) & _SEQUENCE_MASK
@@ -126,27 +131,24 @@ class KafkaProducer(Producer):
         self._dispatching = False
         self._last = ""
         self._closed = False
-        self._stack = AsyncExitStack()
+        self._tasks = TaskOwner("kafka producer", self._on_bug)
 
     async def __aenter__(self) -> KafkaProducer:
         self._loop = asyncio.get_running_loop()
-        tasks = await self._stack.enter_async_context(anyio.create_task_group())
-        self._stack.callback(tasks.cancel_scope.cancel)
-        self._slots: Slots[list[tuple[_Partition, _Outgoing]]] = Slots(tasks, _SLOTS, self._produce, self._on_slot_free)
-        tasks.start_soon(self._find_leaders)
-        tasks.start_soon(self._expire)
+        self._slots: Slots[_Taken] = Slots(self._tasks, _SLOTS, self._produce, self._on_slot_free)
+        self._tasks.start(self._find_leaders())
+        self._tasks.start(self._expire())
         return self
 
-    async def __aexit__(self, *exc_info: Any) -> bool | None:
+    async def __aexit__(self, *exc_info: object) -> None:
         if exc_info[0] is None:
             with anyio.move_on_after(_FLUSH_AT_CLOSE_S):
                 await self._settled()
         self._closed = True
-        swallowed = await self._stack.__aexit__(*exc_info)
+        await self._tasks.__aexit__()
         closed = ClosedError("the producer was closed before the log answered")
         for outgoing in list(self._outstanding):
             self._fail_one(outgoing, closed)
-        return swallowed
 
     # --- contract ------------------------------------------------------------------------------------------------
 
@@ -237,9 +239,9 @@ class KafkaProducer(Producer):
                 partitions = partitions[len(taken) :]
                 self._slots.start(node, free[-1], taken)
 
-    def _cut(self, partitions: list[_Partition]) -> list[tuple[_Partition, _Outgoing]]:
+    def _cut(self, partitions: list[_Partition]) -> _Taken:
         """As many first batches as fit into one request."""
-        taken: list[tuple[_Partition, _Outgoing]] = []
+        taken: _Taken = []
         size = 0
         for partition in partitions:
             outgoing = partition.queue[0]
@@ -257,7 +259,7 @@ class KafkaProducer(Producer):
 
     # --- sending -------------------------------------------------------------------------------------------------
 
-    async def _produce(self, node: int, slot: int, taken: list[tuple[_Partition, _Outgoing]]) -> None:
+    async def _produce(self, node: int, slot: int, taken: _Taken) -> None:
         try:
             if self._identity is None:
                 await self._init_identity(None)
@@ -275,7 +277,7 @@ class KafkaProducer(Producer):
             for partition in self._landed(taken):
                 await self._take(partition, partition.queue[0], told.get(partition.tp))
 
-    def _landed(self, taken: list[tuple[_Partition, _Outgoing]]) -> list[_Partition]:
+    def _landed(self, taken: _Taken) -> list[_Partition]:
         """Those partitions whose batch is still waited for; it is in flight no more."""
         landed = [partition for partition, outgoing in taken if partition.in_flight is outgoing]
         for partition in landed:
@@ -385,6 +387,12 @@ class KafkaProducer(Producer):
         self._homeless.pop(partition, None)
         while partition.queue:
             self._fail_one(partition.queue.popleft(), error)
+
+    def _on_bug(self, exc: BaseException) -> None:
+        error = InternalError(f"the producer failed: {exc!r}")
+        error.__cause__ = exc
+        for partition in self._partitions.values():
+            self._fail(partition, error)
 
     def _fail_one(self, outgoing: _Outgoing, error: StreamFlowError) -> None:
         self._release(outgoing)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from anyio.abc import TaskGroup
+from streamflow.log.kafka.tasks import TaskOwner
 
 Job = TypeVar("Job")
 
@@ -23,7 +23,7 @@ class Slots(Generic[Job]):
 
     def __init__(
         self,
-        tasks: TaskGroup,
+        tasks: TaskOwner,
         size: int,
         run: Callable[[int, int, Job], Awaitable[None]],
         freed: Callable[[int], None],
@@ -44,7 +44,7 @@ class Slots(Generic[Job]):
         self.free(node).remove(slot)
         waiting = self._idle.pop((node, slot), None)
         if waiting is None:
-            self._tasks.start_soon(self._stay, node, slot, job)
+            self._tasks.start(self._stay(node, slot, job))
         else:
             waiting.set_result(job)
 

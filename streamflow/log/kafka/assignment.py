@@ -1,0 +1,103 @@
+"""What the leader of a group hands out: the assignor's target, without what somebody else still owns (KIP-429)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from streamflow.errors import InternalError
+from streamflow.log.api import Assignor, Member
+from streamflow.log.kafka import wire
+from streamflow.model.record import TopicPartition
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a member said when it joined.
+
+    Attributes:
+        member_id: Its id.
+        topics: What it subscribes to.
+        owned: What it says it owns.
+        generation: In which generation it owned that.
+    """
+
+    member_id: str
+    topics: frozenset[str]
+    owned: frozenset[TopicPartition]
+    generation: int
+
+
+def read_claim(member_id: str, metadata: bytes) -> Claim:
+    """Decode a member's subscription."""
+    topics, owned, generation = wire.decode_subscription(metadata)
+    return Claim(member_id, frozenset(topics), flat(owned), generation)
+
+
+def write_claim(topics: frozenset[str], owned: frozenset[TopicPartition], generation: int) -> bytes:
+    """Encode this member's subscription."""
+    return wire.encode_subscription(sorted(topics), nested(owned), generation)
+
+
+def assign(
+    assignor: Assignor, claims: Sequence[Claim], counts: Mapping[str, int]
+) -> Mapping[str, frozenset[TopicPartition]]:
+    """Hand out what is free, leave with its owner what stays, and keep back what has to move first.
+
+    Args:
+        assignor: The app's.
+        claims: What every member said.
+        counts: Partitions per topic.
+
+    Returns:
+        Partitions of every member. What is kept back belongs to nobody in this round; its owner sees that it lost it,
+        gives it up and joins again.
+
+    Raises:
+        InternalError: The assignor gave one partition to two members, or to nobody known.
+    """
+    claimed_by: dict[TopicPartition, set[str]] = {}
+    for claim in claims:
+        for tp in claim.owned:
+            claimed_by.setdefault(tp, set()).add(claim.member_id)
+    members = sorted((_member(claim, claims) for claim in claims), key=lambda member: member.member_id)
+    target = assignor(members, counts)
+    _check(target, {member.member_id for member in members})
+    return {
+        member.member_id: frozenset(
+            tp for tp in target.get(member.member_id, frozenset()) if not claimed_by.get(tp, set()) - {member.member_id}
+        )
+        for member in members
+    }
+
+
+def _member(claim: Claim, claims: Sequence[Claim]) -> Member:
+    """A member whose claims others do not overrule: of two claims to a partition the younger counts (KIP-792)."""
+    overruled = {
+        tp
+        for other in claims
+        if other is not claim and (other.generation, other.member_id) > (claim.generation, claim.member_id)
+        for tp in other.owned & claim.owned
+    }
+    return Member(claim.member_id, claim.topics, claim.owned - overruled)
+
+
+def _check(target: Mapping[str, frozenset[TopicPartition]], known: set[str]) -> None:
+    seen: set[TopicPartition] = set()
+    for member_id, partitions in target.items():
+        if member_id not in known or partitions & seen:
+            raise InternalError(f"the assignor gave {sorted(partitions)[:3]}... to {member_id!r} wrongly")
+        seen |= partitions
+
+
+def flat(topics: Sequence[tuple[str, Sequence[int]]]) -> frozenset[TopicPartition]:
+    """From partitions per topic."""
+    return frozenset(TopicPartition(topic, partition) for topic, partitions in topics for partition in partitions)
+
+
+def nested(partitions: frozenset[TopicPartition]) -> dict[str, list[int]]:
+    """To partitions per topic."""
+    topics: dict[str, list[int]] = {}
+    for topic, partition in sorted(partitions):
+        topics.setdefault(topic, []).append(partition)
+    return topics

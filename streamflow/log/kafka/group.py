@@ -1,0 +1,276 @@
+"""A consumer group as the data loop sees it: events in order, commits fenced, offsets stable.
+
+The protocol runs in a control thread (`log/kafka/member.py`), so that no user code keeps a heartbeat from being sent;
+commits and offset fetches go from the data loop, on a connection of their own (a parked join would block them).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio
+
+from streamflow.errors import FatalError, InternalError, RetriableError, StreamFlowError, TaskMigratedError
+from streamflow.log.api import (
+    Assigned,
+    Assignor,
+    Group,
+    GroupEvent,
+    GroupSettings,
+    GroupStatistics,
+    Lost,
+    Membership,
+    OffsetMark,
+    Revoked,
+)
+from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka.admin import by_topic
+from streamflow.log.kafka.client import Client, backoff_s, retried
+from streamflow.log.kafka.control import ControlThread
+from streamflow.log.kafka.member import GroupMember, Vitals
+from streamflow.model.record import TopicPartition
+
+_FETCH_TIMEOUT_S = 30.0
+_REQUEST_MARGIN_MS = 10_000
+_MIGRATION_CODES = frozenset({codes.ILLEGAL_GENERATION, codes.UNKNOWN_MEMBER_ID, codes.REBALANCE_IN_PROGRESS})
+
+
+class KafkaGroup(Group):
+    """A `Group`; enter it with `async with`, which starts to join and does not wait for it.
+
+    Args:
+        client: The data loop's connections.
+        group_id: Consumer group.
+        topics: What to take part in.
+        assignor: Used while this member is the leader.
+        settings: Time-outs.
+    """
+
+    def __init__(
+        self, client: Client, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
+    ) -> None:
+        self._client = client
+        self._group_id = group_id
+        self._topics = topics
+        self._assignor = assignor
+        self._settings = settings
+        self._vitals = Vitals()
+        self._events: deque[GroupEvent] = deque()
+        self._failure: StreamFlowError | None = None
+        self._membership: Membership | None = None
+        self._owned_since: dict[TopicPartition, int] = {}
+        self._revoking: set[TopicPartition] = set()
+        self._news = asyncio.Event()
+        self._coordinator: int | None = None
+        self._control = ControlThread(f"streamflow-group-{group_id}", self._take_part, self._on_end)
+        self._member: GroupMember | None = None
+
+    async def __aenter__(self) -> KafkaGroup:
+        await self._control.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._control.__aexit__(*exc_info)
+        self._membership = None
+        self._owned_since.clear()
+
+    # --- contract ------------------------------------------------------------------------------------------------
+
+    async def next_event(self) -> GroupEvent:
+        while not self._events:
+            if self._failure is not None:
+                raise self._failure
+            await self._wait_for_news()
+        return self._events.popleft()
+
+    def revoked(self, partitions: frozenset[TopicPartition]) -> None:
+        answered = partitions & self._revoking  # a late answer to what was lost meanwhile means nothing
+        self._revoking -= answered
+        for tp in answered:
+            self._owned_since.pop(tp, None)
+        if answered:
+            self._control.call(self._on_answered, answered)
+
+    @property
+    def membership(self) -> Membership | None:
+        return self._membership
+
+    @property
+    def assignment(self) -> frozenset[TopicPartition]:
+        return frozenset(self._owned_since)
+
+    def report_progress(self) -> None:
+        self._vitals.last_progress = time.monotonic()
+
+    def statistics(self) -> GroupStatistics:
+        return self._vitals.statistics()
+
+    # --- offsets -------------------------------------------------------------------------------------------------
+
+    async def committed(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, OffsetMark | None]:
+        failures = 0
+        while True:
+            found = await retried(lambda: self._fetch_offsets(partitions), timeout_s=_FETCH_TIMEOUT_S)
+            if found is not None:
+                return found
+            failures += 1  # a transaction on them is open: it ends, by its time-out at the latest
+            await anyio.sleep(backoff_s(failures, cap_s=0.2))
+
+    async def _fetch_offsets(
+        self, partitions: Sequence[TopicPartition]
+    ) -> Mapping[TopicPartition, OffsetMark | None] | None:
+        topics: dict[str, list[int]] = {}
+        for topic, partition in partitions:
+            topics.setdefault(topic, []).append(partition)
+        call = wire.OFFSET_FETCH(self._group_id, [(topic, parts, {}) for topic, parts in topics.items()], True)
+        response = await self._ask(call)
+        told = [(topic, *part) for topic, parts, _tags in response.topics for part in parts]
+        worst = response.error_code or next((part[5] for part in told if part[5]), codes.NONE)
+        if worst == codes.UNSTABLE_OFFSET_COMMIT:
+            return None
+        if worst and worst != codes.GROUP_ID_NOT_FOUND:
+            self._coordinator = None
+            raise codes.error(worst, f"read the offsets of group {self._group_id}")
+        found: dict[TopicPartition, OffsetMark | None] = dict.fromkeys(partitions)
+        for topic, partition, offset, _epoch, metadata, _code, _ in told:
+            if offset >= 0:
+                found[TopicPartition(topic, partition)] = OffsetMark(offset, metadata or "")
+        return found
+
+    async def commit(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
+        self._check_owned(offsets, membership)
+        fields = by_topic((tp, (mark.offset, -1, mark.metadata)) for tp, mark in offsets.items())
+        call = wire.OFFSET_COMMIT(self._group_id, membership.generation, membership.member_id, None, fields)
+        response = await self._ask(call)
+        told = {code for _topic, parts in response.topics for _partition, code in parts} - {codes.NONE}
+        if told & _MIGRATION_CODES:
+            raise await self._why_refused(told, offsets, membership)
+        if told & codes.COORDINATOR_MOVED:
+            self._coordinator = None
+        if told:
+            code = max(told)
+            error = codes.error(code, f"commit offsets of group {self._group_id}")
+            if code == codes.UNKNOWN_TOPIC_OR_PARTITION:  # the coordinator may not have heard of a new topic yet
+                error = RetriableError(str(error))
+            raise error
+
+    def _check_owned(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
+        """The broker does not look at partitions, and takes what has no member id: so this is ours to do."""
+        who = f"member {membership.member_id!r} of group {membership.group_id!r}, generation {membership.generation}"
+        if not membership.member_id or membership.generation < 0 or membership.group_id != self._group_id:
+            raise TaskMigratedError(f"{who}: this is no membership; nothing was stored")
+        now = self._membership
+        if now is not None and now.member_id == membership.member_id:
+            if membership.generation > now.generation:
+                raise TaskMigratedError(f"{who}: the group is in generation {now.generation} only; nothing was stored")
+            for tp in offsets:
+                since = self._owned_since.get(tp)
+                if since is None or since > membership.generation:
+                    raise TaskMigratedError(f"{who} does not own {tp} (any more); nothing was stored")
+
+    async def _why_refused(
+        self, told: set[int], offsets: Mapping[TopicPartition, OffsetMark], membership: Membership
+    ) -> StreamFlowError:
+        """Wait for the round that is under way, and see whether the partitions are still here."""
+        who = f"member {membership.member_id!r} of group {self._group_id!r}, generation {membership.generation}"
+        reason = ", ".join(codes.name(code) for code in sorted(told))
+        if codes.UNKNOWN_MEMBER_ID in told:
+            self._control.call(self._nudge)
+            return TaskMigratedError(f"{who} is not in the group any more ({reason}); nothing was stored")
+        again = RetriableError(f"{who}: a rebalance is under way ({reason}); commit again with the current membership")
+        if codes.ILLEGAL_GENERATION not in told:
+            return again
+        with anyio.move_on_after(self._settings.session_timeout_ms / 1000):
+            while self._membership == membership:
+                self._control.call(self._nudge)
+                await self._wait_for_news()
+        now = self._membership
+        if now is None or now.member_id != membership.member_id:
+            return TaskMigratedError(f"{who} is not in the group any more ({reason}); nothing was stored")
+        try:
+            self._check_owned(offsets, membership)
+        except TaskMigratedError as exc:
+            return exc
+        return again
+
+    async def _ask(self, call: wire.Call) -> Any:
+        if self._coordinator is None:
+            self._coordinator = await self._client.coordinator("group", self._group_id)
+        try:
+            return await self._client.send(self._coordinator, call, ("offsets", self._group_id))
+        except RetriableError:
+            self._coordinator = None
+            raise
+
+    # --- the border to the control thread ------------------------------------------------------------------------
+
+    async def _take_part(self) -> None:
+        """In the control thread."""
+        timeout_ms = max(self._client.options.request_timeout_ms, self._settings.rebalance_timeout_ms)
+        options, client_id = self._client.options, self._client.client_id
+        async with Client(options, client_id, request_timeout_ms=timeout_ms + _REQUEST_MARGIN_MS) as client:
+            self._member = GroupMember(
+                client, self._group_id, self._topics, self._assignor, self._settings, self, self._vitals
+            )
+            await self._member.run()
+
+    def _on_answered(self, partitions: frozenset[TopicPartition]) -> None:
+        if self._member is not None:
+            self._member.answered(partitions)
+
+    def _nudge(self) -> None:
+        if self._member is not None:
+            self._member.nudge()
+
+    def news(self, membership: Membership | None, events: list[GroupEvent]) -> None:
+        """Called by the control thread (see `member.Host`)."""
+        self._control.tell(self._take_news, membership, events)
+
+    def failed(self, error: StreamFlowError) -> None:
+        """Called by the control thread (see `member.Host`)."""
+        self._control.tell(self._take_failure, error)
+
+    def _take_news(self, membership: Membership | None, events: list[GroupEvent]) -> None:
+        self._membership = membership
+        for event in events:
+            if isinstance(event, Assigned):
+                self._owned_since.update(dict.fromkeys(event.partitions, event.generation))
+            elif isinstance(event, Revoked):
+                self._revoking |= event.partitions
+            else:
+                gone = event.partitions & self._owned_since.keys()  # what was answered in time is not lost
+                self._revoking -= gone
+                for tp in gone:
+                    del self._owned_since[tp]
+                event = Lost(gone, event.reason)
+            if event.partitions:
+                self._events.append(event)
+        self._tell_waiters()
+
+    def _take_failure(self, error: StreamFlowError) -> None:
+        if self._failure is None:
+            self._failure = error if isinstance(error, FatalError) else _fatal(error)
+        self._membership = None
+        self._tell_waiters()
+
+    def _on_end(self, exc: BaseException | None) -> None:
+        error = InternalError(f"the control thread of group {self._group_id} ended: {exc!r}")
+        error.__cause__ = exc
+        self._take_failure(error)
+
+    async def _wait_for_news(self) -> None:
+        await self._news.wait()
+
+    def _tell_waiters(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+def _fatal(error: StreamFlowError) -> FatalError:
+    fatal = FatalError(str(error))
+    fatal.__cause__ = error
+    return fatal

@@ -1,0 +1,371 @@
+"""A member of a group, in the control thread: the classic protocol with cooperative rebalancing (KIP-62, 394, 429).
+
+What it holds (`owned`) is what its tasks work on, and differs from what the last round assigned while partitions that
+have to move are still being revoked. It joins later rounds meanwhile, claiming what it still owns; once that is
+answered, or its time is up, it joins again without it, and the leader gives it to somebody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import anyio
+
+from streamflow.errors import FatalError, RetriableError, StreamFlowError
+from streamflow.log.api import Assigned, Assignor, GroupEvent, GroupSettings, GroupStatistics, Lost, Membership, Revoked
+from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka.assignment import assign, flat, nested, read_claim, write_claim
+from streamflow.log.kafka.client import Client, backoff_s
+from streamflow.model.record import TopicPartition
+
+logger = logging.getLogger("streamflow.kafka")
+
+PROTOCOL = "streamflow-v1"
+_LEAVE_TIMEOUT_S = 2.0
+_METADATA_TIMEOUT_S = 3.0
+_FATAL_JOIN = {
+    codes.INCONSISTENT_GROUP_PROTOCOL: "other consumers of this group speak another protocol: give this app its own id",
+    codes.INVALID_SESSION_TIMEOUT: "session_timeout_ms is outside the broker's group.min/max.session.timeout.ms",
+    81: "the group has reached the broker's group.max.size",
+}
+
+Partitions = frozenset[TopicPartition]
+
+
+class Host(Protocol):
+    """Who is told; every call may be made from the control thread."""
+
+    def news(self, membership: Membership | None, events: list[GroupEvent]) -> None:
+        """The membership to commit under from now on, and what happened, in order."""
+        ...
+
+    def failed(self, error: StreamFlowError) -> None:
+        """The group cannot be joined."""
+        ...
+
+
+@dataclass(slots=True)
+class Vitals:
+    """What crosses the thread border as plain numbers."""
+
+    last_progress: float = field(default_factory=time.monotonic)
+    last_heartbeat: float | None = None
+    rebalances: int = 0
+    rebalance_s: float = 0.0
+
+    def statistics(self) -> GroupStatistics:
+        """As the contract wants them."""
+        age = None if self.last_heartbeat is None else time.monotonic() - self.last_heartbeat
+        return GroupStatistics(self.rebalances, self.rebalance_s, age)
+
+
+class GroupMember:
+    """One membership, from joining to leaving.
+
+    Args:
+        client: The control loop's connections.
+        group_id: Consumer group.
+        topics: What to subscribe to.
+        assignor: Used while this member is the leader.
+        settings: Time-outs.
+        host: Who is told.
+        vitals: Shared numbers.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        group_id: str,
+        topics: frozenset[str],
+        assignor: Assignor,
+        settings: GroupSettings,
+        host: Host,
+        vitals: Vitals,
+    ) -> None:
+        self._client = client
+        self._group_id = group_id
+        self._topics = topics
+        self._assignor = assignor
+        self._settings = settings
+        self._host = host
+        self._vitals = vitals
+        self._member_id = ""
+        self._generation = -1
+        self._owned: Partitions = frozenset()
+        self._assigned: Partitions = frozenset()
+        self._revoking: dict[TopicPartition, float] = {}
+        self._counts: dict[str, int] = {}
+        self._is_leader = False
+        self._coordinator: int | None = None
+        self._rejoin = False
+        self._wake = anyio.Event()
+        self._scope = anyio.CancelScope()
+
+    async def run(self) -> None:
+        """Take part until cancelled; then leave at once."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch_progress)
+                tasks.start_soon(self._watch_partitions)
+                while True:
+                    with anyio.CancelScope() as self._scope:
+                        await self._take_part()
+                    await self._sit_out()
+        except* StreamFlowError as group:
+            self._host.failed(_first(group))
+        finally:
+            with anyio.move_on_after(_LEAVE_TIMEOUT_S, shield=True):
+                await self._leave()
+
+    def answered(self, partitions: Partitions) -> None:
+        """The tasks of these partitions are closed: they may go."""
+        self._release(partitions & self._revoking.keys())
+
+    def nudge(self) -> None:
+        """Ask the coordinator now: a commit was refused."""
+        self._wake.set()
+
+    async def _take_part(self) -> None:
+        while True:
+            await self._rebalance()
+            await self._stay()
+
+    # --- one round -----------------------------------------------------------------------------------------------
+
+    async def _rebalance(self) -> None:
+        started = time.monotonic()
+        failures = 0
+        while True:
+            self._expire_revocations()
+            self._rejoin = False
+            try:
+                assigned = await self._round()
+            except RetriableError as exc:
+                failures += 1
+                self._coordinator = None
+                logger.log(logging.WARNING if failures == 1 else logging.DEBUG, "group %s: %s", self._group_id, exc)
+                await anyio.sleep(backoff_s(failures))
+                continue
+            if assigned is not None:
+                break
+        self._vitals.last_heartbeat = time.monotonic()
+        self._vitals.rebalances += 1
+        self._vitals.rebalance_s += time.monotonic() - started
+        self._settle(assigned)
+
+    async def _round(self) -> Partitions | None:
+        """Join and sync once; None means: at once again."""
+        node = await self._find_coordinator()
+        claim = write_claim(self._topics, self._owned, self._generation)
+        call = wire.JOIN_GROUP(
+            self._group_id,
+            self._settings.session_timeout_ms,
+            self._settings.rebalance_timeout_ms,
+            self._member_id,
+            None,
+            "consumer",
+            [(PROTOCOL, claim)],
+        )
+        joined = await self._client.send(node, call, "join")
+        if joined.error_code == codes.MEMBER_ID_REQUIRED:
+            self._member_id = joined.member_id
+            return None
+        if joined.error_code:
+            self._on_error(joined.error_code, "join")
+            return None
+        self._member_id = joined.member_id
+        self._is_leader = joined.leader == joined.member_id
+        assignments = await self._lead(joined) if self._is_leader else []
+        call = wire.SYNC_GROUP(self._group_id, joined.generation, self._member_id, None, assignments)
+        synced = await self._client.send(node, call, "join")
+        if synced.error_code:
+            self._on_error(synced.error_code, "sync with")
+            return None
+        self._generation = joined.generation
+        return flat(wire.decode_assignment(synced.assignment))
+
+    async def _lead(self, joined: Any) -> list[tuple[str, bytes]]:
+        claims = [read_claim(member_id, metadata) for member_id, _instance, metadata in joined.members]
+        self._counts = await self._partition_counts(frozenset[str]().union(*(claim.topics for claim in claims)))
+        try:
+            assigned = assign(self._assignor, claims, self._counts)
+        except StreamFlowError:
+            raise
+        except Exception as exc:
+            raise FatalError(f"the assignor of group {self._group_id} failed: {exc!r}") from exc
+        return [(member_id, wire.encode_assignment(nested(partitions))) for member_id, partitions in assigned.items()]
+
+    async def _partition_counts(self, topics: frozenset[str]) -> dict[str, int]:
+        try:
+            with anyio.fail_after(_METADATA_TIMEOUT_S):  # the others wait, and the session runs
+                await self._client.refresh(topics)
+        except (RetriableError, TimeoutError) as exc:
+            logger.warning("group %s: assigning by the partition counts of before: %s", self._group_id, exc)
+        known = self._client.topics
+        return {topic: len(known[topic].leaders) for topic in topics if topic in known}
+
+    def _on_error(self, code: int, verb: str) -> None:
+        """Decide what a refused join, sync or heartbeat means.
+
+        Raises:
+            RetriableError: Find the coordinator again, after a pause.
+            FatalError: The group cannot be joined.
+        """
+        what = f"{verb} group {self._group_id}"
+        if code == codes.UNKNOWN_MEMBER_ID:
+            self._lose("the session expired: the group went on without this member")
+        elif code in (codes.ILLEGAL_GENERATION, codes.REBALANCE_IN_PROGRESS):
+            pass  # a round was missed, not the membership: nobody gets what this member still claims
+        elif code in _FATAL_JOIN:
+            raise FatalError(f"{what}: {_FATAL_JOIN[code]} ({codes.name(code)})")
+        else:
+            raise codes.error(code, what)
+        self._rejoin = True
+
+    # --- what a round changes ------------------------------------------------------------------------------------
+
+    def _settle(self, assigned: Partitions) -> None:
+        self._assigned = assigned
+        going = self._owned - assigned - self._revoking.keys()
+        coming = assigned - self._owned
+        self._owned |= coming
+        deadline = time.monotonic() + self._settings.rebalance_timeout_ms / 1000
+        self._revoking.update(dict.fromkeys(going, deadline))
+        events: list[GroupEvent] = []
+        if going:
+            events.append(Revoked(going))
+        if coming:
+            events.append(Assigned(coming, self._generation))
+        self._host.news(self._membership, events)
+
+    @property
+    def _membership(self) -> Membership | None:
+        if not self._member_id or self._generation < 0:
+            return None
+        return Membership(self._group_id, self._member_id, self._generation)
+
+    def _release(self, partitions: Partitions) -> None:
+        """Given up by its tasks; a round since may have given some of it back."""
+        for tp in partitions:
+            del self._revoking[tp]
+        back = partitions & self._assigned
+        self._owned -= partitions - back
+        if back:
+            self._host.news(self._membership, [Assigned(back, self._generation)])
+        if not self._revoking and partitions - back:
+            self._rejoin = True
+        self._wake.set()
+
+    def _expire_revocations(self) -> None:
+        now = time.monotonic()
+        late = frozenset(tp for tp, deadline in self._revoking.items() if deadline <= now)
+        if late:
+            limit_ms = self._settings.rebalance_timeout_ms
+            reason = f"not given up within rebalance_timeout_ms ({limit_ms} ms): another member takes over"
+            self._host.news(self._membership, [Lost(late, reason)])
+            self._release(late)
+
+    def _lose(self, reason: str) -> None:
+        """Everything is gone; a member joins anew, with an id of its own."""
+        lost = self._owned
+        self._member_id, self._generation = "", -1
+        self._owned = self._assigned = frozenset()
+        self._revoking.clear()
+        self._is_leader = False
+        if lost:
+            logger.warning("group %s: lost %d partitions: %s", self._group_id, len(lost), reason)
+        self._host.news(None, [Lost(lost, reason)] if lost else [])
+
+    # --- between rounds ------------------------------------------------------------------------------------------
+
+    async def _stay(self) -> None:
+        """Heartbeats, until there is a reason to join again."""
+        while not self._rejoin:
+            with anyio.move_on_after(self._settings.heartbeat_interval_ms / 1000):
+                await self._wake.wait()
+            if self._wake.is_set():
+                self._wake = anyio.Event()
+            self._expire_revocations()
+            if not self._rejoin:
+                await self._heartbeat()
+
+    async def _heartbeat(self) -> None:
+        try:
+            node = await self._find_coordinator()
+            call = wire.HEARTBEAT(self._group_id, self._generation, self._member_id, None)
+            timeout_s = max(self._settings.session_timeout_ms / 3000, 1.0)
+            response = await self._client.send(node, call, "heartbeat", timeout_s=timeout_s)
+            if response.error_code:
+                self._on_error(response.error_code, "heartbeat to")
+        except RetriableError as exc:
+            self._coordinator = None
+            logger.debug("group %s: %s", self._group_id, exc)
+        else:
+            if not response.error_code:
+                self._vitals.last_heartbeat = time.monotonic()
+
+    async def _find_coordinator(self) -> int:
+        if self._coordinator is None:
+            self._coordinator = await self._client.coordinator("group", self._group_id)
+        return self._coordinator
+
+    async def _leave(self) -> None:
+        if not self._member_id or self._coordinator is None:
+            return
+        try:
+            # A connection of its own: a parked join would hold it up.
+            await self._client.send(
+                self._coordinator,
+                wire.LEAVE_GROUP(self._group_id, self._member_id),
+                "leave",
+                timeout_s=_LEAVE_TIMEOUT_S,
+            )
+        except StreamFlowError as exc:
+            logger.info("group %s: could not leave, the session will expire: %s", self._group_id, exc)
+
+    # --- watching ------------------------------------------------------------------------------------------------
+
+    async def _watch_progress(self) -> None:
+        limit_s = self._settings.max_poll_interval_ms / 1000
+        while True:
+            await anyio.sleep(min(0.25, limit_s / 4))
+            if self._is_stuck(limit_s):
+                self._scope.cancel()
+
+    def _is_stuck(self, limit_s: float) -> bool:
+        return time.monotonic() - self._vitals.last_progress > limit_s
+
+    async def _sit_out(self) -> None:
+        """Give everything up and stay away until the data loop gets on again."""
+        limit_ms = self._settings.max_poll_interval_ms
+        await self._leave()
+        self._lose(
+            f"no progress for more than max_poll_interval_ms ({limit_ms} ms): an agent hangs or blocks the event loop "
+            "in one record. Make the record's work shorter, or raise max_poll_interval_ms"
+        )
+        while self._is_stuck(limit_ms / 1000):  # noqa: ASYNC110  # another thread says so by writing a number
+            await anyio.sleep(0.05)
+
+    async def _watch_partitions(self) -> None:
+        """A topic that grew or came to be is assigned anew; the leader watches for all."""
+        while True:
+            await anyio.sleep(self._client.options.metadata_max_age_ms / 1000)
+            if not self._is_leader:
+                continue
+            counts = await self._partition_counts(frozenset(self._counts) | self._topics)
+            if counts != self._counts and self._is_leader:
+                logger.info("group %s: partition counts changed: %s", self._group_id, counts)
+                self._rejoin = True
+                self._wake.set()
+
+
+def _first(group: BaseExceptionGroup[Any]) -> StreamFlowError:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return _first(error)
+        if isinstance(error, StreamFlowError):
+            return error
+    raise group
