@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import uuid
 from collections.abc import Mapping, Sequence
@@ -132,10 +133,11 @@ def purge_below(sql: sqlite3.Connection, partition_id: int, before: int, limit: 
         (partition_id, before, limit),
     ).fetchall()
     sql.executemany("DELETE FROM batches WHERE id = ?", [(row[0],) for row in rows])
+    removed = sum(row[1] for row in rows)
     sql.execute(
         "UPDATE partitions SET start_offset = max(start_offset, ?), clean_offset = max(clean_offset, ?), "
-        "size_bytes = size_bytes - ? WHERE id = ?",
-        (before, before, sum(row[1] for row in rows), partition_id),
+        "size_bytes = size_bytes - ?, clean_bytes = max(0, clean_bytes - ?) WHERE id = ?",
+        (before, before, removed, removed, partition_id),
     )
     return len(rows) == limit
 
@@ -155,6 +157,9 @@ def check_new_topic(topic: NewTopic) -> None:
             continue
         if not text.lstrip("-").isdigit() or int(text) < least:
             raise ConfigurationError(f"topic {topic.name!r}: {key} is {text!r}; use a whole number of at least {least}")
+    ratio = topic.config.get("min.cleanable.dirty.ratio", "0.5")
+    if not re.fullmatch(r"0|1|[01]?\.\d+", ratio) or float(ratio) > 1:
+        raise ConfigurationError(f"topic {topic.name!r}: min.cleanable.dirty.ratio is {ratio!r}; use 0 to 1")
     policies = set(topic.config.get("cleanup.policy", "delete").replace(" ", "").split(","))
     if not policies <= _POLICIES:
         raise ConfigurationError(

@@ -11,13 +11,14 @@ need no such promise and use `NORMAL`.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import sys
 import threading
 from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.log.sqlite import schema
@@ -87,6 +88,14 @@ class Database(ABC):
         """Read a few rows on the event loop, without waiting for anybody."""
 
     @abstractmethod
+    def take_lease(self) -> bool:
+        """Become the one that maintains the database, until it is closed; False while another one is."""
+
+    @abstractmethod
+    def write_ahead_bytes(self) -> int:
+        """Size of the write-ahead log."""
+
+    @abstractmethod
     def wrote(self, *, members: bool = False) -> None:
         """Tell the others that records (or members) changed."""
 
@@ -106,6 +115,7 @@ class FileDatabase(Database):
         self.waits = SystemClock()
         self.members = None
         self._busy_timeout_s = busy_timeout_s
+        self._lease: IO[bytes] | None = None
         self._stack = AsyncExitStack()
 
     async def aopen(self) -> None:
@@ -121,7 +131,27 @@ class FileDatabase(Database):
             self._stack = stack.pop_all()
 
     async def aclose(self) -> None:
+        self._lease = None
         await self._stack.aclose()
+
+    def take_lease(self) -> bool:
+        if self._lease is not None:
+            return True
+        # The operating system gives the lock back when its process ends, however it ends.
+        lease = open(f"{self.name}-maintenance", "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lease.close()
+            return False
+        self._lease = self._stack.enter_context(lease)
+        return True
+
+    def write_ahead_bytes(self) -> int:
+        try:
+            return os.stat(f"{self.name}-wal").st_size
+        except OSError:
+            return 0
 
     async def lane(self, name: str) -> Runner:
         return await ThreadRunner(lambda: self.session(durable=False), f"streamflow-log-{name}").start()
@@ -184,14 +214,14 @@ class Memory:
     Attributes:
         session: The one connection.
         users: Logs that have it open.
-        maintained: Whether one of them looks after it.
+        maintainer: The one of them that maintains it.
     """
 
     def __init__(self, name: str) -> None:
         self.session = _connect(":memory:", f"memory://{name}", BUSY_TIMEOUT_S, threading.RLock())
         self.session.write(schema.create)
         self.users: list[MemoryDatabase] = []
-        self.maintained = False
+        self.maintainer: MemoryDatabase | None = None
 
 
 _memories: dict[str, Memory] = {}
@@ -225,10 +255,20 @@ class MemoryDatabase(Database):
         with _memories_lock:
             self.memory.users.remove(self)
             last = not self.memory.users
+            if self.memory.maintainer is self:
+                self.memory.maintainer = None
             if last:
                 del _memories[self._key]
         if last:
             self.memory.session.close()
+
+    def take_lease(self) -> bool:
+        with _memories_lock:
+            self.memory.maintainer = self.memory.maintainer or self
+            return self.memory.maintainer is self
+
+    def write_ahead_bytes(self) -> int:
+        return 0
 
     async def lane(self, name: str) -> Runner:
         return self.writer
@@ -257,8 +297,9 @@ def _configure(sql: sqlite3.Connection, *, durable: bool) -> None:
     for pragma in _PRAGMAS:
         sql.execute(f"PRAGMA {pragma}")
     sql.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-    if durable and sys.platform == "darwin":
-        sql.execute("PRAGMA fullfsync = ON")  # macOS's fsync leaves data in the drive's cache
+    if sys.platform == "darwin":  # whose fsync leaves data in the drive's cache
+        sql.execute(f"PRAGMA fullfsync = {'ON' if durable else 'OFF'}")
+        sql.execute("PRAGMA checkpoint_fullfsync = ON")
 
 
 def _data_version(sql: sqlite3.Connection) -> int:

@@ -151,6 +151,13 @@ class Runner(ABC):
         """
 
     @abstractmethod
+    async def direct(self, work: Work[T]) -> T:
+        """Run `work` outside any transaction.
+
+        Cancellation: at once; the answer is dropped.
+        """
+
+    @abstractmethod
     async def aclose(self) -> None:
         """Finish what is under way and end."""
 
@@ -172,6 +179,10 @@ class InlineRunner(Runner):
     async def write(self, work: Work[T]) -> T:
         await anyio.lowlevel.checkpoint()
         return self._session.write(work)
+
+    async def direct(self, work: Work[T]) -> T:
+        await anyio.lowlevel.checkpoint()
+        return self._session.direct(work)
 
     async def aclose(self) -> None:
         return
@@ -220,6 +231,9 @@ class ThreadRunner(Runner):
         with anyio.CancelScope(shield=True):
             await asyncio.wait([done])
         return cast("T", done.result())
+
+    async def direct(self, work: Work[T]) -> T:
+        return cast("T", await self._submit(lambda session: session.direct(work)))
 
     async def aclose(self) -> None:
         """Finish what is queued and end the thread, within 5 s: one that waits for a lock gives up."""

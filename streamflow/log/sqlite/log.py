@@ -25,6 +25,7 @@ from streamflow.log.sqlite.background import background
 from streamflow.log.sqlite.database import Database, FileDatabase, MemoryDatabase, absolute
 from streamflow.log.sqlite.execution import BUSY_TIMEOUT_S
 from streamflow.log.sqlite.group import joined
+from streamflow.log.sqlite.maintenance import Maintenance
 from streamflow.log.sqlite.membership import Subscription
 from streamflow.log.sqlite.producer import SqliteProducer, SqliteTransactionalProducer
 from streamflow.log.sqlite.reader import SqliteReader
@@ -44,6 +45,7 @@ class SqliteLog(Log):
         self._database = database
         self._address = address
         self._admin = SqliteAdmin(database)
+        self._maintenance = Maintenance(database)
         self._stack = AsyncExitStack()
 
     @classmethod
@@ -75,6 +77,17 @@ class SqliteLog(Log):
         """
         return cls(MemoryDatabase(name, clock), f"memory://{name}")
 
+    async def maintain(self) -> bool:
+        """Do now what maintenance has to do (retention, compaction), as it is done every 30 s.
+
+        Returns:
+            False when another process holds the maintenance lease.
+        """
+        if not self._database.take_lease():
+            return False
+        await self._maintenance.round()
+        return True
+
     @property
     def address(self) -> str:
         return self._address
@@ -91,6 +104,7 @@ class SqliteLog(Log):
         async with AsyncExitStack() as stack:
             await self._database.aopen()
             stack.push_async_callback(self._database.aclose)
+            await stack.enter_async_context(background(self._maintenance.run(), "log maintenance"))
             self._stack = stack.pop_all()
         return self
 

@@ -30,6 +30,7 @@ _STATEMENTS = (
         start_offset INTEGER NOT NULL DEFAULT 0,
         end_offset INTEGER NOT NULL DEFAULT 0,
         clean_offset INTEGER NOT NULL DEFAULT 0,
+        clean_bytes INTEGER NOT NULL DEFAULT 0,
         size_bytes INTEGER NOT NULL DEFAULT 0,
         UNIQUE (topic_id, partition)
     )""",
@@ -45,6 +46,8 @@ _STATEMENTS = (
         data BLOB NOT NULL
     )""",
     "CREATE UNIQUE INDEX batches_by_offset ON batches (partition_id, last_offset)",
+    """CREATE INDEX batches_with_tombstones ON batches (partition_id, delete_horizon_ms)
+        WHERE delete_horizon_ms IS NOT NULL""",
     """CREATE TABLE groups (
         id TEXT PRIMARY KEY,
         generation INTEGER NOT NULL DEFAULT 0,
