@@ -104,7 +104,9 @@ def _app_argument() -> inspect.Parameter:
 
 def _flag(setting: Setting) -> inspect.Parameter:
     default = setting.about.shown_default.replace("`", "") or str(setting.default)
-    text = f"{setting.about.help.replace('`', '')} [default: {default}]"
+    text = f"{setting.about.help.replace('`', '')} (default: {default})"
+    if setting.choices:
+        text = text.replace(" (default", f" One of {', '.join(setting.choices)} (default")
     if setting.kind is bool:
         positive = setting.flag
         declared = f"{positive}/--no-{positive.removeprefix('--')}"
@@ -112,7 +114,7 @@ def _flag(setting: Setting) -> inspect.Parameter:
         return _keyword(setting.name, bool, option)
     option = typer.Option(
         setting.flag,
-        metavar="|".join(setting.choices) or {int: "INTEGER", float: "NUMBER"}.get(setting.kind, "TEXT"),
+        metavar={int: "INT", float: "FLOAT"}.get(setting.kind, "TEXT"),
         help=text,
         show_default=False,
         rich_help_panel="Settings",

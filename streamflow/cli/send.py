@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -122,7 +123,7 @@ class _Sending:
             pending: list[asyncio.Task[RecordMetadata]] = []
             failed: StreamFlowError | None = None
             # A line from a pipe or a terminal may be long in coming: what came before it must not wait for it.
-            for number, line in await asyncio.to_thread(_some, numbered, IN_FLIGHT if stream.seekable() else 1):
+            for number, line in await asyncio.to_thread(_taken, numbered, IN_FLIGHT if stream.seekable() else 1):
                 text = line.rstrip("\r\n")
                 if not text:
                     continue
@@ -149,8 +150,8 @@ class _Sending:
         return as_json(sent._asdict()) if self._json else f"{sent.topic}-{sent.partition}-{sent.offset}"
 
 
-def _some(lines: Iterator[tuple[int, str]], count: int) -> list[tuple[int, str]]:
-    return [line for line, _ in zip(lines, range(count), strict=False)]
+def _taken(lines: Iterator[tuple[int, str]], count: int) -> list[tuple[int, str]]:
+    return list(islice(lines, count))
 
 
 @contextmanager
