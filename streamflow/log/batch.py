@@ -51,12 +51,14 @@ class RecordBatch:
     @property
     def max_timestamp_ms(self) -> int:
         """Greatest timestamp in the batch."""
-        return self._records.max_timestamp
+        latest: int = self._records.max_timestamp
+        return latest
 
     @property
     def base_offset(self) -> int:
         """Offset of the batch's first record, before `first_offset` is applied."""
-        return self._records.base_offset
+        base_offset: int = self._records.base_offset
+        return base_offset
 
     def open(self) -> Iterator[LogRecord]:
         """Iterate over the records from `first_offset` on, once; decompression happens here."""
@@ -93,7 +95,9 @@ class SealedBatch:
         """The batch as it is: producer id -1, base offset 0 (what SQLite stores before it sets the base offset)."""
         return bytes(self._data)
 
-    def stamped(self, producer_id: int, producer_epoch: int, base_sequence: int, *, transactional: bool = False) -> bytes:
+    def stamped(
+        self, producer_id: int, producer_epoch: int, base_sequence: int, *, transactional: bool = False
+    ) -> bytes:
         """A copy with the producer's identity and a new checksum.
 
         Args:
@@ -127,7 +131,8 @@ class BatchBuilder:
     @property
     def size_bytes(self) -> int:
         """Size so far, before compression."""
-        return self._builder.size()
+        size: int = self._builder.size()
+        return size
 
     def append(self, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: Headers) -> bool:
         """Add a record.
@@ -142,7 +147,7 @@ class BatchBuilder:
             False when the batch is full: the record was not added; seal, open a new builder, append there.
         """
         count = self.num_records
-        if self._append(count, timestamp_ms, key, value, headers) is None:  # type: ignore[arg-type]
+        if self._append(count, timestamp_ms, key, value, headers) is None:
             return False
         self.num_records = count + 1
         if timestamp_ms > self._max_timestamp_ms:

@@ -8,7 +8,7 @@ read as `None` where the type allows it, errors name part, field path, what was 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -135,6 +135,11 @@ class BoundCodec(Generic[T]):
 
     def __repr__(self) -> str:
         return f"<{self.serializer} codec of {self.part} of {self.topic!r}: {type_name(self.type)}>"
+
+    @property
+    def load_schema(self) -> Callable[[int | str], Awaitable[None]] | None:
+        """The user's codec's `async load_schema(id)`, which makes a schema known that `NeedSchema` asked for."""
+        return getattr(self._codec, "load_schema", None)
 
     def encode(self, value: T | None, headers: Headers = ()) -> bytes | None:
         """Write a value.
@@ -362,5 +367,8 @@ def _load(name: str, topic: str, part: Part) -> Any:
 
 def _shown(value: Any) -> str:
     """A value in an error: its type, and enough of it to find it."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except Exception:
+        return type_name(type(value))  # the user's __repr__ must not hide what went wrong
     return f"{type_name(type(value))} {shown if len(shown) <= _EXCERPT_BYTES else shown[: _EXCERPT_BYTES - 3] + '...'}"

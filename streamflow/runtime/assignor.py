@@ -53,9 +53,7 @@ class TaskAssignor:
     def __init__(self, sub_topologies: Mapping[str, Sequence[str]]) -> None:
         self._sub_topologies = sub_topologies
 
-    def __call__(
-        self, members: Sequence[Member], counts: Mapping[str, int]
-    ) -> Mapping[str, frozenset[TopicPartition]]:
+    def __call__(self, members: Sequence[Member], counts: Mapping[str, int]) -> Mapping[str, frozenset[TopicPartition]]:
         """See `log.api.Assignor`."""
         tasks = tasks_of(self._sub_topologies, counts)
         chosen = assign(members, tasks)

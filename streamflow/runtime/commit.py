@@ -189,8 +189,10 @@ class AtLeastOnce(Commits):
             if self._unacknowledged:
                 await asyncio.wait(self._unacknowledged)
             if self._failed is not None:
-                raise self._failed if not isinstance(self._failed, ProductionError) else FatalError(
-                    f"an output could not be written: {self._failed}"
+                raise (
+                    self._failed
+                    if not isinstance(self._failed, ProductionError)
+                    else FatalError(f"an output could not be written: {self._failed}")
                 ) from self._failed
             await self._commit_offsets([each for each in taken if each[1]], started_s)
 

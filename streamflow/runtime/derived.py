@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+from streamflow.processing.agent import Agent
 from streamflow.processing.policy import ErrorPolicy
 from streamflow.processing.topic import Derived, Topic
 
@@ -28,3 +29,7 @@ class Copier:
         self.input_topics: tuple[Topic[Any, Any], ...] = (derived.source_topic,)
         self.sink_topics: tuple[Topic[Any, Any], ...] = (derived.topic,)
         self.on_error = on_error
+
+
+Processor: TypeAlias = Agent[Any, Any, Any] | Copier
+"""What processes the records of a task: the user's agents, and the copying steps."""

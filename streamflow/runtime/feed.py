@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from streamflow.errors import ClosedError, ConfigurationError, DeserializationError, ProcessingError, RecordError
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
-from streamflow.processing.agent import Agent
 from streamflow.processing.stream import Event, View
+from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.record_errors import STOP, Drop, RecordErrors
 from streamflow.runtime.turn import NO_HEADERS, Staged, Turn, unit_in_context
 
@@ -48,7 +48,7 @@ class Feed(Turn, Generic[T]):
         errors: Decides about records that fail.
     """
 
-    def __init__(self, task: Task, agent: Agent[Any, Any, Any], errors: RecordErrors) -> None:
+    def __init__(self, task: Task, agent: Processor, errors: RecordErrors) -> None:
         super().__init__(task, agent)
         self.errors = errors
         self.records: Iterator[T] = _EMPTY
@@ -68,7 +68,7 @@ class Feed(Turn, Generic[T]):
         self.source, self.tp = topic, tp
         codec = topic.value_codec
         self.codec = codec
-        copies = self.agent.kind == "copy" and self.agent.rekey is None
+        copies = isinstance(self.agent, Copier) and self.agent.rekey is None
         self.decode: Callable[[Any], Any] = _as_it_is if copies else codec.fast_decode or self._decode_with_headers
         self.timestamp_of = self.task.timestamp_of(topic)
 
@@ -81,6 +81,10 @@ class Feed(Turn, Generic[T]):
 
     @abstractmethod
     async def __anext__(self) -> Any:
+        """See `processing.stream.Source`."""
+
+    @abstractmethod
+    async def take(self, max_records: int, within_s: float | None, view: View) -> list[Any]:
         """See `processing.stream.Source`."""
 
     @abstractmethod
@@ -233,7 +237,7 @@ class Feed(Turn, Generic[T]):
 class DirectFeed(Feed[LogRecord]):
     """The feed of a task with one agent and one record in flight: the fast path."""
 
-    def __init__(self, task: Task, agent: Agent[Any, Any, Any], errors: RecordErrors) -> None:
+    def __init__(self, task: Task, agent: Processor, errors: RecordErrors) -> None:
         super().__init__(task, agent, errors)
         self._positions = task.start_positions()
         self._together: list[LogRecord] | None = None
@@ -455,7 +459,7 @@ def processing_error(feed: Feed[Any], exc: Exception) -> RecordError:
     return error
 
 
-def refuse_take_with_concurrency(agent: Agent[Any, Any, Any]) -> ConfigurationError:
+def refuse_take_with_concurrency(agent: Processor) -> ConfigurationError:
     """The error of `take` in an agent with `concurrency` above 1."""
     return ConfigurationError(
         f"agent {agent.name!r}: take() and concurrency={agent.concurrency} exclude each other; a unit of records is "

@@ -191,6 +191,19 @@ class Inputs:
             )
         self._arrived.clear()
 
+    async def wait_at_most(self, timeout_s: float) -> bool:
+        """Wait as `wait` does, but not for ever.
+
+        Args:
+            timeout_s: Seconds, > 0.
+
+        Returns:
+            Whether something arrived.
+        """
+        arrived = await self._clock.wait(self._arrived, timeout_s)
+        self._arrived.clear()
+        return arrived
+
     def next_run(self, max_records: int) -> tuple[Input, list[LogRecord]] | None:
         """Take the next run of records, all of one input; None when there is none to take now."""
         if len(self.by_tp) == 1:

@@ -68,9 +68,7 @@ def _check(topic: Topic[Any, Any], description: TopicDescription | None) -> None
         )
 
 
-def _new_external(
-    topics: Mapping[str, Topic[Any, Any]], settings: Settings, counts: dict[str, int]
-) -> list[NewTopic]:
+def _new_external(topics: Mapping[str, Topic[Any, Any]], settings: Settings, counts: dict[str, int]) -> list[NewTopic]:
     new: list[NewTopic] = []
     for topic in topics.values():
         if topic.internal or topic.name in counts:

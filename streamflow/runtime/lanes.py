@@ -19,8 +19,8 @@ from zlib import crc32
 
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
-from streamflow.processing.agent import Agent
 from streamflow.processing.stream import View
+from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
 from streamflow.runtime.record_errors import Drop, RecordErrors
 from streamflow.runtime.turn import NO_HEADERS, Staged, unit_in_context
@@ -119,7 +119,7 @@ class LaneFeed(Feed[Entry]):
         ledger: The task's ledger.
     """
 
-    def __init__(self, task: Task, agent: Agent[Any, Any, Any], errors: RecordErrors, ledger: Ledger) -> None:
+    def __init__(self, task: Task, agent: Processor, errors: RecordErrors, ledger: Ledger) -> None:
         super().__init__(task, agent, errors)
         self._ledger = ledger
         self.queue: deque[Entry] = deque()

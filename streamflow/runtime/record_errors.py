@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from streamflow.errors import RecordError
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
-from streamflow.processing.agent import Agent
 from streamflow.processing.policy import DeadLetter, ErrorPolicy, Retry, Skip
 from streamflow.processing.topic import Topic
 from streamflow.runtime.dead_letter import headers_of
+from streamflow.runtime.derived import Processor
 from streamflow.sensors import Sensors
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class RecordErrors:
         sensors: Told each decision.
     """
 
-    def __init__(self, agent: Agent[Any, Any, Any], sensors: Sensors) -> None:
+    def __init__(self, agent: Processor, sensors: Sensors) -> None:
         self._agent = agent
         self._sensors = sensors
 
@@ -101,7 +101,7 @@ class RecordErrors:
         return (output, partition, record.timestamp, key, record.value, headers)
 
 
-def way_past(agent: Agent[Any, Any, Any], error: RecordError) -> str:
+def way_past(agent: Processor, error: RecordError) -> str:
     """What to write so that a record which stopped the worker is passed."""
     return (
         f"agent {agent.name!r} stopped the worker at {error.position or 'an unknown position'}: {error.message}\n"

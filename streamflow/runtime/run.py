@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import copy_context
 from functools import partial
@@ -13,9 +13,9 @@ import anyio.to_thread
 
 from streamflow.errors import ProcessingError, RecordError
 from streamflow.log.batch import LogRecord
-from streamflow.processing.agent import Agent
 from streamflow.processing.context import current_turn
 from streamflow.processing.stream import Stream
+from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.feed import Feed, processing_error
 from streamflow.runtime.turn import NO_HEADERS, unit_in_context
 
@@ -30,7 +30,7 @@ class AgentRun:
         feed: Where its records come from.
     """
 
-    def __init__(self, agent: Agent[Any, Any, Any], feed: Feed[Any]) -> None:
+    def __init__(self, agent: Processor, feed: Feed[Any]) -> None:
         self.agent = agent
         self.feed = feed
         self.scope = anyio.CancelScope()
@@ -49,40 +49,41 @@ class AgentRun:
                     await self._returned()
 
     def _body(self) -> Callable[[], Awaitable[None]]:
-        if self.agent.kind == "generator":
-            return self._over_generator
-        if self.agent.kind == "stream":
-            return self._over_stream
-        if self.agent.kind == "copy":
-            return self._copy
-        if self.agent.thread:
-            return self._in_thread
-        return self._per_record_async if self.agent.is_async else self._per_record
+        agent = self.agent
+        if isinstance(agent, Copier):
+            return partial(self._copy, agent)
+        if agent.kind == "generator":
+            return partial(self._over_generator, agent.fn)
+        if agent.kind == "stream":
+            return partial(self._over_stream, agent.fn)
+        if agent.thread:
+            return partial(self._in_thread, agent.fn)
+        return partial(self._per_record_async if agent.is_async else self._per_record, agent.fn)
 
     # --- the forms of an agent -----------------------------------------------------------------------------------
 
-    async def _over_generator(self) -> None:
+    async def _over_generator(self, function: Callable[..., AsyncGenerator[Any, None]]) -> None:
         emit = self.feed.emitter()
-        async with aclosing(self.agent.fn(Stream(self.feed))) as results:
+        async with aclosing(function(Stream(self.feed))) as results:
             async for result in results:
                 emit(result)
 
-    async def _over_stream(self) -> None:
-        await self.agent.fn(Stream(self.feed))
+    async def _over_stream(self, function: Callable[..., Awaitable[Any]]) -> None:
+        await function(Stream(self.feed))
 
-    async def _per_record(self) -> None:
-        emit, function = self.feed.emitter(), self.agent.fn
+    async def _per_record(self, function: Callable[..., Any]) -> None:
+        emit = self.feed.emitter()
         async for value in self.feed:
             emit(function(value))
 
-    async def _per_record_async(self) -> None:
-        emit, function = self.feed.emitter(), self.agent.fn
+    async def _per_record_async(self, function: Callable[..., Awaitable[Any]]) -> None:
+        emit = self.feed.emitter()
         async for value in self.feed:
             emit(await function(value))
 
-    async def _copy(self) -> None:
+    async def _copy(self, copier: Copier) -> None:
         """Copy records into a derived topic, with a new key where it has one."""
-        feed, copier = self.feed, self.agent
+        feed = self.feed
         (topic,) = copier.sink_topics
         async for value in feed:
             if copier.rekey is None:
@@ -90,21 +91,23 @@ class AgentRun:
             else:
                 feed.copy_to(topic, topic.key_codec.encode(copier.rekey(value), NO_HEADERS))
 
-    async def _in_thread(self) -> None:
+    async def _in_thread(self, function: Callable[..., Any]) -> None:
         """Process what is there in one hop to a worker thread; each record keeps a stage of its own."""
         feed = self.feed
         async for first in feed:
             rest = feed.take_rest(_THREAD_BATCH_RECORDS)
             done, error = await anyio.to_thread.run_sync(
-                partial(copy_context().run, self._work_through, first, rest), abandon_on_cancel=False
+                partial(copy_context().run, self._work_through, function, first, rest), abandon_on_cancel=False
             )
             feed.finish_many(done, rest)
             if error is not None:
                 raise error
 
-    def _work_through(self, first: Any, rest: list[LogRecord]) -> tuple[list[list[Any]], Exception | None]:
+    def _work_through(
+        self, function: Callable[..., Any], first: Any, rest: list[LogRecord]
+    ) -> tuple[list[list[Any]], Exception | None]:
         """In the worker thread: the stages of the records that succeeded, and the error of the one that did not."""
-        feed, function = self.feed, self.agent.fn
+        feed = self.feed
         done: list[list[Any]] = []
         value = first
         for number in range(len(rest) + 1):

@@ -10,9 +10,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
+import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.log.api import Producer
@@ -49,7 +51,11 @@ class DirectSender:
     """
 
     def __init__(
-        self, producer: Producer, target_of: Callable[[Topic[Any, Any]], Awaitable[Target]], clock: Clock, sensors: Sensors
+        self,
+        producer: Producer,
+        target_of: Callable[[Topic[Any, Any]], Awaitable[Target]],
+        clock: Clock,
+        sensors: Sensors,
     ) -> None:
         self._producer = producer
         self._target_of = target_of
@@ -94,7 +100,7 @@ class DirectSender:
                 except Exception as exc:
                     self._settle(tp, batch, None, exc)
                 else:
-                    future.add_done_callback(lambda done, tp=tp, batch=batch: self._acknowledged(tp, batch, done))
+                    future.add_done_callback(partial(self._acknowledged, tp, batch))
 
     def _acknowledged(self, tp: TopicPartition, batch: _Batch, done: asyncio.Future[int]) -> None:
         if done.cancelled():
@@ -104,9 +110,7 @@ class DirectSender:
         else:
             self._settle(tp, batch, done.result(), None)
 
-    def _settle(
-        self, tp: TopicPartition, batch: _Batch, base_offset: int | None, error: BaseException | None
-    ) -> None:
+    def _settle(self, tp: TopicPartition, batch: _Batch, base_offset: int | None, error: BaseException | None) -> None:
         self._num_waiting -= len(batch.waiters)
         for number, (waiter, timestamp_ms) in enumerate(zip(batch.waiters, batch.timestamps_ms, strict=True)):
             if base_offset is not None:

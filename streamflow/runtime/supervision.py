@@ -16,7 +16,9 @@ _STALE_COMMIT_S = 30.0
 def snapshot(worker: Worker) -> WorkerStatus:
     """What a worker says about itself now."""
     manager, group = worker.manager, worker.group
-    tasks = tuple(sorted((_task_status(task) for task in manager.running()), key=lambda each: each.task)) if manager else ()
+    tasks = (
+        tuple(sorted((_task_status(task) for task in manager.running()), key=lambda each: each.task)) if manager else ()
+    )
     statistics = group.statistics() if group is not None else None
     commit_age_s = worker.last_commit_age_s()
     reason = _why_not_live(worker, tasks, statistics.last_heartbeat_age_s if statistics else None)

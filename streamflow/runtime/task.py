@@ -20,10 +20,10 @@ from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import Headers, TopicPartition
 from streamflow.model.serde import BoundCodec, NeedSchema
-from streamflow.processing.agent import Agent
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.delivery import Delivery
+from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import DirectFeed, Feed
 from streamflow.runtime.inputs import Input, Inputs
 from streamflow.runtime.lanes import Dispatcher, LaneFeed, Ledger
@@ -68,7 +68,7 @@ class Surroundings:
         sensors: Sensors,
         delivery: Delivery,
         targets: Targets,
-        failed: Callable[[Agent[Any, Any, Any], RecordError, list[Staged]], None],
+        failed: Callable[[Processor, RecordError, list[Staged]], None],
         ask: Callable[[TopicPartition], None],
         output_waits: Callable[[], None],
         max_task_idle_s: float,
@@ -103,7 +103,7 @@ class Task:
         self,
         sub_topology: SubTopology,
         partition: int,
-        agents: list[Agent[Any, Any, Any]],
+        agents: list[Processor],
         topics: list[Topic[Any, Any]],
         positions: Mapping[TopicPartition, int],
         shared: Surroundings,
@@ -130,7 +130,7 @@ class Task:
         self.state = "created"
         self._runs = self._make_runs(agents)
 
-    def _make_runs(self, agents: list[Agent[Any, Any, Any]]) -> list[AgentRun]:
+    def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
         if len(agents) == 1 and agents[0].concurrency == 1:
             feed = DirectFeed(self, agents[0], RecordErrors(agents[0], self.sensors))
             return [AgentRun(agents[0], feed)]
@@ -176,7 +176,7 @@ class Task:
                 self.inputs.by_tp[tp].flush_at = end
                 self.inputs.wake()
 
-    async def decode(self, codec: BoundCodec, record: LogRecord) -> Any:
+    async def decode(self, codec: BoundCodec[Any], record: LogRecord) -> Any:
         """Decode a record whole, loading a schema that is not known yet (off the record's turn)."""
         try:
             return codec.decode(record.value, record.headers)
@@ -236,9 +236,7 @@ class Task:
 
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit."""
-        return {
-            tp: OffsetMark(position) for tp, position in self.positions().items() if position > self.committed[tp]
-        }
+        return {tp: OffsetMark(position) for tp, position in self.positions().items() if position > self.committed[tp]}
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""
@@ -253,7 +251,7 @@ class Task:
         return max(ages, default=0.0)
 
 
-def _extracted(extract: Callable[[Any], int], codec: BoundCodec, record: LogRecord) -> int:
+def _extracted(extract: Callable[[Any], int], codec: BoundCodec[Any], record: LogRecord) -> int:
     try:
         return extract(codec.decode(record.value, record.headers))
     except Exception:

@@ -19,6 +19,7 @@ from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, t
 from streamflow.processing.agent import Agent
 from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
+from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import OutputTopic
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Turn:
         agent: The agent.
     """
 
-    def __init__(self, task: Task, agent: Agent[Any, Any, Any]) -> None:
+    def __init__(self, task: Task, agent: Processor) -> None:
         self.task = task
         self.agent = agent
         self.stage: list[Staged] = []
@@ -69,7 +70,7 @@ class Turn:
 
     def take_headers(self, record: LogRecord) -> None:
         """Look at the headers of a record that has some: trace context to pass on, an answer that is waited for."""
-        if self.agent.kind == "copy":
+        if isinstance(self.agent, Copier):
             return
         self.headers = trace_headers(record.headers)
         reply = reply_address(record.headers)

@@ -24,8 +24,11 @@ from streamflow.log.connect import connect
 from streamflow.processing.agent import Agent
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
+from streamflow.processing.hooks import Crontab, Timer
+from streamflow.processing.hooks import Task as Job
 from streamflow.processing.topic import Topic
 from streamflow.runtime.assignor import TaskAssignor
+from streamflow.runtime.derived import Processor
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.internal_topics import prepare_topics, reply_topic_name
 from streamflow.runtime.jobs import Jobs
@@ -156,7 +159,7 @@ class Worker:
             raise self._failure
 
     def _check_leader(self, has_agents: bool) -> None:
-        jobs = [*self.app.timers, *self.app.crontabs, *self.app.tasks]
+        jobs: list[Timer | Crontab | Job] = [*self.app.timers, *self.app.crontabs, *self.app.tasks]
         for job in jobs:
             if job.on_leader and not has_agents:
                 raise TopologyError(
@@ -254,7 +257,16 @@ class Worker:
                 max_unsent_bytes=max(1 << 20, self.settings.memory_budget_bytes // (8 * max(1, sum(counts.values())))),
             )
             manager = self.manager = TaskManager(
-                self.app, sub_topologies, counts.__getitem__, self.settings, group, reader, log.admin, delivery, shared, tasks
+                self.app,
+                sub_topologies,
+                counts.__getitem__,
+                self.settings,
+                group,
+                reader,
+                log.admin,
+                delivery,
+                shared,
+                tasks,
             )
             if ends is not None:
                 manager.limits = ends.limits
@@ -305,7 +317,7 @@ class Worker:
         topology_first = self.app.topology().sub_topologies[0].name
         return manager.tasks.get((topology_first, 0)) if first else None
 
-    def _record_failed(self, agent: Agent[Any, Any, Any], error: RecordError, answers: list[Staged]) -> None:
+    def _record_failed(self, agent: Processor, error: RecordError, answers: list[Staged]) -> None:
         """A record stops the worker: say where and how to get past it, answer who asked, wind down."""
         if self._failure is None:
             self._failure = error
