@@ -203,7 +203,8 @@ def _has_fields(cls: type) -> bool:
 
 
 def _is_class(form: Any) -> TypeGuard[type[Any]]:
-    return isinstance(form, type) and get_origin(form) is None
+    # Since Python 3.11 typing.Any is a class, too.
+    return isinstance(form, type) and form is not Any and get_origin(form) is None
 
 
 def _plain(form: Any) -> bool:

@@ -32,7 +32,7 @@ _DOUBLE = struct.Struct(">d")
 
 
 class NeedSchema(Exception):
-    """Raised by `Codec.decode` when it needs a schema it has not got yet; the runtime fetches it and decodes again.
+    """Raised by `Codec.decode` for a schema it has not got yet: `load_schema` is awaited, then `decode` is called again.
 
     Args:
         id: The schema's id, as the serializer knows it.
@@ -44,7 +44,11 @@ class NeedSchema(Exception):
 
 
 class Codec(Protocol[T]):
-    """What a serializer is once it is bound to a topic: it writes and reads one part of its records."""
+    """What a serializer is once it is bound to a topic: it writes and reads one part of its records.
+
+    One that raises `NeedSchema` also has `async def load_schema(self, id)`, which makes that schema known: it is awaited
+    outside the record's turn, then `decode` is called again.
+    """
 
     def encode(self, value: T, headers: Headers) -> bytes | None:
         """Write a value; it is never called with `None`, which is always written as null.
@@ -138,7 +142,7 @@ class BoundCodec(Generic[T]):
 
     @property
     def load_schema(self) -> Callable[[int | str], Awaitable[None]] | None:
-        """The user's codec's `async load_schema(id)`, which makes a schema known that `NeedSchema` asked for."""
+        """What the user's codec loads a schema with that `NeedSchema` asked for; None where it has nothing."""
         return getattr(self._codec, "load_schema", None)
 
     def encode(self, value: T | None, headers: Headers = ()) -> bytes | None:
