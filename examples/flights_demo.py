@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from flights import app, rejected, results
+from flights_extract import EXTRACT, source_lines
 from flights_recount import Totals, recount
 
-DATA = Path(__file__).parent / "data"
+DAMAGED = Path(__file__).parent / "data" / "damaged-lines.txt"
 STREAMFLOW = Path(sys.executable).with_name("streamflow")
 APP = Path(__file__).with_name("flights.py")
 CAUSE = "streamflow-dead-letter-cause"
@@ -74,17 +75,14 @@ def parse() -> argparse.Namespace:
 def read(*, whole: bool, damage: bool) -> tuple[str, list[bytes]]:
     """The header, and the rows with the damaged lines spread evenly among them."""
     if whole:
-        sys.path.append(str(DATA))
-        from make_extract import source_lines
-
         try:
             header, *rows = source_lines()
         except ModuleNotFoundError as error:
             sys.exit(str(error))
     else:
-        header, *rows = gzip.decompress((DATA / "flights-2013-01.csv.gz").read_bytes()).decode().splitlines()
+        header, *rows = gzip.decompress(EXTRACT.read_bytes()).decode().splitlines()
     lines = [row.encode() for row in rows]
-    damaged = (DATA / "damaged-lines.txt").read_bytes().splitlines() if damage else []
+    damaged = DAMAGED.read_bytes().splitlines() if damage else []
     for number, line in enumerate(damaged, start=1):
         lines.insert(number * len(rows) // (len(damaged) + 1), line)
     print(f"{len(rows):,} departures of {'2013' if whole else 'January 2013'}, {len(damaged)} damaged lines among them")

