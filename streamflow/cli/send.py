@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from streamflow.cli.lines import Lines, opened
 from streamflow.cli.names import topic_names
 from streamflow.cli.options import Session
 from streamflow.cli.output import as_json, introduce, note, run_async, write
@@ -22,9 +19,6 @@ from streamflow.errors import ConfigurationError, StreamFlowError
 from streamflow.model.record import RecordMetadata
 from streamflow.processing.topic import Topic
 from streamflow.runtime.client import Client
-
-IN_FLIGHT = 1000
-"""Lines sent before their acknowledgements are waited for."""
 
 
 def send(
@@ -107,64 +101,38 @@ class _Sending:
 
     async def lines(self, file: Path | None) -> None:
         """Send one value a line; blank lines are passed over."""
-        name = "standard input" if file is None else str(file)
-        with _opened(file) as (stream, size):
+        with opened(file) as source:
             async with Client(self._session.app, self._session.settings) as client:
-                with progress("sending", quiet=stream.isatty()) as report:
-                    sent = await self._send_all(client, stream, name, size, report)
+                with progress("sending", quiet=source.interactive) as report:
+                    sent = await self._send_all(client, source, report)
         note(f"sent {sent:,} record{'' if sent == 1 else 's'} to {self._topic.name}")
 
-    async def _send_all(
-        self, client: Client, stream: IO[str], name: str, size: Callable[[int], int | None], report: Reporter
-    ) -> int:
-        sent = 0
-        numbered = enumerate(stream, start=1)
-        while True:
-            pending: list[asyncio.Task[RecordMetadata]] = []
-            failed: StreamFlowError | None = None
-            # A line from a pipe or a terminal may be long in coming: what came before it must not wait for it.
-            for number, line in await asyncio.to_thread(_taken, numbered, IN_FLIGHT if stream.seekable() else 1):
-                text = line.rstrip("\r\n")
+    async def _send_all(self, client: Client, source: Lines, report: Reporter) -> int:
+        sent = number = 0
+        async for chunk in source.chunks():
+            pending: list[asyncio.Future[RecordMetadata]] = []
+            failed = ""
+            for line in chunk:
+                number += 1
+                text = line.removesuffix(b"\r")
                 if not text:
                     continue
                 try:
-                    key, value = self.take(text)
-                except StreamFlowError as exc:
-                    failed = ConfigurationError(f"{name}, line {number}: {exc}")
+                    key, value = self.take(text.decode())
+                except (StreamFlowError, UnicodeDecodeError) as exc:
+                    failed = f"{source.name}, line {number}: {exc}"
                     break
-                pending.append(
-                    asyncio.ensure_future(client.send(self._topic, key=key, value=value, partition=self._partition))
-                )
-            else:
-                if not pending:
-                    return sent
+                # Started in order, so stored in order in each partition; acknowledged together.
+                send = client.send(self._topic, key=key, value=value, partition=self._partition)
+                pending.append(asyncio.ensure_future(send))
             done = await asyncio.gather(*pending)
             sent += len(done)
             if self._json:
                 write(self._line(one) for one in done)
-            report(sent, size(sent))
-            if failed is not None:
-                raise StreamFlowError(f"{failed} ({sent:,} records before it were sent)")
+            report(sent, None if source.total is None else max(source.total, sent))
+            if failed:
+                raise StreamFlowError(f"{failed} ({sent:,} sent before it)")
+        return sent
 
     def _line(self, sent: RecordMetadata) -> str:
         return as_json(sent._asdict()) if self._json else f"{sent.topic}-{sent.partition}-{sent.offset}"
-
-
-def _taken(lines: Iterator[tuple[int, str]], count: int) -> list[tuple[int, str]]:
-    return list(islice(lines, count))
-
-
-@contextmanager
-def _opened(file: Path | None) -> Iterator[tuple[IO[str], Callable[[int], int | None]]]:
-    """Standard input, or a file with a way to tell how many lines it has in all (estimated from what was read)."""
-    if file is None:
-        yield sys.stdin, lambda _: None
-        return
-    try:
-        stream = file.open(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigurationError(f"--file {file}: {exc.strerror}") from exc
-    with stream:
-        with file.open("rb") as counted:
-            total = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(1 << 20), b""))
-        yield stream, lambda done: max(done, total)
