@@ -32,7 +32,7 @@ _DOUBLE = struct.Struct(">d")
 
 
 class NeedSchema(Exception):
-    """Raised by `Codec.decode` for a schema it has not got yet: `load_schema` is awaited, then `decode` is called again.
+    """Raised by `Codec.decode` for a schema it has not got: `load_schema` is awaited, then `decode` is called again.
 
     Args:
         id: The schema's id, as the serializer knows it.
@@ -46,8 +46,8 @@ class NeedSchema(Exception):
 class Codec(Protocol[T]):
     """What a serializer is once it is bound to a topic: it writes and reads one part of its records.
 
-    One that raises `NeedSchema` also has `async def load_schema(self, id)`, which makes that schema known: it is awaited
-    outside the record's turn, then `decode` is called again.
+    One that raises `NeedSchema` also has `async def load_schema(self, id)`, which makes that schema known: it is
+    awaited outside the record's turn, then `decode` is called again.
     """
 
     def encode(self, value: T, headers: Headers) -> bytes | None:
