@@ -187,7 +187,12 @@ def prepare_directory(path: str) -> None:
         raise ConfigurationError(f"log {path}: its directory cannot be made ({exc.strerror}): {directory}") from exc
     if os.path.isdir(path):
         raise ConfigurationError(f"log {path}: this is a directory; name a file in it, such as {path}/log.db")
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if not _may(directory, os.W_OK | os.X_OK):
         raise ConfigurationError(f"log {path}: its directory cannot be written by this user: {directory}")
-    if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+    if os.path.exists(path) and not _may(path, os.R_OK | os.W_OK):
         raise ConfigurationError(f"log {path}: the file cannot be read and written by this user")
+
+
+def _may(path: str, mode: int) -> bool:
+    # SQLite opens what it may only read without a word, and fails with the first write.
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
