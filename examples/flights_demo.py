@@ -95,8 +95,7 @@ async def feed(lines: list[bytes], settings: dict[str, str]) -> None:
         for start in range(0, len(lines), AT_ONCE):
             part = lines[start : start + AT_ONCE]
             await asyncio.gather(*(client.send("flights-raw", value=line) for line in part))
-            show(f"\rSent {start + len(part):,} of {len(lines):,} lines")
-    show("\n")
+            show(f"Sent {start + len(part):,} of {len(lines):,} lines", last=start + len(part) == len(lines))
 
 
 def work(settings: dict[str, str]) -> None:
@@ -171,8 +170,12 @@ def check(totals: Totals, dead_letters: int, expected: Totals, useless: int) -> 
     return 0
 
 
-def show(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
+def show(text: str, *, last: bool) -> None:
+    """Progress: one line that changes on a terminal, and only how it ended elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last:
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
