@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flights import app, rejected, results
+from flights import LATE_MIN, app, rejected, results
 from flights_extract import EXTRACT, source_lines
 from flights_recount import Totals, recount
 
 DAMAGED = Path(__file__).parent / "data" / "damaged-lines.txt"
 STREAMFLOW = Path(sys.executable).with_name("streamflow")
 APP = Path(__file__).with_name("flights.py")
-CAUSE = "streamflow-dead-letter-cause"
+CAUSE = "streamflow-dead-letter-cause"  # a header: "agent 'validate' raised BadRow: ..."
 AT_ONCE = 2_000
 NAMES = {
     "9E": "Endeavor Air",
@@ -54,7 +54,7 @@ def main() -> int:
         asyncio.run(feed(lines, settings))
         work(settings)
         totals = latest_results(settings)
-        reasons = Counter(dict(record["headers"])[CAUSE] for record in tail(rejected.name, settings))
+        reasons = Counter(reason(record) for record in tail(rejected.name, settings))
         elapsed_s = time.perf_counter() - started
     print(report(totals, reasons))
     print(f"{len(lines):,} lines in {elapsed_s:.1f} s, from the first line sent to the last result read.")
@@ -116,10 +116,18 @@ def latest_results(settings: dict[str, str]) -> Totals:
     }
 
 
+def reason(record: dict[str, Any]) -> str:
+    """Why a dead letter is one, without the name of the agent."""
+    cause: str = dict(record["headers"])[CAUSE]
+    return cause.partition(" raised ")[2] or cause
+
+
 def tail(topic: str, settings: dict[str, str]) -> Iterator[dict[str, Any]]:
     """All records of a topic, read by the command line."""
     command = [str(STREAMFLOW), "tail", str(APP), topic, "--json", "--until-end"]
-    told = subprocess.run(command, env=environment(settings), check=True, stdout=subprocess.PIPE, text=True)
+    told = subprocess.run(command, env=environment(settings), check=False, capture_output=True, text=True)
+    if told.returncode:
+        sys.exit(told.stderr)
     return (json.loads(line) for line in told.stdout.splitlines())
 
 
@@ -128,7 +136,7 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
         **os.environ,
         "STREAMFLOW_BROKER": settings["broker"],
         "STREAMFLOW_DATA_DIR": settings["data_dir"],
-        "STREAMFLOW_LOG_LEVEL": "WARNING",
+        "STREAMFLOW_LOG_LEVEL": "ERROR",  # a dead letter is a warning with a traceback; the report counts them instead
     }
 
 
@@ -141,8 +149,9 @@ def report(totals: Totals, reasons: Counter[str]) -> str:
     for carrier, numbers in sorted(totals.items(), key=lambda item: -item[1][0]):
         lines.append(row(f"{carrier}  {NAMES.get(carrier, '')}", *numbers))
     lines += ["-" * 80, row("all", *(sum(column) for column in zip(*totals.values(), strict=True)))]
+    lines += [f"Delays are means over the flights that departed; late is {LATE_MIN} minutes or more at departure."]
     lines += ["", f"{reasons.total():,} dead letters", "-" * 80]
-    lines += [f"{count:>8,}  {reason}" for reason, count in reasons.most_common()]
+    lines += [f"{count:>8,}  {why}" for why, count in reasons.most_common()]
     return "\n".join([*lines, ""])
 
 
