@@ -3,6 +3,8 @@
 What stands here is the public face; everything else may change.
 """
 
+from typing import Any
+
 from streamflow.app import App
 from streamflow.errors import (
     AskError,
@@ -62,3 +64,12 @@ __all__ = [
     "Topology",
     "TopologyError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`sf.testing` is imported when it is first used: no app needs it."""
+    if name == "testing":
+        import streamflow.testing as testing  # noqa: PLC0415 - see above
+
+        return testing
+    raise AttributeError(f"module 'streamflow' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
-from streamflow.runtime.internal_topics import prepare_topics
+from streamflow.runtime.internal_topics import prepare_topics, topics_of
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors
@@ -56,7 +56,7 @@ class Client:
             log = await stack.enter_async_context(self._log)
             descriptions = await prepare_topics(self._app, self._settings, log.admin)
             known = KnownTargets(log.admin, COMPRESSIONS[self._settings.compression])
-            known.add_all(self._app.topics, descriptions)
+            known.add_all(topics_of(self._app), descriptions)
             self._sender = await stack.enter_async_context(
                 ProcessSender.open(self._app, log, known, descriptions, self._clock, Sensors())
             )

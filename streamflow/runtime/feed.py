@@ -54,6 +54,8 @@ class Feed(Turn, Generic[T]):
         self.records: Iterator[T] = _EMPTY
         self.stopping = False
         self.parked = asyncio.Event()
+        # Whether it waits for StreamFlow's time with a unit in hand: for a back-off, or for the rest of a unit.
+        self.waits_for_time = False
         self._failing: tuple[TopicPartition, int] | None = None
         self._attempts = 0
         self.taken_at_s = perf_counter()
@@ -215,7 +217,11 @@ class Feed(Turn, Generic[T]):
         self.stage.clear()
         decision = self.errors.decide(error, attempt)
         if decision.retry_after_s is not None:
-            await self.task.clock.sleep(decision.retry_after_s)
+            self.waits_for_time = True
+            try:
+                await self.task.clock.sleep(decision.retry_after_s)
+            finally:
+                self.waits_for_time = False
             return True
         letters: list[Staged] = []
         if decision.dead_letter is not None:
@@ -329,12 +335,14 @@ class DirectFeed(Feed[LogRecord]):
             if keep is not None and task.input_ended():
                 return False
             await task.delivery.idle(task)
+            self.waits_for_time = keep is not None
             if timeout_s is None:
                 await task.inputs.wait()
             else:
                 left_s = timeout_s - (task.clock.monotonic() - started_s)
                 if left_s <= 0 or not await task.inputs.wait_at_most(left_s):
                     return False
+            self.waits_for_time = False
             self._slice_started_s = perf_counter()
 
     def _install(self, source: Any, records: list[LogRecord]) -> None:

@@ -19,16 +19,18 @@ def reply_topic_name(app_id: str) -> str:
     return f"{app_id}-replies"
 
 
-async def prepare_topics(
-    app: Declarations, settings: Settings, admin: Admin, *, only: frozenset[str] | None = None
-) -> Mapping[str, TopicDescription]:
+def topics_of(app: Declarations) -> dict[str, Topic[Any, Any]]:
+    """All topics of an app by name: those declared, and the internal ones of its steps."""
+    return {**app.topics, **{derived.topic.name: derived.topic for derived in app.derived.values()}}
+
+
+async def prepare_topics(app: Declarations, settings: Settings, admin: Admin) -> Mapping[str, TopicDescription]:
     """Make sure that all declared topics exist with the right number of partitions.
 
     Args:
         app: The app.
         settings: Defaults for topics that are created.
         admin: The log's administration.
-        only: Names of the topics to look at; None means all of the app.
 
     Returns:
         Every topic's description by name, the reply topic included.
@@ -37,7 +39,7 @@ async def prepare_topics(
         TopologyError: One is missing with `create=False`, or has another partition count than `partitions=` says; the
             message has both numbers.
     """
-    topics = {name: topic for name, topic in app.topics.items() if only is None or name in only}
+    topics = topics_of(app)
     names = [*topics, reply_topic_name(app.id)]
     existing = dict(await admin.describe(names))
     for topic in topics.values():
@@ -45,7 +47,7 @@ async def prepare_topics(
             _check(topic, existing.get(topic.name))
     counts = {name: description.partitions for name, description in existing.items()}
     new = _new_external(topics, settings, counts)
-    new += _new_internal(app, topics, counts)
+    new += _new_internal(app, counts)
     if reply_topic_name(app.id) not in existing:
         config = {"retention.ms": str(_REPLY_RETENTION_MS), "cleanup.policy": "delete"}
         new.append(NewTopic(reply_topic_name(app.id), settings.partitions, settings.replication, config))
@@ -80,10 +82,10 @@ def _new_external(topics: Mapping[str, Topic[Any, Any]], settings: Settings, cou
     return new
 
 
-def _new_internal(app: Declarations, topics: Mapping[str, Topic[Any, Any]], counts: dict[str, int]) -> list[NewTopic]:
+def _new_internal(app: Declarations, counts: dict[str, int]) -> list[NewTopic]:
     """Repartition topics have their source's partition count; a derivation may stand on another one."""
     new: list[NewTopic] = []
-    left = [derived for derived in app.derived.values() if derived.topic.internal and derived.topic.name in topics]
+    left = [derived for derived in app.derived.values() if derived.topic.internal]
     while left:
         known = [derived for derived in left if derived.source_topic.name in counts]
         if not known:

@@ -100,6 +100,7 @@ class Jobs:
         self._clock = clock
         self._sensors = sensors
         self._leader_task = leader_task
+        self.firing = 0
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -131,11 +132,14 @@ class Jobs:
         leader = self._leader_task() if on_leader else None
         if on_leader and leader is None:
             return
+        self.firing += 1
         try:
             await self._turn(fn, leader)
         except Exception:
             self._sensors.record_error(name, "timer")
             logger.exception("%s raised; it comes again at its next time", name)
+        finally:
+            self.firing -= 1
 
     async def _turn(self, fn: Action, leader: PartitionTask | None) -> None:
         if leader is None:

@@ -171,10 +171,12 @@ class LaneFeed(Feed[Entry]):
             await self.park()
         if not self.queue:
             self._arrived.clear()
+            self.waits_for_time = bool(self._entries)
             if timeout_s is None:
                 await self._arrived.wait()
             else:
                 await self.task.clock.wait(self._arrived, timeout_s)
+            self.waits_for_time = False
             self._slice_started_s = perf_counter()
         if self.stopping:
             await self.park()
@@ -283,6 +285,10 @@ class Dispatcher:
         self._lanes = lanes
         self._max_in_flight = _IN_FLIGHT_PER_LANE * max(len(each) for each in lanes)
         self.stopping = False
+
+    def has_more(self) -> bool:
+        """Whether records wait in a lane for an agent that is free to take them."""
+        return any(lane.queue and not lane.waits_for_time for lanes in self._lanes for lane in lanes)
 
     async def run(self) -> None:
         """Run until cancelled."""

@@ -61,8 +61,8 @@ class DirectSender:
         self._target_of = target_of
         self._clock = clock
         self._sensors = sensors
-        self._waiting: dict[TopicPartition, list[_Batch]] = {}
-        self._num_waiting = 0
+        self._batches: dict[TopicPartition, list[_Batch]] = {}
+        self.waiting = 0
         self._arrived = asyncio.Event()
         self._sticky: dict[str, int] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -90,7 +90,7 @@ class DirectSender:
             await self._send_waiting()
 
     async def _send_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._batches = self._batches, {}
         for tp, batches in waiting.items():
             for batch in batches:
                 sealed = batch.builder.seal()
@@ -111,7 +111,7 @@ class DirectSender:
             self._settle(tp, batch, done.result(), None)
 
     def _settle(self, tp: TopicPartition, batch: _Batch, base_offset: int | None, error: BaseException | None) -> None:
-        self._num_waiting -= len(batch.waiters)
+        self.waiting -= len(batch.waiters)
         for number, (waiter, timestamp_ms) in enumerate(zip(batch.waiters, batch.timestamps_ms, strict=True)):
             if base_offset is not None:
                 if waiter is not None and not waiter.done():
@@ -154,7 +154,7 @@ class DirectSender:
         headers: Headers,
     ) -> None:
         """See `processing.context.Sender`."""
-        if self._num_waiting >= _MAX_WAITING_RECORDS:
+        if self.waiting >= _MAX_WAITING_RECORDS:
             raise anyio.WouldBlock
         target = self.known_target(topic)
         self._add(target, key, value, partition, timestamp_ms, list(headers), None)
@@ -205,13 +205,13 @@ class DirectSender:
         else:
             partition = self._next_partition(target)
         timestamp_ms = self._clock.now_ms() if timestamp_ms is None else timestamp_ms
-        batches = self._waiting.setdefault(TopicPartition(target.name, partition), [])
+        batches = self._batches.setdefault(TopicPartition(target.name, partition), [])
         if not batches or not batches[-1].builder.append(timestamp_ms, key, value, headers):
             batches.append(_Batch(target))
             batches[-1].builder.append(timestamp_ms, key, value, headers)
         batches[-1].waiters.append(waiter)
         batches[-1].timestamps_ms.append(timestamp_ms)
-        self._num_waiting += 1
+        self.waiting += 1
         self._arrived.set()
 
     def _next_partition(self, target: Target) -> int:

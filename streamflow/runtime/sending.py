@@ -67,6 +67,11 @@ class ProcessSender:
                 finally:
                     tasks.cancel_scope.cancel()
 
+    @property
+    def waiting(self) -> int:
+        """Records that were sent and are not yet acknowledged."""
+        return self._direct.waiting
+
     async def send(
         self,
         topic: Topic[Any, Any],

@@ -244,6 +244,22 @@ class Task:
             if tp in self.committed:
                 self.committed[tp] = mark.offset
 
+    def waits_for_time(self) -> bool:
+        """Whether an agent waits for StreamFlow's time with records in hand."""
+        return any(run.feed.waits_for_time for run in self._runs)
+
+    def unsettled(self) -> str:
+        """What is being processed here, in words; empty when nothing is, or all of it waits for StreamFlow's time."""
+        if self._dispatcher is not None and self._dispatcher.has_more():
+            return f"task {self.name} has records to hand out"
+        for run in self._runs:
+            if run.feed.in_hand() and not run.feed.waits_for_time:
+                tp, record = run.feed.in_hand()[0]
+                return f"agent {run.agent.name!r} has {tp}-{record.offset} in hand"
+        waiting = any(run.feed.waits_for_time for run in self._runs)
+        behind = [str(tp) for tp, each in self.inputs.by_tp.items() if each.head() is not None]
+        return f"task {self.name} has records of {', '.join(behind)} to process" if behind and not waiting else ""
+
     def oldest_in_flight_s(self) -> float:
         """How long the record that was taken first is being processed, in seconds; 0 between records."""
         now = perf_counter()

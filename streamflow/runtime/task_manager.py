@@ -23,6 +23,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.delivery import Delivery
 from streamflow.runtime.derived import Copier
+from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.sensors import Sensors
 
@@ -69,6 +70,7 @@ class TaskManager:
         self._shared = shared
         self._task_group = tasks
         self._counts = counts
+        self._topics = topics_of(app)
         self._by_topic = {topic: sub for sub in sub_topologies for topic in sub.topics}
         self._agents = {sub.name: agents_of(app, sub) for sub in sub_topologies}
         self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
@@ -132,7 +134,7 @@ class TaskManager:
 
     def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, tuple[int, bool]]) -> None:
         sub = self._by_topic[next(iter(starts)).topic]
-        topics = [self._app.topics[name] for name in sub.topics]
+        topics = [self._topics[name] for name in sub.topics]
         positions = {tp: position for tp, (position, _) in starts.items()}
         task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared)
         for tp, (position, is_committed) in starts.items():
@@ -195,8 +197,8 @@ class TaskManager:
         return starts
 
     async def _reset(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        internal = [tp for tp in partitions if self._app.topics[tp.topic].internal]
-        external = [tp for tp in partitions if not self._app.topics[tp.topic].internal]
+        internal = [tp for tp in partitions if self._topics[tp.topic].internal]
+        external = [tp for tp in partitions if not self._topics[tp.topic].internal]
         if self._settings.auto_offset_reset == "earliest":
             return await self._admin.start_offsets(partitions) if partitions else {}
         starts = dict(await self._admin.start_offsets(internal)) if internal else {}

@@ -21,18 +21,18 @@ from streamflow.errors import ConfigurationError, RecordError, StreamFlowError, 
 from streamflow.log.api import Group, GroupSettings, Log, Reader, TopicDescription
 from streamflow.log.codec import COMPRESSIONS
 from streamflow.log.connect import connect
-from streamflow.processing.agent import Agent
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.hooks import Crontab, Timer
 from streamflow.processing.hooks import Task as Job
 from streamflow.processing.topic import Topic
 from streamflow.runtime.assignor import TaskAssignor
-from streamflow.runtime.derived import Processor
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
-from streamflow.runtime.internal_topics import prepare_topics, reply_topic_name
+from streamflow.runtime.derived import Processor
+from streamflow.runtime.internal_topics import prepare_topics, reply_topic_name, topics_of
 from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.loops import Loops
+from streamflow.runtime.one_error import one_error
 from streamflow.runtime.record_errors import way_past
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.status import Progress, WorkerStatus
@@ -89,6 +89,7 @@ class Worker:
         self._loops: Loops | None = None
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
+        self._jobs: Jobs | None = None
 
     @property
     def address(self) -> str:
@@ -133,6 +134,31 @@ class Worker:
         since_s = self._delivery.trying_since_s if self._delivery is not None else None
         return 0.0 if since_s is None else self.clock.monotonic() - since_s
 
+    async def unsettled(self) -> str:
+        """Commit what is done and look whether anything is left to do.
+
+        Returns:
+            What is being processed, in words; empty when everything in the log is processed and committed.
+        """
+        manager, delivery = self.manager, self._delivery
+        if manager is None or delivery is None:
+            return ""
+        if (self._jobs is not None and self._jobs.firing) or (self._sender is not None and self._sender.waiting):
+            return "a timer runs or its records are being sent"
+        await delivery.commit(manager.running())
+        for task in manager.running():
+            if (busy := task.unsettled()) or task.uncommitted() or task.outputs.waiting:
+                return busy or f"task {task.name} has something to commit"
+        waited_for = {tp for task in manager.running() if task.waits_for_time() for tp in task.committed}
+        partitions = [tp for task in manager.running() for tp in task.committed if tp not in waited_for]
+        ends = await self._log.admin.end_offsets(partitions)
+        behind = [
+            str(tp)
+            for tp, task in ((tp, manager.task_of(tp)) for tp in partitions)
+            if task is not None and task.positions().get(tp, 0) < ends[tp]
+        ]
+        return f"records of {', '.join(behind)} are on their way" if behind else ""
+
     # --- the run -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -149,7 +175,7 @@ class Worker:
         try:
             topology = self.app.topology()
             self._check_leader(bool(topology.sub_topologies))
-            with _one_error():
+            with one_error():
                 async with self._open_log() as log:
                     await self._run_on(log, topology)
         finally:
@@ -175,7 +201,7 @@ class Worker:
     async def _run_on(self, log: Log, topology: Any) -> None:
         descriptions = await prepare_topics(self.app, self.settings, log.admin)
         known = KnownTargets(log.admin, COMPRESSIONS[self.settings.compression])
-        known.add_all(self.app.topics, descriptions)
+        known.add_all(topics_of(self.app), descriptions)
         known.add(*_reply_topic(self.app, descriptions))
         async with AsyncExitStack() as stack:
             self._sender = await stack.enter_async_context(
@@ -273,7 +299,8 @@ class Worker:
             tasks.start_soon(self._announce, manager)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
-                services.start_soon(Jobs(self.app, self.clock, self.sensors, self._leader_task).run)
+                self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task)
+                services.start_soon(self._jobs.run)
                 if ends is not None:
                     services.start_soon(self._stop_at_end, ends, manager)
                 await self._stop.wait()
@@ -337,16 +364,3 @@ def _reply_topic(
 
 def _no_progress(_: Progress) -> None:
     """Nobody is told."""
-
-
-class _one_error:
-    """Raises the one error of an exception group itself: what stopped the worker, not the shape of its task groups."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) >= 1:
-            error = error.exceptions[0]
-            if not isinstance(error, BaseExceptionGroup):
-                raise error

@@ -1,0 +1,81 @@
+"""Reads what is in an app's topics, outside of any group: for tests and the command line."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Any
+
+from streamflow.clock import Clock
+from streamflow.config import Settings
+from streamflow.log.connect import connect
+from streamflow.model.record import TopicPartition
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.stream import Event
+from streamflow.runtime.internal_topics import topics_of
+
+
+class Observer:
+    """Keeps the committed records of all declared topics; use it as `async with`.
+
+    Args:
+        app: The app.
+        settings: Resolved settings.
+        clock: Time.
+    """
+
+    def __init__(self, app: Declarations, settings: Settings, clock: Clock) -> None:
+        self._app = app
+        self._log = connect(settings.broker, clock=clock, client_id=f"streamflow-{app.id}-observer")
+        self._positions: dict[TopicPartition, int] = {}
+        self._events: dict[TopicPartition, list[Event[Any, Any]]] = {}
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Observer:
+        """Open the log."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._log)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        """Close it."""
+        await self._stack.__aexit__(*exc_info)
+
+    def records(self, topic: str) -> list[Event[Any, Any]]:
+        """What `look` saw in a topic, by partition and offset."""
+        return [event for tp, events in sorted(self._events.items()) if tp.topic == topic for event in events]
+
+    async def look(self) -> None:
+        """Read what came since the last look."""
+        admin = self._log.admin
+        descriptions = await admin.describe(list(topics_of(self._app)))
+        partitions = [
+            TopicPartition(name, number) for name, each in descriptions.items() for number in range(each.partitions)
+        ]
+        starts, ends = await admin.start_offsets(partitions), await admin.end_offsets(partitions)
+        left = {tp: ends[tp] for tp in partitions if max(self._positions.get(tp, 0), starts[tp]) < ends[tp]}
+        if not left:
+            return
+        async with self._log.reader("observer") as reader:
+            for tp in left:
+                reader.add(tp, max(self._positions.get(tp, 0), starts[tp]))
+                reader.ask(tp)
+            while left:
+                for fetched in await reader.receive():
+                    self._keep(fetched.tp, fetched.batches)
+                    self._positions[fetched.tp] = fetched.next_offset
+                    if fetched.next_offset >= left[fetched.tp]:
+                        del left[fetched.tp]
+                    else:
+                        reader.ask(fetched.tp)
+
+    def _keep(self, tp: TopicPartition, batches: Any) -> None:
+        topic = topics_of(self._app)[tp.topic]
+        events = self._events.setdefault(tp, [])
+        for batch in batches:
+            for record in batch.open():
+                key = topic.key_codec.decode(record.key, record.headers)
+                value = topic.value_codec.decode(record.value, record.headers)
+                events.append(
+                    Event(key, value, record.headers, record.timestamp, tp.topic, tp.partition, record.offset)
+                )

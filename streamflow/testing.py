@@ -1,0 +1,237 @@
+"""Tests of apps: the real runtime on a log in memory, with a clock that the test moves.
+
+Example:
+    ```
+    async with sf.testing.TestApp(app) as test:
+        await test.send(orders, Order(...), key="ann")
+        await test.settle()
+        assert [event.value for event in test.records(totals)] == [...]
+    ```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Generator
+from contextlib import AsyncExitStack
+from time import perf_counter
+from typing import Any, TypeVar
+
+import anyio
+import anyio.abc
+
+from streamflow.app import App
+from streamflow.clock import VirtualClock
+from streamflow.model.record import Headers, RecordMetadata
+from streamflow.processing.agent import Agent
+from streamflow.processing.stream import Event
+from streamflow.processing.topic import Topic
+from streamflow.runtime.observer import Observer
+from streamflow.runtime.one_error import one_error
+from streamflow.runtime.worker import Worker
+
+__all__ = ["Records", "TestApp"]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_DAY_MS = 86_400_000
+_POLL_S = 0.001
+_WAKING_STEPS = 12
+
+
+class Records(list[Event[V, K]]):
+    """The records of a topic as events, by partition and offset; it may be awaited like the rest of `TestApp`."""
+
+    def __await__(self) -> Generator[Any, None, Records[V, K]]:
+        yield from ()
+        return self
+
+
+class TestApp:
+    """Runs an app in the test's event loop; use it as `async with`.
+
+    Everything is real except the log's place (memory) and StreamFlow's time, which stands still until `advance`: commit
+    interval, back-off, timers, `take(within_s=...)`. What user code itself sleeps, it sleeps in real time.
+
+    Args:
+        app: The app; its `broker` is not used.
+        start_ms: The clock's start, milliseconds since the epoch, UTC.
+        settings: Any setting of `App`, for this run.
+
+    Raises:
+        StreamFlowError: On exit (and from `settle`), what stopped the worker: with `on_error=sf.Stop()` the record's error.
+    """
+
+    __test__ = False  # pytest: not a test class
+
+    def __init__(self, app: App, *, start_ms: int = 1_700_000_000_000, **settings: Any) -> None:
+        self.app = app
+        self.clock = VirtualClock(start_ms)
+        given = {
+            "commit_interval_ms": _DAY_MS,
+            "heartbeat_interval_ms": _DAY_MS // 4,
+            "session_timeout_ms": _DAY_MS,
+            "web": False,
+            **settings,
+            "broker": f"memory://test-{uuid.uuid4().hex}",
+        }
+        self._settings = app.settings(given)
+        self._stack = AsyncExitStack()
+        self._worker: Worker | None = None
+        self._observer: Observer | None = None
+        self._error: BaseException | None = None
+        self._ended = anyio.Event()
+
+    async def __aenter__(self) -> TestApp:
+        """Start the worker, and wait until its agents run."""
+        with one_error():
+            await self._start()
+        return self
+
+    async def _start(self) -> None:
+        async with AsyncExitStack() as stack:
+            self._observer = await stack.enter_async_context(Observer(self.app, self._settings, self.clock))
+            self._worker = Worker(self.app, self._settings, clock=self.clock)
+            tasks = await stack.enter_async_context(anyio.create_task_group())
+            tasks.start_soon(self._run)
+            stack.push_async_callback(self._stop)
+            with anyio.fail_after(30):
+                await self._worker.wait_started()
+            self._raise_failure()
+            self._stack = stack.pop_all()
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        """Stop the worker; raises what stopped it before, unless the test already failed."""
+        with one_error():
+            await self._stack.__aexit__(*exc_info)
+        if exc_info[1] is None:
+            self._raise_failure()
+
+    async def _run(self) -> None:
+        worker = self._started()
+        try:
+            await worker.run()
+        except Exception as exc:
+            self._error = exc
+        finally:
+            self._ended.set()
+
+    async def _stop(self) -> None:
+        self._started().request_stop()
+        with anyio.move_on_after(10):
+            while not self._ended.is_set():
+                await asyncio.sleep(_POLL_S)
+                if (left_s := self.clock.next_wake_s()) is not None:
+                    self.clock.advance(left_s)
+
+    def _started(self) -> Worker:
+        if self._worker is None:
+            raise RuntimeError("write: async with TestApp(app) as test: ...")
+        return self._worker
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    # --- what a test does --------------------------------------------------------------------------------------
+
+    async def send(
+        self,
+        topic: Topic[Any, V] | Agent[Any, V, Any] | str,
+        value: V | None = None,
+        *,
+        key: Any = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+        headers: Headers = (),
+    ) -> RecordMetadata:
+        """Send a record from outside.
+
+        Args:
+            topic: A topic, an agent (its topic), or a topic's name.
+            value: Of the topic's type.
+            key: Of its key type.
+            partition: Where to; None lets the key decide.
+            timestamp_ms: Milliseconds since the epoch; None is the clock's now.
+            headers: Record headers.
+
+        Returns:
+            Where the log put it.
+        """
+        chosen = self.app.topics[topic] if isinstance(topic, str) else topic
+        target = chosen.input_topics[0] if isinstance(chosen, Agent) else chosen
+        metadata = await target.send(
+            key=key, value=value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
+        )
+        if metadata is None:
+            raise RuntimeError("send() belongs outside of agents")
+        return metadata
+
+    async def settle(self, *, timeout_s: float = 10.0) -> None:
+        """Wait until everything sent so far is processed and committed, all that follows from it included.
+
+        Agents that wait for StreamFlow's time (a back-off, an unfinished `take`) count as settled: move it by `advance`.
+
+        Args:
+            timeout_s: Real seconds after which it gives up.
+
+        Raises:
+            StreamFlowError: What stopped the worker.
+            TimeoutError: Something is still being processed; the message says what.
+        """
+        worker, give_up_s = self._started(), perf_counter() + timeout_s
+        while True:
+            self._raise_failure()
+            if self._ended.is_set():
+                break
+            if not (busy := await worker.unsettled()):
+                await self._let_run()
+                if not (busy := await worker.unsettled()):
+                    break
+            if perf_counter() > give_up_s:
+                raise TimeoutError(f"not settled after {timeout_s:g} s: {busy}")
+            await asyncio.sleep(_POLL_S)
+        self._raise_failure()
+        if self._observer is not None:
+            await self._observer.look()
+
+    async def _let_run(self) -> None:
+        """Let what was woken get as far as its next wait."""
+        for _ in range(_WAKING_STEPS):
+            await asyncio.sleep(0)
+
+    async def advance(self, seconds: float) -> None:
+        """Move StreamFlow's time, waking what is due in order, and settle after each step.
+
+        Args:
+            seconds: How far, >= 0.
+        """
+        await self.settle()
+        left_s = seconds
+        while left_s > 0:
+            next_s = self.clock.next_wake_s()
+            step_s = left_s if next_s is None or next_s > left_s else next_s
+            self.clock.advance(step_s)
+            left_s -= step_s
+            await self._let_run()
+            await self.settle()
+            if step_s == 0 and left_s > 0 and self.clock.next_wake_s() == 0:
+                await asyncio.sleep(_POLL_S)
+        await self.settle()
+
+    def records(self, topic: Topic[K, V] | str) -> Records[V, K]:
+        """The records a topic had when it settled last.
+
+        Args:
+            topic: A topic of the app, or its name.
+
+        Returns:
+            Events with keys and values decoded, by partition and offset.
+        """
+        if self._observer is None:
+            raise RuntimeError("write: async with TestApp(app) as test: ...")
+        name = topic if isinstance(topic, str) else topic.name
+        return Records(self._observer.records(name))
