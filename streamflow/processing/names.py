@@ -1,13 +1,14 @@
 """Which declared objects a function's code names: the topics it sends to, the agents it calls on, later its tables.
 
 The code is read, never run: names are looked up in closures, module globals and classes as they are at the time of the
-call, and nothing that could execute user code (properties, `__getattr__`) is touched. What cannot be seen this way, for
-example a topic picked out of a list by number, is found where it stands in a container that is named.
+call, and nothing that could execute user code is touched: no property, no `__getattr__`, and no isinstance, which asks
+`__class__`. What the code reaches by computation is found where it stands in a container that is named.
 """
 
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -44,14 +45,21 @@ class _Search:
 
     def function(self, fn: Any) -> None:
         """Follow a function, and those that `functools.wraps` and methods put in front of it."""
-        while isinstance(fn, types.MethodType):
-            self.value(fn.__self__, 0)
-            fn = fn.__func__
-        if not isinstance(fn, types.FunctionType) or id(fn) in self._seen:
+        bound: list[Any] = []
+        while type(fn) in (types.MethodType, functools.partial):
+            if type(fn) is types.MethodType:
+                bound.append(fn.__self__)
+                fn = fn.__func__
+            else:
+                bound += [*fn.args, *fn.keywords.values()]
+                fn = fn.func
+        if type(fn) is not types.FunctionType or id(fn) in self._seen:
             return
         self._seen.add(id(fn))
         if self._module is None:
             self._module = inspect.unwrap(fn).__module__
+        for value in bound:
+            self.value(value, 0)
         closure = _closure(fn)
         for default in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
             self.value(default, 0)
@@ -67,10 +75,9 @@ class _Search:
 
     def value(self, value: Any, depth: int) -> None:
         """Look at something the code names: it, what it holds, or the function that it is."""
-        # type(value) and not isinstance: that would ask value.__class__, which may be the user's code.
         if issubclass(type(value), self.kinds):
             self.found.setdefault(id(value), value)
-        elif isinstance(value, types.FunctionType | types.MethodType):
+        elif type(value) in (types.FunctionType, types.MethodType):
             if value.__module__ == self._module:
                 self.function(value)
         elif depth < _DEPTH:
@@ -83,7 +90,7 @@ class _Search:
             yield from list(value)[:_CONTAINER_ITEMS]
         elif kind is dict:
             yield from list(value.values())[:_CONTAINER_ITEMS]
-        elif isinstance(value, type):
+        elif issubclass(kind, type):
             if _plain_dict(value).get("__module__") == self._module:
                 yield from list(_plain_dict(value).values())
         elif _plain_dict(kind).get("__module__") == self._module:
@@ -107,9 +114,9 @@ def _loaded(code: types.CodeType, names: dict[str, Any], closure: dict[str, Any]
     current: Any = None
     for instruction in dis.get_instructions(code):
         operation, name = instruction.opname, instruction.argval
-        if operation in _ATTRIBUTES and isinstance(current, types.ModuleType):
+        if operation in _ATTRIBUTES and issubclass(type(current), types.ModuleType):
             current = _plain_dict(current).get(name)
-        elif operation in _ATTRIBUTES and isinstance(current, type):
+        elif operation in _ATTRIBUTES and issubclass(type(current), type):
             current = next((_plain_dict(one)[name] for one in _ancestors(current) if name in _plain_dict(one)), None)
         elif operation in _LOADS:
             yield from _settled(current)
@@ -124,7 +131,7 @@ def _loaded(code: types.CodeType, names: dict[str, Any], closure: dict[str, Any]
 
 
 def _settled(value: Any) -> Iterator[Any]:
-    if value is not None and not isinstance(value, types.ModuleType):
+    if value is not None and not issubclass(type(value), types.ModuleType):
         yield value
 
 
@@ -135,7 +142,7 @@ def _ancestors(value: type) -> tuple[type, ...]:
 
 def _plain_dict(value: Any) -> Any:
     """An object's own attributes, without a chance for its code to run."""
-    if isinstance(value, type):
+    if issubclass(type(value), type):
         return type.__dict__["__dict__"].__get__(value)
     try:
         return object.__getattribute__(value, "__dict__")
