@@ -54,11 +54,13 @@ class _Supervisor:
     def __init__(self, session: Session, processes: int) -> None:
         self._session = session
         self._settings = session.settings
-        # Never run: it knows the guarantee, and refuses what the children would.
+        # Never run: it knows the guarantee. Both lines refuse, once, what each child would.
+        session.app.topology()
         facade = Worker(session.app, session.settings)
         self._overview = overview_of(session.app, session.settings, facade.address, facade.guarantee)
         self._fleet = Fleet([Member(index) for index in range(processes)])
         self._running: dict[int, Process] = {}
+        self._tasks: TaskGroup | None = None
         self._stopping = False
         self._code = 0
         # Read from by the children; the only write end closes when this process ends, however it ends.
@@ -71,11 +73,12 @@ class _Supervisor:
             web = await self._serve(stack)
             announce(self._overview, web, len(self._fleet.members), self._settings.log_format)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._signals, tasks)
+                self._tasks = tasks
+                tasks.start_soon(self._signals)
                 try:
                     async with anyio.create_task_group() as children:
                         for member in self._fleet.members:
-                            children.start_soon(self._keep, member, children)
+                            children.start_soon(self._keep, member)
                 finally:
                     self._kill()
                 tasks.cancel_scope.cancel()
@@ -93,7 +96,7 @@ class _Supervisor:
 
     # --- one process -----------------------------------------------------------------------------------------------
 
-    async def _keep(self, member: Member, children: TaskGroup) -> None:
+    async def _keep(self, member: Member) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stopping:
             started = time.monotonic()
@@ -106,7 +109,7 @@ class _Supervisor:
             if code in {FAILED, REFUSED}:
                 logger.error("process %d exited with %d; stopping all", member.index, code)
                 self._code = code
-                self._stop(children)
+                self._stop()
                 return
             if time.monotonic() - started > HEALTHY_S:
                 pause_s = FIRST_PAUSE_S
@@ -141,22 +144,23 @@ class _Supervisor:
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
-    async def _signals(self, tasks: TaskGroup) -> None:
+    async def _signals(self) -> None:
         with anyio.open_signal_receiver(*HANDLED) as received:
             async for number in received:
                 if self._stopping:
                     self._kill()
                     os._exit(128 + number)
-                self._stop(tasks)
+                self._stop()
 
-    def _stop(self, tasks: TaskGroup) -> None:
+    def _stop(self) -> None:
         if self._stopping:
             return
         self._stopping = True
         for process in list(self._running.values()):
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        tasks.start_soon(self._kill_later)
+        if self._tasks is not None:
+            self._tasks.start_soon(self._kill_later)
 
     async def _kill_later(self) -> None:
         await anyio.sleep(self._settings.shutdown_timeout_s + _MORE_S)
