@@ -61,7 +61,8 @@ class TestApp:
         settings: Any setting of `App`, for this run.
 
     Raises:
-        StreamFlowError: On exit (and from `settle`), what stopped the worker: with `on_error=sf.Stop()` the record's error.
+        StreamFlowError: On exit (and from `settle`), what stopped the worker: with `on_error=sf.Stop()` the record's
+        error.
     """
 
     __test__ = False  # pytest: not a test class
@@ -173,7 +174,8 @@ class TestApp:
     async def settle(self, *, timeout_s: float = 10.0) -> None:
         """Wait until everything sent so far is processed and committed, all that follows from it included.
 
-        Agents that wait for StreamFlow's time (a back-off, an unfinished `take`) count as settled: move it by `advance`.
+        Agents that wait for StreamFlow's time (a back-off, an unfinished `take`) count as settled: move it by
+        `advance`.
 
         Args:
             timeout_s: Real seconds after which it gives up.

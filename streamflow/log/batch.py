@@ -2,8 +2,8 @@
 
 Read and written with aiokafka's compiled codec (`aiokafka.record`), reached through `log/codec.py` only.
 
-Invariants: a `RecordBatch` is read once (the codec is single pass); a `SealedBatch` is unstamped (no producer id, epoch,
-sequence) and can be stamped any number of times, so that the same records can be sent again after a failure.
+Invariants: a `RecordBatch` is read once (the codec is single pass); a `SealedBatch` is unstamped (no producer id,
+epoch, sequence) and can be stamped any number of times, so that the same records can be sent again after a failure.
 """
 
 from __future__ import annotations

@@ -70,7 +70,11 @@ class Sender(Protocol):
         timestamp_ms: int | None,
         headers: Headers,
     ) -> None:
-        """Send without waiting; a failure is logged and counted. Raises anyio's `WouldBlock` when its buffer is full."""
+        """Send without waiting; a failure is logged and counted.
+
+        Raises:
+            WouldBlock: (anyio's) Its buffer is full.
+        """
 
     async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any, timeout_s: float) -> Any:
         """Send to an agent and wait for its first answer."""

@@ -85,8 +85,8 @@ class Asks:
             await self._sender.send(topic, key, value, partition=None, timestamp_ms=None, headers=headers)
             if not await self._clock.wait(event, max(0.0, deadline_s - self._clock.monotonic())):
                 raise TimeoutError(
-                    f"agent {agent.name!r} did not answer within {timeout_s:g} s: is a worker of the app running, and does "
-                    f"the agent get as far as this record?"
+                    f"agent {agent.name!r} did not answer within {timeout_s:g} s: is a worker of the app running, and "
+                    "does the agent get as far as this record?"
                 )
         finally:
             del self._waiting[ask_id]

@@ -1,7 +1,7 @@
 """Who gets which task: sticky, balanced to within one task, whole tasks only.
 
-A pure function of the members and the partition counts. A member keeps what it owns as long as the balance allows; what is
-left goes to whoever has least, spread over the sub-topologies.
+A pure function of the members and the partition counts. A member keeps what it owns as long as the balance allows;
+what is left goes to whoever has least, spread over the sub-topologies.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Commits: outputs first, then (or together with) the positions they stand for.
 
-`ExactlyOnce` makes one atomic commit over the outputs and offsets of all tasks. `AtLeastOnce` sends outputs as soon as a
-batch ends, waits until the log has acknowledged them, and then commits the offsets.
+`ExactlyOnce` makes one atomic commit over the outputs and offsets of all tasks. `AtLeastOnce` sends outputs as soon
+as a batch ends, waits until the log has acknowledged them, and then commits the offsets.
 
-Invariant of both: positions and outputs are taken from a task in one step without an await between, so the offsets never
-pass a record whose outputs are not in the same commit or acknowledged before.
+Invariant of both: positions and outputs are taken from a task in one step without an await between, so the offsets
+never pass a record whose outputs are not in the same commit or acknowledged before.
 """
 
 from __future__ import annotations

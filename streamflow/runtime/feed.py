@@ -1,11 +1,11 @@
 """What an agent's stream pulls from: the hot path, hops 3 to 6.
 
-Per record there is one call of `__anext__`: it merges the stage of the record that is done, takes the next record of the
-run in hand, decodes it. Everything else (time slices, metrics, sending, waiting) happens between runs. A run is as long
-as the agent manages in a few milliseconds, so that nothing on the loop waits longer than a run or a record.
+Per record there is one call of `__anext__`: it merges the stage of the record that is done, takes the next record of
+the run in hand, decodes it. Everything else (time slices, metrics, sending, waiting) happens between runs. A run is
+as long as the agent manages in a few milliseconds, so that nothing on the loop waits longer than a run or a record.
 
-Invariants: while the agent has a record in hand, `positions()` names that record; while it waits, what comes after the last
-one. So a snapshot of positions and outputs taken at any moment is consistent.
+Invariants: while the agent has a record in hand, `positions()` names that record; while it waits, what comes after
+the last one. So a snapshot of positions and outputs taken at any moment is consistent.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class Feed(Turn, Generic[T]):
         if asyncio.current_task() is not self.task.owner_of(self) or self._asking:
             raise ClosedError(
                 f"agent {self.agent.name!r}: its stream is asked for a record from another task, or for two at once. A "
-                "record is done when the next one is asked for, so a wrapper must not read ahead; use take() for batches "
-                "and concurrency= for parallel work"
+                "record is done when the next one is asked for, so a wrapper must not read ahead; use take() for "
+                "batches and concurrency= for parallel work"
             )
 
     async def park(self) -> None:

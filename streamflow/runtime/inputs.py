@@ -1,8 +1,9 @@
 """A task's input: whole batches as they came, opened record by record, in runs that never cross an input.
 
-With one input its order is the log's. With several the next run is of the input whose head has the smallest timestamp, up
-to the first record later than another input's head (Kafka Streams' choice, `PartitionGroup`). An input without a record in
-hand is waited for while more is known to be coming, then for `max_task_idle_s`; after that the others go on.
+With one input its order is the log's. With several the next run is of the input whose head has the smallest
+timestamp, up to the first record later than another input's head (Kafka Streams' choice, `PartitionGroup`). An input
+without a record in hand is waited for while more is known to be coming, then for `max_task_idle_s`; after that the
+others go on.
 """
 
 from __future__ import annotations
@@ -225,10 +226,11 @@ class Inputs:
 
     def _may_go_without(self, ready: list[Input]) -> bool:
         for each in self.by_tp.values():
-            if each not in ready and not each.limit_reached_by(each.fetched_to):
-                if each.end_offset is None or each.fetched_to < each.end_offset:
-                    self._idle_since = None
-                    return False
+            if each in ready or each.limit_reached_by(each.fetched_to):
+                continue
+            if each.end_offset is None or each.fetched_to < each.end_offset:
+                self._idle_since = None
+                return False
         if self._max_task_idle_s > 0:
             now = self._clock.monotonic()
             if self._idle_since is None:

@@ -66,7 +66,8 @@ def _check(topic: Topic[Any, Any], description: TopicDescription | None) -> None
     elif topic.partitions is not None and topic.partitions != description.partitions:
         raise TopologyError(
             f"topic {topic.name!r} has {description.partitions} partitions, but partitions={topic.partitions} was "
-            f"declared ({topic.place}): leave partitions= out to take the topic as it is, or declare {description.partitions}"
+            f"declared ({topic.place}): leave partitions= out to take the topic as it is, or declare "
+            f"{description.partitions}"
         )
 
 
@@ -98,7 +99,8 @@ def _new_internal(app: Declarations, counts: dict[str, int]) -> list[NewTopic]:
                 new.append(NewTopic(name, partitions, -1, {"cleanup.policy": "delete", "retention.ms": "-1"}))
             elif counts[name] != partitions:
                 raise TopologyError(
-                    f"repartition topic {name!r} has {counts[name]} partitions, but its source {derived.source_topic.name!r} has "
-                    f"{partitions}: stop all workers, delete {name!r} once it is drained, and start again"
+                    f"repartition topic {name!r} has {counts[name]} partitions, but its source "
+                    f"{derived.source_topic.name!r} has {partitions}: stop all workers, delete {name!r} once it is "
+                    "drained, and start again"
                 )
     return new

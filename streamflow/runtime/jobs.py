@@ -3,7 +3,8 @@
 Their sends leave at once, at least once. With `on_leader=True` they run only in the worker that owns the leader task
 (partition 0 of the first sub-topology), and what one turn sends joins that task's next commit, fenced like the rest.
 
-A timer or crontab that raises is logged and counted and comes again at its next time; a task that raises stops the worker.
+A timer or crontab that raises is logged and counted and comes again at its next time; a task that raises stops the
+worker.
 """
 
 from __future__ import annotations

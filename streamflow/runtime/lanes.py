@@ -1,11 +1,11 @@
 """Records of one task in several hands at once: `concurrency=N`, and several agents on one source.
 
-Each record that is taken gets an entry in the ledger. An entry is done when every agent is done with its record; entries
-leave the ledger strictly from its head, and only then do their stages join the outputs and does the position move. So a
-commit never passes a record in flight, whatever order the hands finish in.
+Each record that is taken gets an entry in the ledger. An entry is done when every agent is done with its record;
+entries leave the ledger strictly from its head, and only then do their stages join the outputs and does the position
+move. So a commit never passes a record in flight, whatever order the hands finish in.
 
-A record goes to a lane of each agent by its key, so records of one key are processed in order. A record without key goes
-to the lane with the least to do.
+A record goes to a lane of each agent by its key, so records of one key are processed in order. A record without key
+goes to the lane with the least to do.
 """
 
 from __future__ import annotations

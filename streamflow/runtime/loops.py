@@ -1,4 +1,4 @@
-"""The worker's loops: fetching, committing, lingering outputs, group events, and the watch over the event loop itself."""
+"""The worker's loops: fetching, committing, lingering outputs, group events, the watch over the event loop."""
 
 from __future__ import annotations
 

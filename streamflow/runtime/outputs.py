@@ -1,7 +1,7 @@
 """Encoded outputs on their way to the log: one set per task, sealed at a commit or when it is time to send.
 
-Invariant: a record enters here only when its turn is done, in the order the records were taken. So what is sealed at any
-moment is exactly the effect of the records below the task's position.
+Invariant: a record enters here only when its turn is done, in the order the records were taken. So what is sealed at
+any moment is exactly the effect of the records below the task's position.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class KnownTargets:
         described = await self._admin.describe([topic.name])
         if topic.name not in described:
             raise UnknownTopicError(
-                f"topic {topic.name!r} does not exist: start a worker of the app once, which creates its topics, or create it"
+                f"topic {topic.name!r} does not exist: start a worker of the app once, which creates its topics, or "
+                "create it"
             )
         return self.add(topic, described[topic.name])

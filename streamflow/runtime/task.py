@@ -1,6 +1,7 @@
 """A task: one partition of one sub-topology, the unit of processing, commit and movement.
 
-It ties together its inputs, its agents' feeds and runs, and its outputs. It knows neither the group nor the other tasks.
+It ties together its inputs, its agents' feeds and runs, and its outputs. It knows neither the group nor the other
+tasks.
 """
 
 from __future__ import annotations

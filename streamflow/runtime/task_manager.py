@@ -1,7 +1,7 @@
 """Opens and closes tasks as the group assigns, revokes and loses partitions.
 
-What is assigned starts at its committed offsets; what is revoked finishes the records in hand, commits, and only then is
-let go; what is lost is dropped with all that is uncommitted. Tasks that stay are never touched.
+What is assigned starts at its committed offsets; what is revoked finishes the records in hand, commits, and only then
+is let go; what is lost is dropped with all that is uncommitted. Tasks that stay are never touched.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ class TaskManager:
         """Records were deleted before they were read: go on as for a partition without offset, and say so."""
         position = (await self._reset([tp]))[tp]
         logger.error(
-            "%s; going on at %d as auto_offset_reset=%s says: records in between were deleted before this app read them, "
-            "or the topic was made anew",
+            "%s; going on at %d as auto_offset_reset=%s says: records in between were deleted before this app read "
+            "them, or the topic was made anew",
             error,
             position,
             self._settings.auto_offset_reset,

@@ -97,8 +97,8 @@ class Turn:
         unit = self.unit if self.unit is not None else self.record
         if unit is None or unit_in_context.get() is not unit:
             raise ClosedError(
-                f"agent {self.agent.name!r}: a task that was started while an earlier record was processed sent something "
-                "after that record was done; await it before asking for the next record"
+                f"agent {self.agent.name!r}: a task that was started while an earlier record was processed sent "
+                "something after that record was done; await it before asking for the next record"
             )
 
     def send(
@@ -189,8 +189,8 @@ class Turn:
             key = topic.key_codec.encode(out.key, headers)
         elif record is None or self.unit is not None:
             raise ProductionError(
-                f"agent {self.agent.name!r} yielded without a key for topic {topic.name!r}: a unit of take() has no one "
-                "key to inherit; yield sf.Out(value, key=...)"
+                f"agent {self.agent.name!r} yielded without a key for topic {topic.name!r}: a unit of take() has no "
+                "one key to inherit; yield sf.Out(value, key=...)"
             )
         elif not same_key(self.source, topic):
             raise ProductionError(

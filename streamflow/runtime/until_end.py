@@ -1,8 +1,8 @@
 """A bounded run: everything that is there at the start, and everything that follows from it.
 
-External topics are processed up to the end they had at the start. Topics the app itself writes are processed until they
-are drained: their sources are done, and what was committed is their end. Both are read from the log, so the answer is the
-same whichever worker has a partition.
+External topics are processed up to the end they had at the start. Topics the app itself writes are processed until
+they are drained: their sources are done, and what was committed is their end. Both are read from the log, so the
+answer is the same whichever worker has a partition.
 
 Why the drain test holds: committed offsets are read before end offsets. When every offset committed then equals the end
 found afterwards, everything had been processed, and its outputs written, before the ends were looked at.

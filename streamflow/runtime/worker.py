@@ -1,7 +1,7 @@
 """A worker: opens the log, joins the group, runs the tasks, commits, and winds all of it down within a deadline.
 
-Phases: refuse what cannot work, prepare topics, open the log's parts, run, finish the records in hand, commit, leave the
-group, close. Every task of the event loop belongs to a task group here or below.
+Phases: refuse what cannot work, prepare topics, open the log's parts, run, finish the records in hand, commit, leave
+the group, close. Every task of the event loop belongs to a task group here or below.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Worker:
             return "exactly_once" if self._log.atomic_commits else "at_least_once"
         if asked == "exactly_once" and not self._log.atomic_commits:
             raise ConfigurationError(
-                f"processing_guarantee='exactly_once' is not offered on {self._log.address}: this version commits there at "
-                "least once; leave the setting out, or use the embedded log"
+                f"processing_guarantee='exactly_once' is not offered on {self._log.address}: this version commits "
+                "there at least once; leave the setting out, or use the embedded log"
             )
         return asked
 
@@ -189,8 +189,8 @@ class Worker:
         for job in jobs:
             if job.on_leader and not has_agents:
                 raise TopologyError(
-                    f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns partition 0 "
-                    "of its first source topic"
+                    f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns "
+                    "partition 0 of its first source topic"
                 )
 
     @asynccontextmanager
