@@ -65,7 +65,7 @@ def measure(peer: Peer, bootstrap: str, settings: Settings) -> Latency:
     """Send `rate` records a second for `latency_s` seconds, after a slow warm-up."""
     records = int(settings.rate * settings.latency_s)
     with Run(peer, bootstrap, settings.mode) as run, run.program():
-        producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1})
+        producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 1, "log_level": 4})
         receiver = _Receiver(bootstrap, run.out)
         receiver.start()
         try:

@@ -8,6 +8,7 @@ between them. Nothing is left out beyond that: reading, decoding, the agent, enc
 """
 
 import asyncio
+import json
 import os
 import random
 import resource
@@ -25,6 +26,8 @@ import streamflow as sf
 from benchmarks.settings import APPS, FIRST_TIMESTAMP_MS, PARTITIONS, ROOT, Settings
 
 STREAMFLOW = ROOT / ".venv" / "bin" / "streamflow"
+APP = APPS / "streamflow_app.py"
+OUT = "results"
 SMALL = 100_000
 AT_ONCE = 5_000
 TIMEOUT_S = 600
@@ -62,24 +65,37 @@ async def fill(broker: str, data_dir: str, records: int, keys: int) -> None:
             await asyncio.gather(*sends)
 
 
-def work(broker: str, data_dir: str, mode: str) -> Cost:
+def work(environment: dict[str, str]) -> Cost:
     """Run a worker on all that is there."""
-    environment = {"BROKER": broker, "IN": "orders", "OUT": "out", "MODE": mode, "APPID": "bench", "DATADIR": data_dir}
-    command = [str(STREAMFLOW), "worker", str(APPS / "streamflow_app.py"), "--until-end", "--log-level", "WARNING"]
-    environment["STREAMFLOW_PROCESSING_GUARANTEE"] = os.environ.get("STREAMFLOW_PROCESSING_GUARANTEE") or "exactly_once"
+    command = [str(STREAMFLOW), "worker", str(APP), "--until-end"]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, env={**os.environ, **environment}, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=environment, check=True, timeout=TIMEOUT_S, stderr=subprocess.DEVNULL)
     elapsed_s, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(elapsed_s, cpu_s, after.ru_maxrss / 1024)
 
 
+def written(environment: dict[str, str]) -> int:
+    """How many records the output topic has."""
+    command = [str(STREAMFLOW), "topics", str(APP), "--json"]
+    told = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    out = next(topic for line in told.stdout.splitlines() if (topic := json.loads(line))["topic"] == OUT)
+    return sum(partition["end_offset"] - partition["start_offset"] for partition in out["partitions"])
+
+
 def measure(records: int, settings: Settings) -> Cost:
-    """Fill a fresh log and work through it."""
+    """Fill a fresh log, work through it, and see that every record has its result."""
     with tempfile.TemporaryDirectory(prefix="streamflow-bench-") as scratch:
         broker = f"sqlite:///{Path(scratch) / 'log.db'}"
         asyncio.run(fill(broker, scratch, records, settings.keys))
-        return work(broker, scratch, settings.mode)
+        named = {"BROKER": broker, "IN": "orders", "OUT": OUT, "APPID": "bench", "DATADIR": scratch}
+        environment = {"STREAMFLOW_PROCESSING_GUARANTEE": "exactly_once", **os.environ, **named, "MODE": settings.mode}
+        cost = work(environment)
+        if (results := written(environment)) != records:
+            sys.exit(f"{records:,} records gave {results:,} results")
+        return cost
 
 
 def main() -> None:

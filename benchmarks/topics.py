@@ -14,13 +14,13 @@ MOST_FAILURES = 100
 
 
 def create(bootstrap: str, *names: str) -> None:
-    admin = AdminClient({"bootstrap.servers": bootstrap})
+    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 4})
     for created in admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names]).values():
         created.result(CALL_TIMEOUT_S)
 
 
 def delete(bootstrap: str, *names: str) -> None:
-    admin = AdminClient({"bootstrap.servers": bootstrap})
+    admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 4})
     for deleted in admin.delete_topics(list(names)).values():
         deleted.result(CALL_TIMEOUT_S)
 

