@@ -216,7 +216,10 @@ def _fits_one(part: Any, accepted: tuple[Any, ...]) -> bool:
         return None in accepted or type(None) in accepted
     if part is int and float in accepted:
         return True
-    return any(issubclass(part, one) for one in accepted if one is not None)
+    try:
+        return any(issubclass(part, one) for one in accepted if one is not None)
+    except TypeError:
+        return True  # a TypedDict cannot be asked
 
 
 def _alternatives(form: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Option
 
 import msgspec
 import pytest
+import typing_extensions
 
 from streamflow.errors import SchemaError
 from streamflow.model.schema import allows_none, field_type, is_mapping, members, shape_of, surely_differs, type_name
@@ -34,6 +35,10 @@ class Pair(NamedTuple):
 
 class Row(TypedDict):
     name: Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class Other(typing_extensions.TypedDict):
+    name: str
 
 
 @dataclass
@@ -195,6 +200,9 @@ def test_what_is_read_by_item():
         (Order, Sized, False),
         (Order, T, False),
         (list[int], list[str], False),
+        (dict, Row, False),
+        (Row, Order, True),
+        (Row, Other, False),
         (int | str, str, True),
         (None, None, False),
     ],

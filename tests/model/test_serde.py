@@ -333,7 +333,7 @@ def test_other_names_come_from_entry_points(monkeypatch, as_class):
         assert group == "streamflow.serdes"
         return [Entry()] if name in (None, "shout") else []
 
-    monkeypatch.setattr("streamflow.model.serde.entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
     assert value(str, "shout").encode("a") == b"A"
     assert value(str, "shout").serializer == "shout"
     with pytest.raises(SchemaError, match=r"value_serializer='avro' is not known; there are .*msgpack, shout"):
