@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -126,7 +126,7 @@ class App(Declarations):
             main_of(self, self.origin)
 
     @asynccontextmanager
-    async def running(self, **overrides: Any) -> AsyncIterator[Worker]:
+    async def running(self, **overrides: Any) -> AsyncGenerator[Worker]:
         """Host a worker inside another program, for example in a FastAPI lifespan.
 
         Enters once the worker has its first assignment and its agents run; leaving stops it cleanly (records finished,

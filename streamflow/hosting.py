@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +92,7 @@ async def served(
     listener: socket.socket,
     *,
     index: int | None = None,
-) -> AsyncIterator[None]:
+) -> AsyncGenerator[None]:
     """Serve a worker's metrics, health and status page while the block runs.
 
     Args:
@@ -115,7 +115,7 @@ async def served(
 
 
 @asynccontextmanager
-async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncIterator[Worker]:
+async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncGenerator[Worker]:
     """Run a worker while the block runs; see `App.running`.
 
     Args:
@@ -145,7 +145,7 @@ async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncIt
 
 
 @asynccontextmanager
-async def _running(worker: Worker) -> AsyncIterator[None]:
+async def _running(worker: Worker) -> AsyncGenerator[None]:
     finished = anyio.Event()
 
     async def run() -> None:

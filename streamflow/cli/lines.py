@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class Lines:
 
 
 @contextmanager
-def opened(file: Path | None) -> Iterator[Lines]:
+def opened(file: Path | None) -> Generator[Lines]:
     """Open a file, or standard input.
 
     Args:

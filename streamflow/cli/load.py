@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ def _is_file_name(place: str) -> bool:
 
 
 @contextmanager
-def _being_loaded(target: str) -> Iterator[None]:
+def _being_loaded(target: str) -> Generator[None]:
     loading.append(target)
     try:
         yield

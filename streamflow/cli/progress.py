@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -26,7 +26,7 @@ class Reporter(Protocol):
 
 
 @contextmanager
-def progress(what: str, *, quiet: bool = False) -> Iterator[Reporter]:
+def progress(what: str, *, quiet: bool = False) -> Generator[Reporter]:
     """Show progress while the block runs.
 
     Args:
@@ -47,7 +47,7 @@ def _nothing(done: int, total: int | None) -> None:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Reporter]:
+def _bar(what: str) -> Generator[Reporter]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

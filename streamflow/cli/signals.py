@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -12,7 +12,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stopping(stop: Callable[[], None], *, at_once: Callable[[], None] | None = None) -> Iterator[None]:
+def stopping(stop: Callable[[], None], *, at_once: Callable[[], None] | None = None) -> Generator[None]:
     """Handle signals while the block runs.
 
     Plain handlers and not the event loop's: they run between two bytecodes of user code that blocks the loop, too, so

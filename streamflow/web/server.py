@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 
 import anyio
@@ -76,7 +76,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(site: Starlette, listener: socket.socket) -> AsyncIterator[None]:
+async def serving(site: Starlette, listener: socket.socket) -> AsyncGenerator[None]:
     """Serve a site while the block runs; the listener is closed at its end.
 
     Args:

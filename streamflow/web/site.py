@@ -61,9 +61,11 @@ class Source(Protocol):
 
     async def metrics(self) -> bytes:
         """Prometheus' text format."""
+        ...
 
     async def processes(self) -> Sequence[ProcessView]:
         """The state of every worker process."""
+        ...
 
 
 def build_site(source: Source, overview: Callable[[], Overview]) -> Starlette:

@@ -1,0 +1,107 @@
+"""A real Prometheus scrapes a real worker; what it understood is asked by its own HTTP API."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import TIMEOUT_S, Running, get, order, shell_in
+
+ROOT = Path(__file__).parent.parent.parent
+FETCHED = ROOT / ".cache" / "prometheus" / "root" / "usr" / "bin" / "prometheus"
+CONFIGURATION = """
+global:
+  scrape_interval: 200ms
+  scrape_timeout: 200ms
+scrape_configs:
+  - job_name: streamflow
+    static_configs:
+      - targets: ["{target}"]
+"""
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.slow,
+    # Fetching it takes apt-get; a machine that has it needs nothing.
+    *([] if shutil.which("prometheus") or FETCHED.exists() else [pytest.mark.needs("apt-get", "dpkg")]),
+    pytest.mark.timeout(240),
+]
+
+
+@pytest.fixture(scope="module")
+def prometheus() -> str:
+    done = subprocess.run([ROOT / "tools" / "prometheus.sh"], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def shell(tmp_path):
+    with shell_in(tmp_path) as shell:
+        yield shell
+
+
+class Scraper:
+    """Prometheus on a port of its own, scraping one worker."""
+
+    def __init__(self, shell, program: str, target: str) -> None:
+        shell.write("prometheus.yml", CONFIGURATION.format(target=target))
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.running: Running = shell.start(
+            "--config.file=prometheus.yml",
+            f"--storage.tsdb.path={shell.folder}/tsdb",
+            f"--web.listen-address={self.url.removeprefix('http://')}",
+            program=program,
+        )
+        self.running.wait_for("Server is ready to receive web requests")
+
+    def api(self, path: str, **query: str):
+        status, text = get(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}")
+        answer = json.loads(text)
+        assert (status, answer["status"]) == (200, "success"), text
+        return answer["data"]
+
+    def value(self, query: str) -> float | None:
+        found = self.api("query", query=query)["result"]
+        return float(found[0]["value"][1]) if found else None
+
+    def wait_for(self, query: str, expected: float) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while (value := self.value(query)) != expected:
+            assert time.monotonic() < deadline, f"{query} is {value}, not {expected}"
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--processes", "2")], ids=["one process", "two processes"])
+def test_prometheus_understands_the_metrics(arguments, shell, prometheus):
+    worker = shell.worker(*arguments)
+    stdin = "".join(order(number, f"user{number % 20}") + "\n" for number in range(100))
+    assert shell("send", "orders.py", "orders", "-", "--key-field", "user", stdin=stdin).code == 0
+    scraper = Scraper(shell, prometheus, worker.url.removeprefix("http://"))
+
+    scraper.wait_for('sum(streamflow_records_in_total{agent="invoice",topic="orders"})', 100)
+    scraper.wait_for('sum(streamflow_records_out_total{topic="invoices"})', 100)
+    scraper.wait_for("sum(streamflow_assigned_partitions)", 4)
+    scraper.wait_for('sum(streamflow_lag_records{topic="orders"})', 0)
+    scraper.wait_for('sum(streamflow_processing_seconds_count{agent="invoice"})', 100)
+    scraper.wait_for("min(streamflow_ready)", 1)
+    assert (scraper.value("sum(streamflow_commits_total)") or 0) > 0
+    quantile = scraper.value("histogram_quantile(0.5, sum by (le) (streamflow_commit_seconds_bucket))")
+    assert quantile is not None
+    assert 0 < quantile < 10
+
+    (target,) = scraper.api("targets")["activeTargets"]
+    assert (target["health"], target["lastError"]) == ("up", "")
+    kinds = {name: facts[0]["type"] for name, facts in scraper.api("metadata").items()}
+    assert kinds["streamflow_processing_seconds"] == "histogram"
+    assert kinds["streamflow_lag_records"] == "gauge"
+    assert kinds["streamflow_commits_total"] == "counter"
+    processes = {series.get("process") for series in scraper.api("series", **{"match[]": "streamflow_commits_total"})}
+    assert processes == ({"0", "1"} if arguments else {None})
+    assert worker.stop() == 0
