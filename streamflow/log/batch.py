@@ -120,13 +120,14 @@ class BatchBuilder:
         max_bytes: Size before compression at which `append` refuses; a first record always fits.
     """
 
-    __slots__ = ("_append", "_builder", "_max_timestamp_ms", "num_records")
+    __slots__ = ("_builder", "append_numbered", "num_records")
 
     def __init__(self, compression: int, max_bytes: int) -> None:
         self._builder = codec.new_builder(compression, max_bytes)
-        self._append = self._builder.append
+        # The codec's own append, for the hot path: takes the record's number in the batch first, returns None when the
+        # batch is full. Who calls it counts, and gives the count to `seal`.
+        self.append_numbered = self._builder.append
         self.num_records = 0
-        self._max_timestamp_ms = -1
 
     @property
     def size_bytes(self) -> int:
@@ -146,14 +147,16 @@ class BatchBuilder:
         Returns:
             False when the batch is full: the record was not added; seal, open a new builder, append there.
         """
-        count = self.num_records
-        if self._append(count, timestamp_ms, key, value, headers) is None:
+        if self.append_numbered(self.num_records, timestamp_ms, key, value, headers) is None:
             return False
-        self.num_records = count + 1
-        if timestamp_ms > self._max_timestamp_ms:
-            self._max_timestamp_ms = timestamp_ms
+        self.num_records += 1
         return True
 
-    def seal(self) -> SealedBatch:
-        """Encode and compress; the builder must not be used again."""
-        return SealedBatch(self._builder.build(), self.num_records, self._max_timestamp_ms)
+    def seal(self, num_records: int | None = None) -> SealedBatch:
+        """Encode and compress; the builder must not be used again.
+
+        Args:
+            num_records: How many records were appended, where `append_numbered` was called directly.
+        """
+        data = self._builder.build()
+        return SealedBatch(data, self.num_records if num_records is None else num_records, codec.max_timestamp_ms(data))

@@ -44,7 +44,7 @@ HEADER_BYTES = 61
 _BASE_OFFSET = struct.Struct(">q")
 _CRC = struct.Struct(">I")
 _PRODUCER = struct.Struct(">qhi")
-_CRC_AT, _ATTRIBUTES_AT, _PRODUCER_AT = 17, 21, 43
+_CRC_AT, _ATTRIBUTES_AT, _MAX_TIMESTAMP_AT, _PRODUCER_AT = 17, 21, 35, 43
 _TRANSACTIONAL = 0x10
 
 
@@ -76,6 +76,12 @@ def stamp(
     _PRODUCER.pack_into(copy, _PRODUCER_AT, producer_id, producer_epoch, base_sequence)
     _CRC.pack_into(copy, _CRC_AT, crc32c(memoryview(copy)[_ATTRIBUTES_AT:]))
     return bytes(copy)
+
+
+def max_timestamp_ms(data: bytearray) -> int:
+    """The greatest timestamp, from a batch's header."""
+    (timestamp_ms,) = _BASE_OFFSET.unpack_from(data, _MAX_TIMESTAMP_AT)
+    return int(timestamp_ms)
 
 
 def set_base_offset(data: bytearray, base_offset: int) -> None:

@@ -23,8 +23,9 @@ from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
 from streamflow.processing.stream import Event, View
 from streamflow.runtime.derived import Copier, Processor
+from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.record_errors import STOP, Drop, RecordErrors
-from streamflow.runtime.turn import NO_HEADERS, Staged, Turn, unit_in_context
+from streamflow.runtime.turn import Turn, unit_in_context
 
 if TYPE_CHECKING:
     from streamflow.runtime.task import Task
@@ -249,9 +250,15 @@ class DirectFeed(Feed[LogRecord]):
         self._together: list[LogRecord] | None = None
 
     async def __anext__(self) -> Any:
+        stage = self.stage
         while True:
-            if self.stage:
-                self._merge()
+            if stage:
+                for out, timestamp_ms, key, data, headers in stage:  # `write`, in place: a call less per record
+                    if out.append(out.count, timestamp_ms, key, data, headers) is None:
+                        out.roll(timestamp_ms, key, data, headers)
+                    else:
+                        out.count += 1
+                stage.clear()
             for record in self.records:
                 self.record = record
                 unit_in_context.set(record)
@@ -266,16 +273,12 @@ class DirectFeed(Feed[LogRecord]):
             await self._next_run()
 
     def _merge(self) -> None:
-        if self.replies:
-            self.answer_nothing()
-        for output, partition, timestamp_ms, key, value, headers in self.stage:
-            output.append(partition, timestamp_ms, key, value, headers)
+        write(self.stage)
         self.stage.clear()
-        if self.headers is not NO_HEADERS:
-            self.headers = NO_HEADERS
 
     def finish(self) -> None:
         self._merge()
+        self.is_plain = True
         for tp, record in self.in_hand():
             self._positions[tp] = record.offset + 1
         self.record = None
@@ -421,6 +424,7 @@ class DirectFeed(Feed[LogRecord]):
             if items and deadline_s is None and within_s is not None:
                 deadline_s = self.task.clock.monotonic() + within_s
         self.unit = unit
+        self.is_plain = False
         self.record = unit[-1][1] if unit else None
         unit_in_context.set(unit)
         return items

@@ -24,8 +24,8 @@ from streamflow.processing.context import current_turn
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.hooks import Action, Crontab, Task, Timer
 from streamflow.processing.topic import Topic
+from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.task import Task as PartitionTask
-from streamflow.runtime.turn import Staged
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.jobs")
@@ -61,11 +61,9 @@ class LeaderTurn:
         output = self._task.outputs.to(topic)
         key_bytes, data = topic.key_codec.encode(key, headers), topic.value_codec.encode(value, headers)
         output.target.check_size(key_bytes, data, headers)
-        if partition is None:
-            partition = output.null_partition() if key_bytes is None else output.target.partition_of(key_bytes)
-        output.target.check_partition(partition)
+        out = output.of_key(key_bytes) if partition is None else output.of_number(partition)
         at_ms = self._task.clock.now_ms() if timestamp_ms is None else timestamp_ms
-        self._stage.append((output, partition, at_ms, key_bytes, data, list(headers)))
+        self._stage.append((out, at_ms, key_bytes, data, list(headers)))
 
     def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
         """Asking is allowed: the turn blocks no record."""
@@ -79,8 +77,7 @@ class LeaderTurn:
         """Move what was sent so far into the task's outputs."""
         if self._task.state in ("closed", "created"):
             raise ClosedError(f"the leader task {self._task.name} has moved to another worker")
-        for output, partition, at_ms, key, data, headers in self._stage:
-            output.append(partition, at_ms, key, data, headers)
+        write(self._stage)
         self._stage.clear()
 
 

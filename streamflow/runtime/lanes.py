@@ -22,8 +22,9 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.stream import View
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
+from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.record_errors import Drop, RecordErrors
-from streamflow.runtime.turn import NO_HEADERS, Staged, unit_in_context
+from streamflow.runtime.turn import EndOfHeaders, unit_in_context
 
 if TYPE_CHECKING:
     from streamflow.runtime.task import Task
@@ -86,8 +87,7 @@ class Ledger:
 
     def _leave(self, entry: Entry) -> None:
         for stage in entry.stages:
-            for output, partition, timestamp_ms, key, value, headers in stage:
-                output.append(partition, timestamp_ms, key, value, headers)
+            write(stage)
         self._positions[entry.tp] = entry.record.offset + 1
         self._moved.set()
 
@@ -204,8 +204,8 @@ class LaneFeed(Feed[Entry]):
             return
         if self.replies:
             self.answer_nothing()
-        self.headers = NO_HEADERS
-        stage = [staged for staged in self.stage if staged[0] is not self.task.nowhere]
+        self.forget_headers()
+        stage = [staged for staged in self.stage if not isinstance(staged[0], EndOfHeaders)]
         self.stage.clear()
         for entry in entries[:-1]:
             entry.glued = True

@@ -7,8 +7,8 @@ any moment is exactly the effect of the records below the task's position.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from streamflow.errors import ProductionError, TopologyError
 from streamflow.log.batch import BatchBuilder, SealedBatch
@@ -18,8 +18,8 @@ from streamflow.processing.topic import Topic
 
 _BATCH_BYTES = 512 * 1024
 _RECORD_OVERHEAD_BYTES = 61 + 32
-_MEMO_ENTRIES = 200_000
-_MEMO_KEY_BYTES = 1024
+_REMEMBERED_KEYS = 50_000
+_REMEMBERED_KEY_BYTES = 1024
 
 
 class Target:
@@ -32,7 +32,7 @@ class Target:
         compression: Codec number for its batches.
     """
 
-    __slots__ = ("batch_bytes", "compression", "max_record_bytes", "memo", "name", "partitioner", "partitions", "topic")
+    __slots__ = ("batch_bytes", "compression", "max_record_bytes", "name", "partitioner", "partitions", "topic")
 
     def __init__(self, topic: Topic[Any, Any], partitions: int, max_batch_bytes: int, compression: int) -> None:
         self.topic = topic
@@ -42,18 +42,11 @@ class Target:
         self.max_record_bytes = max_batch_bytes - _RECORD_OVERHEAD_BYTES
         self.batch_bytes = min(_BATCH_BYTES, max_batch_bytes)
         self.partitioner: Callable[[bytes, int], int] = topic.partitioner or partition_for
-        self.memo: dict[bytes, int] = {}
 
     def partition_of(self, key: bytes) -> int:
-        """The key's partition, remembered."""
-        partition = self.memo.get(key)
-        if partition is None:
-            partition = self.partitioner(key, self.partitions)
-            self.check_partition(partition)
-            if len(key) <= _MEMO_KEY_BYTES:
-                if len(self.memo) >= _MEMO_ENTRIES:
-                    self.memo.clear()
-                self.memo[key] = partition
+        """The key's partition."""
+        partition = self.partitioner(key, self.partitions)
+        self.check_partition(partition)
         return partition
 
     def check_partition(self, partition: int) -> None:
@@ -73,59 +66,119 @@ class Target:
             )
 
 
+Staged: TypeAlias = "tuple[OutputPartition, int, bytes | None, bytes | None, Headers]"
+"""An encoded output of a turn that is not done yet: where to, timestamp, key, value, headers."""
+
+
+def write(stage: Iterable[Staged]) -> None:
+    """Move the outputs of a done turn into their batches."""
+    for out, timestamp_ms, key, value, headers in stage:
+        if out.append(out.count, timestamp_ms, key, value, headers) is None:
+            out.roll(timestamp_ms, key, value, headers)
+        else:
+            out.count += 1
+
+
+class OutputPartition:
+    """One task's unsent records for one partition of one topic.
+
+    `append` is the codec's own: it takes the record's number in the batch first, and returns None when the batch is full
+    (or none is open). Whoever calls it then counts in `count`, or calls `roll`.
+
+    Args:
+        output: The topic.
+        partition: The partition.
+    """
+
+    __slots__ = ("_builder", "_output", "_sealed", "append", "count", "tp")
+
+    def __init__(self, output: OutputTopic, partition: int) -> None:
+        self.tp = TopicPartition(output.name, partition)
+        self.count = 0
+        self.append: Callable[[int, int, bytes | None, bytes | None, Any], Any] = _not_open
+        self._output = output
+        self._builder: BatchBuilder | None = None
+        self._sealed: list[SealedBatch] = []
+
+    @property
+    def target(self) -> Target:
+        """The topic."""
+        return self._output.target
+
+    def roll(self, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        """Close the full batch, open the next one and add the record there."""
+        self._close()
+        target = self.target
+        builder = self._builder = BatchBuilder(target.compression, target.batch_bytes)
+        self.append = builder.append_numbered
+        self._output.outputs.opened()
+        self.append(0, timestamp_ms, key, value, headers)
+        self.count = 1
+
+    def _close(self) -> None:
+        if self._builder is not None:
+            sealed = self._builder.seal(self.count)
+            self._sealed.append(sealed)
+            self._output.outputs.sealed_bytes += sealed.size_bytes
+        self._builder, self.append, self.count = None, _not_open, 0
+
+    def seal(self) -> list[tuple[TopicPartition, SealedBatch]]:
+        """Take everything out, in order."""
+        self._close()
+        sealed, self._sealed = self._sealed, []
+        return [(self.tp, batch) for batch in sealed]
+
+
+def _not_open(_: int, __: int, ___: bytes | None, ____: bytes | None, _____: Any) -> None:
+    """Stands in for a batch that is not open."""
+
+
 class OutputTopic:
     """One task's unsent records for one topic.
 
     Args:
         target: The topic.
-        on_first: Called when a record arrives and nothing was waiting.
-        on_batch: Called with each full batch's size in bytes.
+        outputs: The task's outputs, of which this is a part.
     """
 
-    __slots__ = ("_builders", "_null_partition", "_outputs", "_sealed", "name", "target")
+    __slots__ = ("_null", "by_key", "name", "outputs", "partitions", "target")
 
     def __init__(self, target: Target, outputs: Outputs) -> None:
         self.target = target
         self.name = target.name
-        self._builders: list[BatchBuilder | None] = [None] * target.partitions
-        self._sealed: list[tuple[TopicPartition, SealedBatch]] = []
-        self._outputs = outputs
-        self._null_partition: int | None = None
+        self.outputs = outputs
+        self.partitions = [OutputPartition(self, number) for number in range(target.partitions)]
+        self.by_key: dict[bytes, OutputPartition] = {}
+        self._null: OutputPartition | None = None
 
-    def null_partition(self) -> int:
-        """Where records without key go until the next seal."""
-        if self._null_partition is None:
-            self._null_partition = random.randrange(self.target.partitions)
-        return self._null_partition
+    def of_key(self, key: bytes | None) -> OutputPartition:
+        """The partition of a key, remembered; records without key share one until the next seal."""
+        if key is None:
+            if self._null is None:
+                self._null = random.choice(self.partitions)
+            return self._null
+        found = self.by_key.get(key)
+        if found is None:
+            found = self.partitions[self.target.partition_of(key)]
+            if len(key) <= _REMEMBERED_KEY_BYTES:
+                if len(self.by_key) >= _REMEMBERED_KEYS:
+                    self.by_key.clear()
+                self.by_key[key] = found
+        return found
 
-    def append(
-        self, partition: int, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: Headers
-    ) -> None:
-        """Add a record of a done turn."""
-        builder = self._builders[partition]
-        if builder is not None and builder.append(timestamp_ms, key, value, headers):
-            return
-        if builder is not None:
-            self._seal(partition, builder)
-        builder = BatchBuilder(self.target.compression, self.target.batch_bytes)
-        self._builders[partition] = builder
-        self._outputs.opened()
-        builder.append(timestamp_ms, key, value, headers)
+    def of_number(self, partition: int) -> OutputPartition:
+        """A partition by its number.
 
-    def _seal(self, partition: int, builder: BatchBuilder) -> None:
-        sealed = builder.seal()
-        self._builders[partition] = None
-        self._outputs.sealed_bytes += sealed.size_bytes
-        self._sealed.append((TopicPartition(self.name, partition), sealed))
+        Raises:
+            ProductionError: There is none of that number.
+        """
+        self.target.check_partition(partition)
+        return self.partitions[partition]
 
     def seal(self) -> list[tuple[TopicPartition, SealedBatch]]:
         """Take everything out, in order per partition."""
-        for partition, builder in enumerate(self._builders):
-            if builder is not None:
-                self._seal(partition, builder)
-        sealed, self._sealed = self._sealed, []
-        self._null_partition = None
-        return sealed
+        self._null = None
+        return [batch for partition in self.partitions for batch in partition.seal()]
 
 
 class Outputs:

@@ -16,7 +16,8 @@ from streamflow.runtime.derived import Processor
 from streamflow.sensors import Sensors
 
 if TYPE_CHECKING:
-    from streamflow.runtime.turn import Staged, Turn
+    from streamflow.runtime.outputs import Staged
+    from streamflow.runtime.turn import Turn
 
 logger = logging.getLogger("streamflow.agents")
 
@@ -97,8 +98,7 @@ class RecordErrors:
             headers = headers[:-1]  # the traceback
             output.target.check_size(record.key, record.value, headers)
         key = record.key
-        partition = output.null_partition() if key is None else output.target.partition_of(key)
-        return (output, partition, record.timestamp, key, record.value, headers)
+        return (output.of_key(key), record.timestamp, key, record.value, headers)
 
 
 def way_past(agent: Processor, error: RecordError) -> str:

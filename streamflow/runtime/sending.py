@@ -16,9 +16,9 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
 from streamflow.runtime.asks import Asks
 from streamflow.runtime.internal_topics import reply_topic_name
+from streamflow.runtime.outputs import Staged
 from streamflow.runtime.sender import DirectSender
 from streamflow.runtime.targets import KnownTargets
-from streamflow.runtime.turn import Staged
 from streamflow.sensors import Sensors
 
 
@@ -106,5 +106,5 @@ class ProcessSender:
 
     def send_answers(self, answers: Iterable[Staged]) -> None:
         """Send answers of a record that stops the worker: outside any commit, since its record is not committed."""
-        for output, partition, timestamp_ms, key, value, headers in answers:
-            self._direct.add_encoded(output.target, key, value, partition, timestamp_ms, headers, None)
+        for out, timestamp_ms, key, value, headers in answers:
+            self._direct.add_encoded(out.target, key, value, out.tp.partition, timestamp_ms, headers, None)

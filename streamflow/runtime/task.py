@@ -19,7 +19,7 @@ from streamflow.clock import Clock
 from streamflow.errors import DeserializationError, RecordError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
-from streamflow.model.record import Headers, TopicPartition
+from streamflow.model.record import TopicPartition
 from streamflow.model.serde import BoundCodec, NeedSchema
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
@@ -28,23 +28,10 @@ from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import DirectFeed, Feed
 from streamflow.runtime.inputs import Input, Inputs
 from streamflow.runtime.lanes import Dispatcher, LaneFeed, Ledger
-from streamflow.runtime.outputs import Outputs, OutputTopic, Targets
+from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
 from streamflow.runtime.record_errors import RecordErrors
 from streamflow.runtime.run import AgentRun
-from streamflow.runtime.turn import Staged
 from streamflow.sensors import Sensors
-
-
-class Nowhere(OutputTopic):
-    """An output that goes nowhere: it only makes a feed look at a unit's headers again."""
-
-    def __init__(self) -> None:
-        """Has no topic."""
-
-    def append(
-        self, partition: int, timestamp_ms: int, key: bytes | None, value: bytes | None, headers: Headers
-    ) -> None:
-        """Drop it."""
 
 
 class Surroundings:
@@ -97,8 +84,6 @@ class Task:
         positions: Next offset per source partition.
         shared: What the worker's tasks share.
     """
-
-    nowhere = Nowhere()
 
     def __init__(
         self,

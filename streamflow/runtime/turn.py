@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,18 +20,36 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
 from streamflow.runtime.derived import Copier, Processor
-from streamflow.runtime.outputs import OutputTopic
+from streamflow.runtime.outputs import OutputPartition, Staged
 
 if TYPE_CHECKING:
     from streamflow.runtime.task import Task
-
-Staged: TypeAlias = tuple[OutputTopic, int, int, bytes | None, bytes | None, Headers]
-"""An encoded output: where to, partition, timestamp, key, value, headers."""
 
 NO_HEADERS: list[tuple[str, bytes | None]] = []
 
 unit_in_context: ContextVar[object] = ContextVar("streamflow_unit", default=None)
 """The unit a task of user code was started in: one that outlives it is noticed when it sends."""
+
+
+class EndOfHeaders(OutputPartition):
+    """Stands first in the stage of a unit with headers; writing the stage ends what they meant.
+
+    Args:
+        turn: The turn.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, turn: Turn) -> None:
+        self.count = 0
+
+        def end(_: int, __: int, ___: bytes | None, ____: bytes | None, _____: Any) -> bool:
+            if turn.replies:
+                turn.answer_nothing()  # joins the stage that is being written
+            turn.forget_headers()
+            return True
+
+        self.append = end
 
 
 def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
@@ -58,7 +76,9 @@ class Turn:
         self.timestamp_of: Callable[[LogRecord], int] | None = None
         self.headers = NO_HEADERS
         self.replies: list[tuple[str, int, bytes]] = []
-        self.in_thread = False
+        # Whether yields may take the short way: one record in hand, no headers to pass on, nobody asked.
+        self.is_plain = True
+        self._end_of_headers = EndOfHeaders(self)
 
     # --- what is in hand ---------------------------------------------------------------------------------------
 
@@ -76,11 +96,12 @@ class Turn:
         reply = reply_address(record.headers)
         if reply is not None:
             self.replies.append(reply)
-        # The feed looks at a unit again when its stage is not empty: make it look.
-        self.stage.append((self.task.nowhere, 0, 0, None, None, NO_HEADERS))
+        self.is_plain = False
+        self.stage.append((self._end_of_headers, 0, None, None, NO_HEADERS))
 
     def forget_headers(self) -> None:
         """The unit is over."""
+        self.is_plain = True
         self.headers = NO_HEADERS
         self.replies.clear()
 
@@ -137,13 +158,9 @@ class Turn:
     ) -> None:
         output = self.task.outputs.to(topic)
         data = topic.value_codec.encode(value, headers)
-        target = output.target
-        target.check_size(key, data, headers)
-        if partition is None:
-            partition = output.null_partition() if key is None else target.partition_of(key)
-        else:
-            target.check_partition(partition)
-        self.stage.append((output, partition, timestamp_ms, key, data, headers))
+        output.target.check_size(key, data, headers)
+        out = output.of_key(key) if partition is None else output.of_number(partition)
+        self.stage.append((out, timestamp_ms, key, data, headers))
 
     def record_key(self) -> bytes | None:
         """Encoded key of the record in hand."""
@@ -156,8 +173,7 @@ class Turn:
             raise ClosedError("there is no record in hand")
         output = self.task.outputs.to(topic)
         output.target.check_size(key, record.value, record.headers)
-        partition = output.null_partition() if key is None else output.target.partition_of(key)
-        self.stage.append((output, partition, self.timestamp_ms(), key, record.value, record.headers))
+        self.stage.append((output.of_key(key), self.timestamp_ms(), key, record.value, record.headers))
 
     # --- yields ------------------------------------------------------------------------------------------------
 
@@ -204,28 +220,26 @@ class Turn:
 
     def _fast_emitter(self, topic: Topic[Any, Any]) -> Callable[[Any], None]:
         output = self.task.outputs.to(topic)
-        memo_get = output.target.memo.get
+        remembered, of_key = output.by_key.get, output.of_key
         safe_bytes = output.target.max_record_bytes // 2
         exact, encode = topic.value_codec.exact_type, topic.value_codec.fast_encode
-        stage_append = self.stage.append
-        emit = self.emit
+        stage_append, emit = self.stage.append, self.emit
         if exact is None or encode is None:
             return emit
 
         def emit_fast(result: Any) -> None:
             record = self.record
-            if type(result) is exact and self.headers is NO_HEADERS and self.unit is None and record is not None:
+            if type(result) is exact and self.is_plain and record is not None:
                 key = record.key
-                partition = memo_get(key)  # type: ignore[arg-type]  # a null key is in no memo
-                if partition is not None:
-                    try:
-                        data = encode(result)
-                    except Exception:
-                        emit(result)  # raises what says which topic and type
-                        return
-                    if len(data) < safe_bytes:
-                        stage_append((output, partition, record.timestamp, key, data, NO_HEADERS))
-                        return
+                out = remembered(key) or of_key(key)  # type: ignore[arg-type]  # a null key is never remembered
+                try:
+                    data = encode(result)
+                except Exception:
+                    emit(result)  # raises what says which topic and type
+                    return
+                if len(data) < safe_bytes:
+                    stage_append((out, record.timestamp, key, data, NO_HEADERS))
+                    return
             emit(result)
 
         return emit_fast
@@ -253,7 +267,8 @@ class Turn:
         for topic, partition, ask_id in self.replies:
             output = self.task.reply_output(topic)
             if output is not None and 0 <= partition < output.target.partitions:
-                self.stage.append((output, partition, now_ms, None, data, [(HEADER_ASK_ID, ask_id), *headers]))
+                out = output.of_number(partition)
+                self.stage.append((out, now_ms, None, data, [(HEADER_ASK_ID, ask_id), *headers]))
         self.replies.clear()
 
 

@@ -33,6 +33,7 @@ from streamflow.runtime.internal_topics import prepare_topics, reply_topic_name,
 from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.one_error import one_error
+from streamflow.runtime.outputs import Staged
 from streamflow.runtime.record_errors import way_past
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.status import Progress, WorkerStatus
@@ -40,7 +41,6 @@ from streamflow.runtime.supervision import snapshot
 from streamflow.runtime.targets import KnownTargets
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.runtime.task_manager import TaskManager, call_all
-from streamflow.runtime.turn import Staged
 from streamflow.runtime.until_end import UntilEnd
 from streamflow.sensors import Sensors
 
