@@ -116,7 +116,7 @@ class KafkaAdmin(Admin):
         if not names:
             return {}
         resources = [(_TOPIC_RESOURCE, name, None) for name in names]
-        response = await self._client.send(self._client.any_node(), wire.DESCRIBE_CONFIGS(resources, False))
+        response = await self._client.ask_any(wire.DESCRIBE_CONFIGS(resources, False))
         configs: dict[str, Mapping[str, str]] = {}
         for code, _message, _kind, name, entries in response.resources:
             if code:
@@ -138,7 +138,7 @@ class KafkaAdmin(Admin):
             return {}
         call = wire.TOPIC_IDS([(_NO_ID, name, {}) for name in names], False, False, False)
         try:
-            response = await self._client.send(self._client.any_node(), call)
+            response = await self._client.ask_any(call)
         except ConfigurationError:
             return {}  # before Kafka 2.8
         return {name: str(UUID(bytes=id_)) for code, name, id_, *_ in response.topics if not code and id_ != _NO_ID}
@@ -201,7 +201,7 @@ class KafkaAdmin(Admin):
 
     async def _controller(self, call: wire.Call) -> Any:
         await self._client.refresh()
-        return await self._client.send(self._client.any_node(), call)
+        return await self._client.send(self._client.controller_node(), call)
 
     async def _retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
         return await retried(attempt, timeout_s=_TIMEOUT_S)

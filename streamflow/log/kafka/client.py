@@ -126,6 +126,8 @@ class Client:
             # A late answer would delay the next request; the next one opens a connection of its own.
             connection.close(reason=wire.CloseReason.CONNECTION_TIMEOUT)
             raise codes.translated(exc, self._what(call, node)) from exc
+        except StreamFlowError:
+            raise
         except Exception as exc:
             raise codes.translated(exc, self._what(call, node)) from exc
         if response.throttle_time_ms > 0:
@@ -166,6 +168,8 @@ class Client:
                 return await wire.connect(
                     host, port, request_timeout_ms=self.request_timeout_ms, **self._connect_options
                 )
+        except StreamFlowError:
+            raise
         except Exception as exc:
             raise codes.translated(exc, what) from exc
 
@@ -178,17 +182,12 @@ class Client:
         return None if node < 0 else node
 
     @property
-    def has_brokers(self) -> bool:
-        """Whether the metadata were read once."""
-        return bool(self._brokers)
-
-    @property
     def nodes(self) -> list[int]:
         """The brokers known."""
         return list(self._brokers)
 
-    def any_node(self) -> int:
-        """A broker, the controller where it is known.
+    def controller_node(self) -> int:
+        """The controller, or any broker where it is not known (that hands the request on).
 
         Raises:
             RetriableError: None is known.
@@ -230,14 +229,13 @@ class Client:
         """
         call = wire.METADATA(topics, False, False, False)
         failure: StreamFlowError | None = None
-        for node in random.sample(list(self._brokers), len(self._brokers)):
-            try:
-                response = await self.send(node, call, timeout_s=_LOOKUP_TIMEOUT_S)
-            except RetriableError as exc:
-                failure = exc
-            else:
-                if response.brokers:
-                    return response
+        try:
+            response = await self._ask_known(call)
+        except RetriableError as exc:
+            failure = exc
+        else:
+            if response.brokers:
+                return response
         for host, port in random.sample(self.options.bootstrap, len(self.options.bootstrap)):
             try:
                 response = await self._ask_bootstrap(host, port, call)
@@ -248,11 +246,36 @@ class Client:
                     return response
         raise LogUnavailableError(f"no broker of {self.options.address} answers: {failure}") from failure
 
+    async def ask_any(self, call: wire.Call) -> Any:
+        """Ask any broker; those that do not answer are passed over.
+
+        Raises:
+            RetriableError: None answers; the metadata are read anew for the next attempt.
+        """
+        if not self._brokers:
+            await self.refresh()
+        try:
+            return await self._ask_known(call)
+        except RetriableError:
+            await self.refresh()
+            raise
+
+    async def _ask_known(self, call: wire.Call) -> Any:
+        failure = RetriableError("no kafka broker is known yet")
+        for node in random.sample(list(self._brokers), len(self._brokers)):
+            try:
+                return await self.send(node, call, timeout_s=_LOOKUP_TIMEOUT_S)
+            except RetriableError as exc:
+                failure = exc
+        raise failure
+
     async def _ask_bootstrap(self, host: str, port: int, call: wire.Call) -> Any:
         connection = await self._open(host, port)
         try:
             with anyio.fail_after(_LOOKUP_TIMEOUT_S):
                 return await connection.send(call)
+        except StreamFlowError:
+            raise
         except Exception as exc:
             raise codes.translated(exc, f"kafka broker {host}:{port}") from exc
         finally:
@@ -293,10 +316,7 @@ class Client:
             RetriableError: Not available at present.
             AuthorizationError: This user may not use it.
         """
-        if not self._brokers:
-            await self.refresh()
-        call = wire.FIND_COORDINATOR(key, _COORDINATOR_KIND[kind])
-        response = await self.send(self.any_node(), call, timeout_s=_LOOKUP_TIMEOUT_S)
+        response = await self.ask_any(wire.FIND_COORDINATOR(key, _COORDINATOR_KIND[kind]))
         if response.error_code:
             raise codes.error(response.error_code, f"find the coordinator of {kind} {key}")
         node: int = response.node_id

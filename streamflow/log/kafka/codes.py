@@ -139,8 +139,8 @@ def error(code: int, what: str) -> StreamFlowError:
 
 def translated(exc: BaseException, what: str) -> StreamFlowError:
     """The error that an exception of aiokafka, asyncio or ssl means; raise it `from exc`."""
-    if isinstance(exc, StreamFlowError):
-        return exc
+    if isinstance(exc, errors.KafkaConnectionError) and isinstance(exc.__cause__, ssl.SSLError):
+        exc = exc.__cause__  # the broker refused our certificate after its own was accepted
     if isinstance(exc, errors.SaslAuthenticationFailed | errors.AuthenticationFailedError):
         return AuthorizationError(f"{what}: the broker refused the credentials (user name, password or token)")
     if isinstance(exc, errors.UnsupportedSaslMechanismError | errors.IllegalSaslStateError):

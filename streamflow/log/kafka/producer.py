@@ -302,9 +302,7 @@ class KafkaProducer(Producer):
                 return
 
             async def init() -> Identity:
-                if not self._client.has_brokers:
-                    await self._client.refresh()
-                response = await self._client.send(self._client.any_node(), wire.INIT_PRODUCER_ID(None, 0))
+                response = await self._client.ask_any(wire.INIT_PRODUCER_ID(None, 0))
                 if response.error_code:
                     raise codes.error(response.error_code, "get a producer id (IDEMPOTENT_WRITE)")
                 return Identity(response.producer_id, response.producer_epoch)

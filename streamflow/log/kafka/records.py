@@ -80,7 +80,8 @@ def open_records(tp: TopicPartition, data: bytes, position: int, aborted: Sequen
         opened.next_offset = next_offset
         if header[12] <= 0 or (filter_ is not None and filter_.skips(header, raw)) or attributes & _CONTROL:
             continue
-        opened.batches.append(RecordBatch(codec.Batch(raw), position, size))
+        batch = codec.Batch(raw)  # pyright: ignore[reportArgumentType]  # any buffer will do
+        opened.batches.append(RecordBatch(batch, position, size))
         opened.size_bytes += size
     return opened
 
@@ -104,7 +105,7 @@ class _AbortedTransactions:
 
 
 def _is_abort_marker(raw: memoryview) -> bool:
-    for record in codec.Batch(raw):
+    for record in codec.Batch(raw):  # pyright: ignore[reportArgumentType]
         return bool(record.key == _ABORT)
     return False
 

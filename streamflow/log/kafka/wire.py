@@ -17,6 +17,8 @@ from io import BytesIO
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
+from streamflow.errors import LogUnavailableError
+
 _PIN = "StreamFlow needs aiokafka>=0.14,<0.15 (it uses its connections and codec, which are private)"
 
 try:
@@ -50,7 +52,7 @@ def _check() -> None:
     installed = version("aiokafka")
     wanted = {"client_id", "request_timeout_ms", "ssl_context", "security_protocol", "sasl_oauth_token_provider"}
     has = set(inspect.signature(AIOKafkaConnection).parameters)
-    names = ("connect", "send", "close", "connected")
+    names = ("connect", "send", "close", "connected", "authenticator_oauth")
     if not installed.startswith("0.14.") or wanted - has or not all(hasattr(AIOKafkaConnection, n) for n in names):
         raise ImportError(f"{_PIN}; installed: aiokafka {installed}")
 
@@ -79,8 +81,32 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka is
     def __init__(self, token: Callable[[], Awaitable[str]]) -> None:
         self._token = token
 
-    async def token(self) -> str:
-        return await self._token()
+    async def token(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  # aiokafka's hint is wrong
+        try:
+            return await self._token()
+        except Exception as exc:  # what it says may hold the token
+            raise LogUnavailableError(f"kafka: sasl_token() raised {type(exc).__name__}") from exc
+
+
+class _BearerAuthenticator:
+    """OAUTHBEARER (RFC 7628), with the answer looked at: aiokafka's takes a refusal for success."""
+
+    def __init__(self, provider: TokenProvider) -> None:
+        self._provider = provider
+        self._sent = False
+
+    async def step(self, payload: bytes | None) -> tuple[bytes, bool] | None:
+        if self._sent:
+            if payload:
+                raise errors.SaslAuthenticationFailed("the token was refused")
+            return None
+        self._sent = True
+        return f"n,,\x01auth=Bearer {await self._provider.token()}\x01\x01".encode(), True
+
+
+class _KafkaConnection(AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is untyped
+    def authenticator_oauth(self) -> _BearerAuthenticator:
+        return _BearerAuthenticator(self._sasl_oauth_token_provider)
 
 
 async def connect(host: str, port: int, **options: Any) -> Connection:
@@ -89,13 +115,13 @@ async def connect(host: str, port: int, **options: Any) -> Connection:
     Raises:
         Whatever asyncio, ssl and aiokafka raise: `log/kafka/client.py` translates it.
     """
-    connection = AIOKafkaConnection(host, port, **options)
+    connection = _KafkaConnection(host, port, **options)
     try:
         await connection.connect()
     except BaseException:
         connection.close()
         raise
-    return connection  # type: ignore[no-any-return]
+    return connection
 
 
 class Connection(Protocol):
@@ -140,12 +166,16 @@ class Call:
         body: The encoded fields.
     """
 
-    __slots__ = ("RESPONSE_TYPE", "_api", "_body")
+    __slots__ = ("_api", "_body")
 
     def __init__(self, api: ApiVersion, body: bytes) -> None:
         self._api = api
         self._body = body
-        self.RESPONSE_TYPE = api  # aiokafka calls RESPONSE_TYPE.decode(buffer)
+
+    @property
+    def RESPONSE_TYPE(self) -> ApiVersion:
+        """What decodes the response (aiokafka's name for it)."""
+        return self._api
 
     def prepare(self, versions: Mapping[int, tuple[int, int]]) -> Call:
         """Check that this broker speaks the version (aiokafka's name for it)."""
@@ -491,7 +521,8 @@ def encode_subscription(topics: Sequence[str], owned: Mapping[str, Sequence[int]
 
 def decode_subscription(data: bytes) -> tuple[list[str], list[tuple[str, list[int]]], int]:
     """Topics, owned partitions per topic, and the generation these were owned in."""
-    _version, topics, _user_data, owned, generation = _SUBSCRIPTION.decode(BytesIO(data))
+    decoded: Any = _SUBSCRIPTION.decode(BytesIO(data))
+    _version, topics, _user_data, owned, generation = decoded
     return topics, owned, generation
 
 
@@ -503,7 +534,8 @@ def encode_assignment(assigned: Mapping[str, Sequence[int]]) -> bytes:
 
 def decode_assignment(data: bytes) -> list[tuple[str, list[int]]]:
     """Partitions per topic; a member without any may get no bytes at all."""
-    return _ASSIGNMENT.decode(BytesIO(data))[1] if data else []
+    decoded: Any = _ASSIGNMENT.decode(BytesIO(data)) if data else (0, [], b"")
+    return decoded[1]  # type: ignore[no-any-return]  # the schema says so
 
 
 # --- administration ----------------------------------------------------------------------------------------------

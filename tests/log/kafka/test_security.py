@@ -1,0 +1,211 @@
+"""TLS and SASL against the real broker; secrets stay out of every text."""
+
+import base64
+import json
+import logging
+import time
+
+import pytest
+
+from streamflow.errors import ConfigurationError, LogUnavailableError
+from streamflow.log.api import GroupSettings, NewTopic
+from streamflow.log.kafka.log import KafkaLog
+from streamflow.log.kafka.options import Kafka
+from streamflow.model.record import TopicPartition
+from tests.contracts.records import Watched, batch, read_to, spread, until, values
+from tests.kafka import certificates
+from tests.kafka.broker import PLAIN_PASSWORD, PLAIN_USER, SCRAM_PASSWORD, SCRAM_USER, Broker
+from tests.kafka.fixtures import unavailable
+from tests.kafka.jars import JarsMissingError
+
+pytestmark = pytest.mark.kafka
+
+WRONG = "a-wrong-but-secret-password"
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    return certificates.make(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory, tls):
+    try:
+        broker = Broker(tmp_path_factory.mktemp("kafka-secure"), certificates=tls)
+    except JarsMissingError as error:
+        unavailable(str(error))
+        raise
+    with broker:
+        yield broker
+
+
+def unsecured_token() -> str:
+    """A JWS without a signature: what the broker's development validator takes."""
+
+    def part(fields):
+        return base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip("=")
+
+    now = int(time.time())
+    return f"{part({'alg': 'none'})}.{part({'sub': 'ann', 'iat': now - 5, 'exp': now + 600})}."
+
+
+async def token() -> str:
+    return unsecured_token()
+
+
+async def wrong_token() -> str:
+    return WRONG
+
+
+SASL = {
+    "SCRAM-SHA-256": {"sasl_username": SCRAM_USER, "sasl_password": SCRAM_PASSWORD},
+    "SCRAM-SHA-512": {"sasl_username": SCRAM_USER, "sasl_password": SCRAM_PASSWORD},
+    "PLAIN": {"sasl_username": PLAIN_USER, "sasl_password": PLAIN_PASSWORD},
+    "OAUTHBEARER": {"sasl_token": token},
+}
+
+
+async def use(options, name):
+    """Write, read, be a member of a group: every kind of connection."""
+    tp = TopicPartition(name("t"), 0)
+    async with KafkaLog(options, client_id="test") as log:
+        await log.admin.create([NewTopic(tp.topic, 1)])
+        async with log.producer() as producer, log.reader("source") as reader:
+            await (await producer.enqueue(tp, batch(b"x")))
+            reader.add(tp, 0)
+            assert values(await read_to(reader, tp, 1)) == [b"x"]
+        settings = GroupSettings(session_timeout_ms=6000)
+        async with log.group(name("g"), frozenset({tp.topic}), spread, settings) as group, Watched(group) as member:
+            await until(lambda: member.owned == {tp})
+
+
+@pytest.mark.parametrize("mechanism", SASL)
+async def test_sasl_over_tls(secure, tls, name, mechanism, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    options = Kafka(
+        servers=secure.listener("SASL_SSL"),
+        security_protocol="SASL_SSL",
+        ssl_cafile=str(tls.authority),
+        sasl_mechanism=mechanism,
+        **SASL[mechanism],
+    )
+    await use(options, name)
+    output = capfd.readouterr()
+    told = caplog.text + output.out + output.err + repr(options)
+    for secret in (SCRAM_PASSWORD, PLAIN_PASSWORD, unsecured_token().split(".")[0], "n,,n=ann", ",p="):
+        assert secret not in told
+    assert "SaslAuthenticateRequest" in told  # the debug log was on, and shows what it may
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256"])
+async def test_sasl_without_tls(secure, name, mechanism):
+    servers = secure.listener("SASL_PLAINTEXT")
+    await use(
+        Kafka(servers=servers, security_protocol="SASL_PLAINTEXT", sasl_mechanism=mechanism, **SASL[mechanism]), name
+    )
+
+
+async def test_mutual_tls_by_files(secure, tls, name):
+    await use(
+        Kafka(
+            servers=secure.listener("SSL"),
+            security_protocol="SSL",
+            ssl_cafile=str(tls.authority),
+            ssl_certfile=str(tls.client_certificate),
+            ssl_keyfile=str(tls.client_key),
+            ssl_password=tls.client_key_password,
+        ),
+        name,
+    )
+
+
+async def test_mutual_tls_by_a_context(secure, tls, name):
+    context = Kafka(
+        servers="h:1", security_protocol="SSL", ssl_cafile=str(tls.authority), ssl_certfile=str(tls.client)
+    ).make_ssl_context()
+    await use(Kafka(servers=secure.listener("SSL"), security_protocol="SSL", ssl_context=context), name)
+
+
+async def test_the_environment_is_enough(secure, tls, name):
+    env = {
+        "STREAMFLOW_KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+        "STREAMFLOW_KAFKA_SSL_CAFILE": str(tls.authority),
+        "STREAMFLOW_KAFKA_SASL_MECHANISM": "SCRAM-SHA-256",
+        "STREAMFLOW_KAFKA_SASL_USERNAME": SCRAM_USER,
+        "STREAMFLOW_KAFKA_SASL_PASSWORD": SCRAM_PASSWORD,
+    }
+    await use(Kafka.from_environment(f"kafka://{secure.listener('SASL_SSL')}", env), name)
+
+
+async def refused(options, caplog) -> str:
+    """What connecting says, in every text a person or a log gets to see."""
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(ConfigurationError) as info:
+        async with KafkaLog(options, client_id="test"):
+            pass
+    chain, error = [], info.value
+    while error is not None:
+        chain.append(repr(error))
+        error = error.__cause__
+    return str(info.value) + " ".join(chain) + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "credentials"),
+    [
+        ("SCRAM-SHA-256", {"sasl_username": SCRAM_USER, "sasl_password": WRONG}),
+        ("PLAIN", {"sasl_username": PLAIN_USER, "sasl_password": WRONG}),
+        ("OAUTHBEARER", {"sasl_token": wrong_token}),
+    ],
+)
+async def test_wrong_credentials_are_refused_without_repeating_them(secure, tls, caplog, mechanism, credentials):
+    options = Kafka(
+        servers=secure.listener("SASL_SSL"),
+        security_protocol="SASL_SSL",
+        ssl_cafile=str(tls.authority),
+        sasl_mechanism=mechanism,
+        **credentials,
+    )
+    told = await refused(options, caplog)
+    assert "refused the credentials" in told
+    assert WRONG not in told
+
+
+async def test_a_token_function_that_fails_is_named_without_what_it_says(secure, tls, caplog):
+    async def failing() -> str:
+        raise ValueError(WRONG)
+
+    options = Kafka(
+        servers=secure.listener("SASL_SSL"),
+        security_protocol="SASL_SSL",
+        ssl_cafile=str(tls.authority),
+        sasl_mechanism="OAUTHBEARER",
+        sasl_token=failing,
+    )
+    with pytest.raises(LogUnavailableError, match=r"sasl_token\(\) raised ValueError") as info:
+        async with KafkaLog(options, client_id="test"):
+            pass
+    assert WRONG not in str(info.value) + caplog.text
+
+
+async def test_an_unknown_authority_is_said(secure, caplog):
+    options = Kafka(servers=secure.listener("SSL"), security_protocol="SSL")
+    assert "certificate is not trusted" in await refused(options, caplog)
+
+
+async def test_a_missing_client_certificate_is_said(secure, tls, caplog):
+    options = Kafka(servers=secure.listener("SSL"), security_protocol="SSL", ssl_cafile=str(tls.authority))
+    assert "TLS failed" in await refused(options, caplog)
+
+
+def test_a_wrong_key_password_is_said_and_not_repeated(tls):
+    options = Kafka(
+        servers="h:1",
+        security_protocol="SSL",
+        ssl_certfile=str(tls.client_certificate),
+        ssl_keyfile=str(tls.client_key),
+        ssl_password=WRONG,
+    )
+    with pytest.raises(ConfigurationError, match="ssl_password") as info:
+        options.make_ssl_context()
+    assert WRONG not in repr(info.value) + repr(info.value.__cause__)

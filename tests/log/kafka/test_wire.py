@@ -1,0 +1,122 @@
+"""Requests and responses as bytes, and the seams into aiokafka."""
+
+import struct
+from io import BytesIO
+
+import pytest
+from aiokafka.protocol import admin
+
+from streamflow.errors import (
+    AuthorizationError,
+    ConfigurationError,
+    FatalError,
+    LogUnavailableError,
+    RetriableError,
+    UnknownTopicError,
+)
+from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka.hot import FETCH, PRODUCE
+from streamflow.log.kafka.producer import next_sequence
+from streamflow.model.record import TopicPartition
+
+
+def test_an_aiokafka_that_does_not_fit_is_refused_with_the_version_to_pin(monkeypatch):
+    monkeypatch.setattr(wire, "version", lambda name: "0.15.0")
+    with pytest.raises(ImportError, match=r"aiokafka>=0\.14,<0\.15.*installed: aiokafka 0\.15\.0"):
+        wire._check()
+
+
+def test_aiokafkas_debug_log_shows_no_credentials():
+    assert "secret" not in repr(admin.SaslAuthenticateRequest_v0(b"\0ann\0secret"))
+    assert "secret" not in repr(admin.SaslAuthenticateRequest_v1(b"\0ann\0secret"))
+
+
+def test_a_broker_that_does_not_speak_a_version_is_named():
+    with pytest.raises(wire.errors.IncompatibleBrokerVersion) as info:
+        wire.OFFSET_FETCH("g", None, True).prepare({9: (0, 6)})
+    error = codes.translated(info.value, "kafka broker h:1")
+    assert isinstance(error, ConfigurationError)
+    assert "OffsetFetch v7" in str(error)
+    assert "Kafka 2.5" in str(error)
+
+
+@pytest.mark.kafka
+async def test_the_broker_speaks_every_request_we_send(kafka_broker):
+    host, port = kafka_broker.bootstrap.split(":")
+    connection = await wire.connect(host, int(port), client_id="test")
+    try:
+        for api in [*wire.Api.known, FETCH, PRODUCE]:
+            lowest, highest = connection._versions[api.key]
+            assert lowest <= api.version <= highest, api.name
+    finally:
+        await connection.close()
+
+
+def text(value: str) -> bytes:
+    return struct.pack(">h", len(value)) + value.encode()
+
+
+def test_a_fetch_response_is_read():
+    part = struct.pack(">ihqqq", 3, 0, 100, 90, 5) + struct.pack(">i", 2) + struct.pack(">qqqq", 7, 1, 8, 2)
+    part += struct.pack(">ii", -1, 4) + b"data"
+    failed = struct.pack(">ihqqq", 4, 6, -1, -1, -1) + struct.pack(">i", -1) + struct.pack(">ii", -1, -1)
+    head = struct.pack(">ihii", 12, 0, 0, 2)
+    topics = text("t") + struct.pack(">i", 2) + part + failed + text("topic-ü").replace(b"\x00\x07", b"\x00\x08", 1)
+    response = FETCH.decode(_after_header(head + topics + struct.pack(">i", 0)))
+    assert response.throttle_time_ms == 12
+    assert response.partitions == [
+        (TopicPartition("t", 3), 0, 100, 5, [(7, 1), (8, 2)], b"data"),
+        (TopicPartition("t", 4), 6, -1, -1, [], b""),
+    ]
+
+
+def test_a_produce_response_is_read():
+    parts = struct.pack(">ihqqq", 0, 0, 50, -1, 3) + struct.pack(">ihqqq", 1, 10, -1, -1, -1)
+    data = struct.pack(">i", 1) + text("t") + struct.pack(">i", 2) + parts + struct.pack(">i", 9)
+    response = PRODUCE.decode(_after_header(data))
+    assert response.throttle_time_ms == 9
+    assert response.partitions == [(TopicPartition("t", 0), 0, 50, 3), (TopicPartition("t", 1), 10, -1, -1)]
+
+
+def _after_header(data: bytes) -> BytesIO:
+    buffer = BytesIO(b"\0\0\0\1" + data)
+    buffer.read(4)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (29, AuthorizationError),
+        (30, AuthorizationError),
+        (3, UnknownTopicError),
+        (35, FatalError),
+        (6, RetriableError),
+        (74, RetriableError),
+        (-1, RetriableError),
+        (9999, RetriableError),
+    ],
+)
+def test_what_a_code_means(code, kind):
+    error = codes.error(code, "read topic t")
+    assert type(error) is kind
+    assert str(error).startswith("read topic t: ")
+
+
+def test_a_code_that_nobody_knows_is_named_by_its_number():
+    assert "9999" in codes.name(9999)
+
+
+def test_exceptions_of_others_are_translated():
+    assert isinstance(codes.translated(TimeoutError(), "x"), LogUnavailableError)
+    assert isinstance(codes.translated(ConnectionRefusedError(), "x"), LogUnavailableError)
+    assert isinstance(codes.translated(wire.errors.SaslAuthenticationFailed("secret"), "x"), AuthorizationError)
+    assert "secret" not in str(codes.translated(wire.errors.SaslAuthenticationFailed("secret"), "x"))
+
+
+@pytest.mark.parametrize(
+    ("sequence", "records", "expected"),
+    [(0, 1, 1), (2**31 - 2, 1, 2**31 - 1), (2**31 - 1, 1, 0), (2**31 - 3, 10, 7), (5, 2**31 - 1, 4)],
+)
+def test_sequence_numbers_wrap_to_zero_as_the_broker_wants_it(sequence, records, expected):
+    assert next_sequence(sequence, records) == expected
