@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -302,9 +302,18 @@ def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
         if not variable.startswith(PREFIX) or variable.startswith(KAFKA_PREFIX):
             continue
         if variable not in known and variable != PROCESS:
-            close = difflib.get_close_matches(variable, list(known), n=1, cutoff=0.8)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            yield f"the environment variable {variable} sets nothing{hint}"
+            yield f"the environment variable {variable} sets nothing{close_to(variable, known)}"
+
+
+def close_to(variable: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown variable: the one that was probably meant, or nothing.
+
+    Args:
+        variable: What is set.
+        known: What could have been.
+    """
+    close = difflib.get_close_matches(variable, list(known), n=1, cutoff=0.8)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _pyproject_table(path: Path | None) -> Mapping[str, object]:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
 
-from streamflow.config import Settings, resolve_for
+from streamflow.config import KAFKA_PREFIX, Settings, close_to, resolve_for
 from streamflow.log.kafka.options import Kafka
 
 if TYPE_CHECKING:
@@ -46,9 +46,28 @@ def settings_of(
         ConfigurationError: A value does not fit; the message says where it was given.
     """
     settings = resolve_for(options, origin=origin, flags=flags, environ=environ, warn=warn)
+    for message in _unknown_kafka_variables(environ):
+        warn(message)
     if isinstance(settings.broker, str) and settings.broker.startswith("kafka://"):
         return replace(settings, broker=Kafka.from_environment(settings.broker, environ))
     return settings
+
+
+def _unknown_kafka_variables(environ: Mapping[str, str]) -> Iterator[str]:
+    known = {KAFKA_PREFIX + option.name.upper(): option for option in fields(Kafka)}
+    for variable in sorted(environ):
+        if variable.startswith(KAFKA_PREFIX) and variable not in known:
+            yield f"the environment variable {variable} sets nothing{close_to(variable, known)}"
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """What must never be printed of an app's settings.
+
+    Args:
+        settings: Resolved.
+    """
+    broker = settings.broker
+    return [text for text in (broker.sasl_password, broker.ssl_password) if text] if isinstance(broker, Kafka) else []
 
 
 def address_of(settings: Settings) -> str:
@@ -147,12 +166,17 @@ async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncGe
 @asynccontextmanager
 async def _running(worker: Worker) -> AsyncGenerator[None]:
     finished = anyio.Event()
+    failed = False
 
     async def run() -> None:
+        nonlocal failed
         try:
             # Shielded: a cancelled block asks the worker to stop, so that it can still commit; it bounds that itself.
             with anyio.CancelScope(shield=True):
                 await worker.run()
+        except BaseException:
+            failed = True
+            raise
         finally:
             finished.set()
 
@@ -160,6 +184,10 @@ async def _running(worker: Worker) -> AsyncGenerator[None]:
         tasks.start_soon(run)
         try:
             await worker.wait_started()
+            if worker.status().state == "stopped":
+                await finished.wait()
+                if failed:
+                    await anyio.sleep_forever()  # until the group, which is about to, cancels us: no block to enter
             yield
         finally:
             worker.request_stop()

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -30,18 +30,17 @@ class SecretFilter:
 
     Args:
         environ: Where secrets stand: `STREAMFLOW_KAFKA_*` variables named after a password, secret or token.
+        secrets: Others.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._secrets = sorted(
-            {
-                value
-                for name, value in environ.items()
-                if name.startswith(KAFKA_PREFIX) and any(word in name for word in _SECRET_WORDS) and len(value) >= 4
-            },
-            key=len,
-            reverse=True,
-        )
+    def __init__(self, environ: Mapping[str, str], secrets: Sequence[str] = ()) -> None:
+        found = {
+            value
+            for name, value in environ.items()
+            if name.startswith(KAFKA_PREFIX) and any(word in name for word in _SECRET_WORDS)
+        }
+        # The longest first: one may be part of another. Very short ones would blacken half of every line.
+        self._secrets = sorted((one for one in found.union(secrets) if len(one) >= 4), key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
@@ -132,6 +131,7 @@ def configure(
     *,
     app: str,
     process_index: int | None = None,
+    secrets: Sequence[str] = (),
     handler: logging.Handler | None = None,
 ) -> None:
     """Send the whole process's logging to one place.
@@ -141,9 +141,10 @@ def configure(
         log_format: `console` or `json`.
         app: The app's id.
         process_index: Which of several worker processes this is; None for the only one.
+        secrets: What must never be printed, besides what the environment has.
         handler: Where to; standard error by default.
     """
-    redact = SecretFilter(os.environ)
+    redact = SecretFilter(os.environ, secrets)
     handler = handler or _StandardError()
     if log_format == "json":
         handler.setFormatter(JsonFormatter(app, process_index, redact))

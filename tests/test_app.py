@@ -62,6 +62,14 @@ def test_kafka_options_from_the_environment(monkeypatch):
     assert (broker.servers, broker.connect_timeout_ms) == ("a:1", 123)
 
 
+def test_an_unknown_kafka_variable_is_a_warning(app, monkeypatch):
+    monkeypatch.setenv("STREAMFLOW_KAFKA_SASL_PASWORD", "x")
+    warnings: list[str] = []
+    app.settings(warn=warnings.append)
+    (warning,) = warnings
+    assert "STREAMFLOW_KAFKA_SASL_PASWORD sets nothing; did you mean STREAMFLOW_KAFKA_SASL_PASSWORD?" in warning
+
+
 async def test_hosting_a_worker(app):
     seen = doubling(app)
     handler = signal.getsignal(signal.SIGINT)
@@ -103,6 +111,13 @@ async def test_a_worker_that_is_refused_never_enters_the_block(app):
     doubling(app)
     with pytest.raises(ConfigurationError, match="did you mean"):
         async with app.running(partitons=3):
+            pytest.fail("entered")
+
+
+async def test_a_worker_that_refuses_its_app_never_enters_the_block(app):
+    app.topic("numbers", value_type=int).group_by(len, name="by-length", key_type=int)
+    with pytest.raises(sf.TopologyError, match="by-length"):
+        async with app.running():
             pytest.fail("entered")
 
 

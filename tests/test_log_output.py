@@ -56,14 +56,16 @@ def test_json_lines(capsys):
 @pytest.mark.parametrize("log_format", ["console", "json"])
 def test_secrets_never_appear(log_format, capsys, monkeypatch):
     monkeypatch.setenv("STREAMFLOW_KAFKA_SASL_PASSWORD", "open-sesame")
-    log_output.configure("INFO", log_format, app="shop")
+    log_output.configure("INFO", log_format, app="shop", secrets=["swordfish", "no"])
     try:
-        raise ValueError("could not log in with open-sesame")
+        raise ValueError("could not log in with open-sesame nor swordfish")
     except ValueError:
         logging.getLogger("anyone").exception("password open-sesame was refused")
     said = capsys.readouterr().err
     assert "open-sesame" not in said
-    assert said.count("***") == 3
+    assert "swordfish" not in said
+    assert said.count("***") == 5
+    assert "not log in" in said
 
 
 def test_it_follows_standard_error_when_that_is_replaced(capsys, monkeypatch):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import typer
 
 from streamflow.errors import RefusedError, StreamFlowError
+from streamflow.log_output import SecretFilter
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -47,10 +48,11 @@ def report(error: BaseException) -> int:
     """
     leaves = list(_leaves(error))
     if all(isinstance(leaf, StreamFlowError) for leaf in leaves):
-        for text in dict.fromkeys(str(leaf) for leaf in leaves):
-            print(f"error: {text}", file=sys.stderr)  # noqa: T201
+        text = "".join(f"error: {message}\n" for message in dict.fromkeys(str(leaf) for leaf in leaves))
     else:
-        traceback.print_exception(error)
+        text = "".join(traceback.format_exception(error))
+    sys.stderr.write(SecretFilter(os.environ)(text))
+    sys.stderr.flush()
     return exit_code(error)
 
 

@@ -12,23 +12,21 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def stopping(stop: Callable[[], None], *, at_once: Callable[[], None] | None = None) -> Generator[None]:
+def stopping(stop: Callable[[], None]) -> Generator[None]:
     """Handle signals while the block runs.
 
     Plain handlers and not the event loop's: they run between two bytecodes of user code that blocks the loop, too, so
     that a second signal always ends the process.
 
     Args:
-        stop: Called for the first signal; safe in a signal handler.
-        at_once: Called for the second, before the process ends with 128 + its number.
+        stop: Called for the first signal; safe in a signal handler. A second one ends the process with 128 + its
+            number.
     """
     asked = False
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            if at_once is not None:
-                at_once()
             os._exit(128 + number)
         asked = True
         stop()

@@ -15,11 +15,11 @@ from streamflow.cli.child import Child
 from streamflow.cli.errors import exit_code, report
 from streamflow.cli.options import Session
 from streamflow.cli.output import run_async
-from streamflow.cli.progress import progress
+from streamflow.cli.progress import Reporter, progress
 from streamflow.cli.signals import stopping
 from streamflow.cli.supervisor import supervise
 from streamflow.errors import ConfigurationError, StreamFlowError
-from streamflow.hosting import served
+from streamflow.hosting import secrets_of, served
 from streamflow.log_output import configure
 from streamflow.metrics import PrometheusSensors
 from streamflow.runtime.status import Progress
@@ -44,7 +44,11 @@ def worker(
     settings = session.settings
     me = child.from_environment()
     configure(
-        settings.log_level, settings.log_format, app=session.app.id, process_index=None if me is None else me.index
+        settings.log_level,
+        settings.log_format,
+        app=session.app.id,
+        process_index=None if me is None else me.index,
+        secrets=secrets_of(settings),
     )
     if me is None:
         for warning in session.warnings:
@@ -76,27 +80,29 @@ def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
     web = "off" if listener is None else address_of(listener)
     sensors = PrometheusSensors()
     index = None if me is None else me.index
-    with contextlib.ExitStack() as stack:
-        reporter = stack.enter_context(progress("processing", quiet=not until_end or me is not None))
+    reporters: list[Reporter] = []
 
-        def on_progress(now: Progress) -> None:
+    def on_progress(now: Progress) -> None:
+        for reporter in reporters:
             reporter(now.done, now.total)
 
-        running = Worker(session.app, settings, sensors=sensors, until_end=until_end, on_progress=on_progress)
-        stack.enter_context(stopping(running.request_stop))
-        if me is not None:
-            me.watch_parent(running.request_stop, settings.shutdown_timeout_s)
+    running = Worker(session.app, settings, sensors=sensors, until_end=until_end, on_progress=on_progress)
+    if me is None:
+        overview = overview_of(session.app, settings, running.address, running.guarantee)
+        announce(overview, web, None, settings.log_format)
+    else:
+        me.watch_parent(running.request_stop, settings.shutdown_timeout_s)
 
-        async def run() -> None:
-            async with contextlib.AsyncExitStack() as around:
-                if listener is not None:
-                    site = served(running, session.app, settings, sensors, listener, index=index)
-                    await around.enter_async_context(site)
-                if me is None:
-                    overview = overview_of(session.app, settings, running.address, running.guarantee)
-                    announce(overview, web, None, settings.log_format)
-                await running.run()
+    async def run() -> None:
+        async with contextlib.AsyncExitStack() as around:
+            if listener is not None:
+                site = served(running, session.app, settings, sensors, listener, index=index)
+                await around.enter_async_context(site)
+            await running.run()
 
+    quiet = not until_end or me is not None or settings.log_format == "json"
+    with stopping(running.request_stop), progress("processing", quiet=quiet) as reporter:
+        reporters.append(reporter)
         run_async(run)
     return 0
 
