@@ -14,7 +14,18 @@ from typing import Any
 from benchmarks.peers import PEERS, REFERENCE
 
 Runs = list[dict[str, Any]]
-COLUMNS = ("peer", "records", "records/s", "CPU us/record", "x CPU", "p50 ms", "p99 ms", "peak MB", "first output s")
+COLUMNS = (
+    "peer",
+    "records",
+    "records/s",
+    "CPU us/record",
+    "x CPU",
+    "CPU with start",
+    "p50 ms",
+    "p99 ms",
+    "peak MB",
+    "first output s",
+)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -30,10 +41,10 @@ def table(results: dict[str, Any]) -> str:
 
 def _heading(results: dict[str, Any]) -> str:
     settings, machine = results["settings"], results["machine"]
+    latency = f"latency at {settings['rate']:,}/s for {settings['latency_s']:g} s" if settings["rate"] else "no latency"
     return (
         f"`{settings['mode']}`: up to {settings['records']:,} records, {settings['keys']:,} keys, the first "
-        f"{settings['skip']:.0%} left out as warm-up, {settings['rounds']} round(s), latency at {settings['rate']:,}/s "
-        f"for {settings['latency_s']:g} s; {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"{settings['skip']:.0%} left out as warm-up, {settings['rounds']} round(s), {latency}; {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, "
         f"StreamFlow at {machine['streamflow_commit']}, {machine['date']}."
     )
 
@@ -46,6 +57,7 @@ def _cells(name: str, runs: Runs, reference: float) -> tuple[str, ...]:
         _spread(runs, lambda run: run["throughput"]["rate"], ",.0f"),
         _spread(runs, _cpu, ".2f"),
         f"{cpu / reference:.2f}" if reference and not math.isnan(cpu / reference) else "-",
+        _spread(runs, lambda run: run["throughput"]["whole_cpu_us"], ".2f"),
         _spread(runs, lambda run: (run["latency"] or {}).get("p50_ms"), ".1f"),
         _spread(runs, lambda run: (run["latency"] or {}).get("p99_ms"), ".1f"),
         _spread(runs, lambda run: run["throughput"]["memory_mb"], ",.0f"),
@@ -55,7 +67,12 @@ def _cells(name: str, runs: Runs, reference: float) -> tuple[str, ...]:
 
 def _remarks(by_peer: dict[str, Runs]) -> list[str]:
     """What stands below: who did not come to the end, lost results, or needs a word."""
-    lines = ["`x CPU` is the CPU time per record divided by StreamFlow's. `records` are those after the warm-up."]
+    lines = [
+        "`records` are those after the warm-up, as are their rate and CPU time.",
+        "`x CPU` is the CPU time per record divided by StreamFlow's.",
+        "`CPU with start` is per record over the whole run, start and warm-up included.",
+        "",
+    ]
     for name, runs in by_peer.items():
         if any(not run["throughput"]["complete"] for run in runs):
             lines.append(f"- {PEERS[name].title} did not come to the end within the limit; its rate is of what it did.")

@@ -22,6 +22,9 @@ class Throughput:
         complete: Whether the peer came to the end; false when the time was over or the program ended.
         rate: Records per second.
         cpu_us: User and system time of the process tree per record, in microseconds.
+        whole_cpu_us: The same over the whole run, start and warm-up included: an upper bound. (`cpu_us` leaves out what
+            was spent before the warm-up's end on records that were not yet written then, so it is a little low in
+            short runs of peers that work on many records at a time.)
         memory_mb: Peak resident size.
         first_s: From the start of the program to its first output.
         problem: What it last said when it ended by itself.
@@ -32,6 +35,7 @@ class Throughput:
     complete: bool
     rate: float
     cpu_us: float
+    whole_cpu_us: float
     memory_mb: float
     first_s: float
     problem: str = ""
@@ -86,6 +90,7 @@ def _evaluate(samples: list[_Sample], wanted: int, skip: float, memory_mb: float
         complete=last.records >= wanted,
         rate=measured / elapsed_s if elapsed_s else float("nan"),
         cpu_us=(last.cpu_s - warm.cpu_s) / measured * 1e6 if measured else float("nan"),
+        whole_cpu_us=last.cpu_s / last.records * 1e6 if last.records else float("nan"),
         memory_mb=memory_mb,
         first_s=first.at_s,
         problem=problem,
