@@ -54,12 +54,14 @@ class Feed(Turn, Generic[T]):
         self.errors = errors
         self.records: Iterator[T] = _EMPTY
         self.stopping = False
+        self.was_cut = asyncio.Event()
         self.parked = asyncio.Event()
         # Whether it waits for StreamFlow's time with a unit in hand: for a back-off, or for the rest of a unit.
         self.waits_for_time = False
         self._failing: tuple[TopicPartition, int] | None = None
         self._attempts = 0
-        self.taken_at_s = perf_counter()
+        self._seen: LogRecord | None = None
+        self._seen_at_s = 0.0
         self._asking = False
         self._run_length = 0
         self._run_records = _FIRST_RUN_RECORDS
@@ -116,6 +118,7 @@ class Feed(Turn, Generic[T]):
     def cut(self) -> None:
         """Hand out nothing more: the agent is parked when it asks for its next record."""
         self.stopping = True
+        self.was_cut.set()
         self.records = _EMPTY
         self.task.inputs.wake()
 
@@ -172,6 +175,20 @@ class Feed(Turn, Generic[T]):
             return (self._decode_key(record) if record is not None else None, value)
         return value
 
+    # --- progress -----------------------------------------------------------------------------------------------
+
+    def in_hand_s(self) -> float:
+        """How long the agent has had a record in its hands, in seconds; 0 while it has none, or StreamFlow waits.
+
+        It counts from the first call that sees the record, and is called every 100 ms: the hot path reads no clock.
+        """
+        if self.record is None or self.waits_for_time:
+            return 0.0
+        now = perf_counter()
+        if self.record is not self._seen:
+            self._seen, self._seen_at_s = self.record, now
+        return now - self._seen_at_s
+
     # --- failures -----------------------------------------------------------------------------------------------
 
     def count_attempt(self) -> int:
@@ -218,11 +235,7 @@ class Feed(Turn, Generic[T]):
         self.stage.clear()
         decision = self.errors.decide(error, attempt)
         if decision.retry_after_s is not None:
-            self.waits_for_time = True
-            try:
-                await self.task.clock.sleep(decision.retry_after_s)
-            finally:
-                self.waits_for_time = False
+            await self._back_off(decision.retry_after_s)
             return True
         letters: list[Staged] = []
         if decision.dead_letter is not None:
@@ -239,6 +252,17 @@ class Feed(Turn, Generic[T]):
         self.stage.extend(letters)
         self.finish()
         return False
+
+    async def _back_off(self, delay_s: float) -> None:
+        """Wait before the next try; a feed that is cut meanwhile is parked with the unit in hand."""
+        self.waits_for_time = True
+        try:
+            await self.task.clock.wait(self.was_cut, delay_s)
+            if self.stopping:
+                await self.park()
+        finally:
+            self.waits_for_time = False
+            self._seen = None
 
 
 class DirectFeed(Feed[LogRecord]):
@@ -344,6 +368,7 @@ class DirectFeed(Feed[LogRecord]):
             else:
                 left_s = timeout_s - (task.clock.monotonic() - started_s)
                 if left_s <= 0 or not await task.inputs.wait_at_most(left_s):
+                    self.waits_for_time = False
                     return False
             self.waits_for_time = False
             self._slice_started_s = perf_counter()
@@ -352,7 +377,7 @@ class DirectFeed(Feed[LogRecord]):
         if source.tp != self.tp:
             self._set_source(self.task.topic_of(source.tp), source.tp)
         self._run_length = len(records)
-        self._run_started_s = self.taken_at_s = perf_counter()
+        self._run_started_s = perf_counter()
         self.records = iter(records)
 
     def _jump_positions(self) -> None:

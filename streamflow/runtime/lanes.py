@@ -125,6 +125,7 @@ class LaneFeed(Feed[Entry]):
         self.queue: deque[Entry] = deque()
         self._arrived = asyncio.Event()
         self._entries: list[Entry] = []
+        self._taken_at_s = 0.0
 
     def push(self, entry: Entry) -> None:
         """Hand a record to this lane."""
@@ -137,6 +138,7 @@ class LaneFeed(Feed[Entry]):
 
     def cut(self) -> None:
         self.stopping = True
+        self.was_cut.set()
         self._arrived.set()
 
     async def __anext__(self) -> Any:
@@ -188,13 +190,13 @@ class LaneFeed(Feed[Entry]):
         self._entries = [entry]
         record = self.record = entry.record
         unit_in_context.set(record)
-        self.taken_at_s = perf_counter()
+        self._taken_at_s = perf_counter()
         if record.headers:
             self.take_headers(record)
         return record
 
     def _account(self) -> None:
-        seconds = perf_counter() - self.taken_at_s
+        seconds = perf_counter() - self._taken_at_s
         self.task.sensors.records_processed(self.agent.name, self.tp.topic, 1, seconds)
 
     def finish(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import anyio
@@ -247,10 +246,8 @@ class Task:
         return f"task {self.name} has records of {', '.join(behind)} to process" if behind and not waiting else ""
 
     def oldest_in_flight_s(self) -> float:
-        """How long the record that was taken first is being processed, in seconds; 0 between records."""
-        now = perf_counter()
-        ages = [now - run.feed.taken_at_s for run in self._runs if run.feed.in_hand()]
-        return max(ages, default=0.0)
+        """How long the agent that is slowest now has had its record, in seconds; 0 between records."""
+        return max((run.feed.in_hand_s() for run in self._runs), default=0.0)
 
 
 def _extracted(extract: Callable[[Any], int], codec: BoundCodec[Any], record: LogRecord) -> int:

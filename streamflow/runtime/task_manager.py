@@ -77,6 +77,7 @@ class TaskManager:
         self._by_tp: dict[TopicPartition, Task] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
+        self._finishing = False
         self.assigned_once = anyio.Event()
         self.limits: dict[TopicPartition, int] = {}
 
@@ -123,6 +124,8 @@ class TaskManager:
             logger.info("assigned: %s", _named(partitions))
             self._sensors.rebalanced(len(partitions), 0, 0)
             await call_all(self._app.assigned_hooks, set(partitions))
+        if self._finishing:
+            return  # a task that began now would have nobody to commit it
         for key, tps in complete.items():
             self._open(key, {tp: starts[tp] for tp in tps})
         self.assigned_once.set()
@@ -238,7 +241,8 @@ class TaskManager:
     # --- stop --------------------------------------------------------------------------------------------------
 
     async def finish_records(self) -> None:
-        """Hand out nothing more, and wait until every record in hand is done."""
+        """Hand out nothing more, open nothing more, and wait until every record in hand is done."""
+        self._finishing = True
         async with anyio.create_task_group() as group:
             for task in self.running():
                 group.start_soon(task.finish_records)

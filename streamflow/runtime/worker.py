@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from uuid import uuid4
 
 import anyio
 import anyio.abc
@@ -228,7 +229,7 @@ class Worker:
 
     async def _open_delivery(self, stack: AsyncExitStack, log: Log) -> AtLeastOnce | ExactlyOnce:
         if self.guarantee == "exactly_once":
-            transactional_id = f"{self.app.id}-{id(self):x}"
+            transactional_id = f"{self.app.id}-{uuid4().hex}"
             transactional = await stack.enter_async_context(log.transactional_producer(transactional_id))
             return ExactlyOnce(transactional, self._current_group, self.sensors, self.clock)
         producer = await stack.enter_async_context(log.producer(delivery_timeout_s=float("inf")))
@@ -322,6 +323,7 @@ class Worker:
 
     async def _wind_down(self, manager: TaskManager, delivery: AtLeastOnce | ExactlyOnce) -> None:
         """Finish the records in hand and commit, within the shutdown time."""
+        logger.info("stopping: finishing the records in hand")
         finish_s = max(0.1, self.settings.shutdown_timeout_s - _FINAL_COMMIT_S)
         with anyio.move_on_after(finish_s) as finishing:
             await manager.finish_records()
