@@ -44,8 +44,8 @@ def _heading(results: dict[str, Any]) -> str:
     latency = f"latency at {settings['rate']:,}/s for {settings['latency_s']:g} s" if settings["rate"] else "no latency"
     return (
         f"`{settings['mode']}`: up to {settings['records']:,} records, {settings['keys']:,} keys, the first "
-        f"{settings['skip']:.0%} left out as warm-up, {settings['rounds']} round(s), {latency}; {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, "
-        f"StreamFlow at {machine['streamflow_commit']}, {machine['date']}."
+        f"{settings['skip']:.0%} left out as warm-up, {settings['rounds']} round(s), {latency}; "
+        f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, StreamFlow at {machine['streamflow_commit']}, {machine['date']}."
     )
 
 
@@ -53,7 +53,7 @@ def _cells(name: str, runs: Runs, reference: float) -> tuple[str, ...]:
     cpu = _median(runs, _cpu)
     return (
         PEERS[name].title,
-        f"{_median(runs, lambda run: run['throughput']['measured']):,.0f}",
+        _spread(runs, lambda run: run["throughput"]["measured"], ",.0f"),
         _spread(runs, lambda run: run["throughput"]["rate"], ",.0f"),
         _spread(runs, _cpu, ".2f"),
         f"{cpu / reference:.2f}" if reference and not math.isnan(cpu / reference) else "-",
@@ -79,13 +79,15 @@ def _remarks(by_peer: dict[str, Runs]) -> list[str]:
         if lost := [run for run in runs if run["latency"] and run["latency"]["received"] < run["latency"]["sent"]]:
             received = min(run["latency"]["received"] for run in lost)
             lines.append(f"- {PEERS[name].title}: only {received:,} of {lost[0]['latency']['sent']:,} results came.")
+        if any(_cpu(run) is None for run in runs):
+            lines.append(f"- {PEERS[name].title}: too short a run to tell its CPU time per record.")
         if PEERS[name].note:
             lines.append(f"- {PEERS[name].title}: {PEERS[name].note}.")
     return lines
 
 
-def _cpu(run: dict[str, Any]) -> float:
-    return float(run["throughput"]["cpu_us"])
+def _cpu(run: dict[str, Any]) -> Any:
+    return run["throughput"]["cpu_us"]
 
 
 def _median(runs: Runs, value: Callable[[dict[str, Any]], Any]) -> float:

@@ -10,6 +10,7 @@ from benchmarks.settings import Settings
 from benchmarks.topics import Counter
 
 POLL_S = 0.05
+LEAST_CPU_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Throughput:
         records: Records counted in the output at the end.
         measured: Of these, the ones after the warm-up, which rate and CPU are about.
         complete: Whether the peer came to the end; false when the time was over or the program ended.
-        rate: Records per second.
-        cpu_us: User and system time of the process tree per record, in microseconds.
+        rate: Records per second; None if there was nothing to measure.
+        cpu_us: User and system time of the process tree per record, in microseconds; None if the run was so short that
+            the system's clock of CPU time, which ticks every 10 ms, would be guessing.
         whole_cpu_us: The same over the whole run, start and warm-up included: an upper bound. (`cpu_us` leaves out what
             was spent before the warm-up's end on records that were not yet written then, so it is a little low in
             short runs of peers that work on many records at a time.)
@@ -33,9 +35,9 @@ class Throughput:
     records: int
     measured: int
     complete: bool
-    rate: float
-    cpu_us: float
-    whole_cpu_us: float
+    rate: float | None
+    cpu_us: float | None
+    whole_cpu_us: float | None
     memory_mb: float
     first_s: float
     problem: str = ""
@@ -83,14 +85,14 @@ def _evaluate(samples: list[_Sample], wanted: int, skip: float, memory_mb: float
     if warm is last and len(samples) > 1:  # all of it came between two looks: count from the look before
         warm = samples[-2]
     measured = last.records - warm.records
-    elapsed_s = last.at_s - warm.at_s
+    elapsed_s, cpu_s = last.at_s - warm.at_s, last.cpu_s - warm.cpu_s
     return Throughput(
         records=last.records,
         measured=measured,
         complete=last.records >= wanted,
-        rate=measured / elapsed_s if elapsed_s else float("nan"),
-        cpu_us=(last.cpu_s - warm.cpu_s) / measured * 1e6 if measured else float("nan"),
-        whole_cpu_us=last.cpu_s / last.records * 1e6 if last.records else float("nan"),
+        rate=measured / elapsed_s if measured and elapsed_s else None,
+        cpu_us=cpu_s / measured * 1e6 if measured and cpu_s >= LEAST_CPU_S else None,
+        whole_cpu_us=last.cpu_s / last.records * 1e6 if last.records else None,
         memory_mb=memory_mb,
         first_s=first.at_s,
         problem=problem,
