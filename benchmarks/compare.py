@@ -100,7 +100,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "streamflow_commit": _said("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
+        "streamflow_commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "load_before": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -45,7 +45,8 @@ def _heading(results: dict[str, Any]) -> str:
     return (
         f"`{settings['mode']}`: up to {settings['records']:,} records, {settings['keys']:,} keys, the first "
         f"{settings['skip']:.0%} left out as warm-up, {settings['rounds']} round(s), {latency}; "
-        f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, StreamFlow at {machine['streamflow_commit']}, {machine['date']}."
+        f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"StreamFlow at {machine['streamflow_commit']}, {machine['date']}."
     )
 
 
