@@ -22,7 +22,7 @@ from streamflow.cli.child import environment_of
 from streamflow.cli.errors import FAILED, REFUSED
 from streamflow.cli.fleet import Fleet, Member
 from streamflow.cli.options import Session
-from streamflow.cli.signals import HANDLED
+from streamflow.cli.signals import HANDLED, Requests
 from streamflow.runtime.worker import Worker
 from streamflow.web.overview import overview_of
 from streamflow.web.server import address_of, listen, serving
@@ -145,17 +145,21 @@ class _Supervisor:
     # --- stopping --------------------------------------------------------------------------------------------------
 
     async def _signals(self) -> None:
+        requests = Requests()
         with anyio.open_signal_receiver(*HANDLED) as received:
             async for number in received:
-                if self._stopping:
+                first = requests.is_first(number)
+                if first:
+                    self._stop()
+                elif first is False:
                     self._kill()
                     os._exit(128 + number)
-                self._stop()
 
     def _stop(self) -> None:
         if self._stopping:
             return
         self._stopping = True
+        logger.info("stopping %d processes", len(self._running))
         for process in list(self._running.values()):
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()

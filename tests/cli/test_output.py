@@ -7,12 +7,13 @@ import anyio
 import pytest
 
 from streamflow.cli import progress as progress_module
+from streamflow.cli import signals as signals_module
 from streamflow.cli.banner import banner
 from streamflow.cli.errors import exit_code, report, run_reporting
 from streamflow.cli.lines import Lines, opened
 from streamflow.cli.output import as_json, table
 from streamflow.cli.progress import progress
-from streamflow.cli.signals import stopping
+from streamflow.cli.signals import Requests, stopping
 from streamflow.errors import ConfigurationError, LogUnavailableError, StreamFlowError
 from streamflow.web.overview import AgentLine, Overview
 
@@ -68,6 +69,14 @@ def test_ctrl_c():
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
+
+
+def test_one_request_that_arrives_twice_is_one(monkeypatch):
+    now = iter([1.0, 1.001, 1.002, 1.5])
+    monkeypatch.setattr(signals_module.time, "monotonic", lambda: next(now))
+    requests = Requests()
+    numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM)
+    assert [requests.is_first(number) for number in numbers] == [True, None, False, False]
 
 
 def test_signals(monkeypatch):

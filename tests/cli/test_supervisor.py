@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.cli.commands import TIMEOUT_S, Running, get, get_until, order
+from tests.cli.commands import COMMAND, TIMEOUT_S, Running, get, get_until, order
 
 pytestmark = pytest.mark.system
 
@@ -150,3 +150,11 @@ def test_structured_logs_name_the_process(shell):
     running.wait_for('"process":0')
     running.wait_for('"process":1')
     assert running.stop() == 0
+
+
+@pytest.mark.needs("timeout")
+def test_timeout_signals_twice_and_still_stops_cleanly(shell):
+    limited = shell.start("3", str(COMMAND), "worker", "orders.py", "--processes", "1", "--no-web", program="timeout")
+    limited.wait()
+    assert "supervisor: stopping" in limited.err
+    assert "stopping: finishing the records in hand" in limited.err
