@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,7 +18,32 @@ from streamflow.cli.errors import FAILED
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
+_ECHO_S = 0.05
+
 logger = logging.getLogger("streamflow.worker")
+
+
+class Requests:
+    """Tells a second request from one that arrives twice.
+
+    `timeout` and some process managers signal a process and then its group: the same signal comes again at once.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def is_first(self, number: int) -> bool | None:
+        """Whether a signal is the first request; None when it is only that one's echo.
+
+        Args:
+            number: The signal's.
+        """
+        now = time.monotonic()
+        if self._first is None:
+            self._first = number, now
+            return True
+        first, at = self._first
+        return None if number == first and now - at < _ECHO_S else False
 
 
 @contextmanager
@@ -33,17 +59,17 @@ def stopping(stop: Callable[[], None], *, within_s: float | None = None) -> Gene
         within_s: Seconds after the first signal at which the process is ended with code 1 if the block still runs: user
             code may block the event loop, and then nothing in the block can look at a clock. None waits for ever.
     """
-    asked = False
+    requests = Requests()
     told: SimpleQueue[None] = SimpleQueue()  # the only thing of its kind that a signal handler may use
     over = threading.Event()
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        first = requests.is_first(number)
+        if first:
+            told.put(None)
+            stop()
+        elif first is False:
             os._exit(128 + number)
-        asked = True
-        told.put(None)
-        stop()
 
     def watch(seconds: float) -> None:
         told.get()
@@ -66,8 +92,8 @@ def _give_up(seconds: float) -> None:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     place = "".join(traceback.format_stack(frame)[-2:]) if frame is not None else ""
     logger.critical(
-        "not stopped within %g s: something blocks the event loop; ending the process. What was not committed is processed "
-        "again by the next start. It is here:\n%s",
+        "not stopped within %g s: something blocks the event loop; ending the process. What was not committed is "
+        "processed again by the next start. It is here:\n%s",
         seconds,
         place.rstrip(),
     )

@@ -27,6 +27,9 @@ from streamflow.runtime.worker import Worker
 from streamflow.web.overview import overview_of
 from streamflow.web.server import address_of, listen
 
+_STOP_MARGIN_S = 2.0
+"""A stop takes this much longer at most than it may: then something blocks the event loop."""
+
 logger = logging.getLogger("streamflow.worker")
 
 
@@ -101,7 +104,8 @@ def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
             await running.run()
 
     quiet = not until_end or me is not None or settings.log_format == "json"
-    with stopping(running.request_stop), progress("processing", quiet=quiet) as reporter:
+    within_s = settings.shutdown_timeout_s + _STOP_MARGIN_S
+    with stopping(running.request_stop, within_s=within_s), progress("processing", quiet=quiet) as reporter:
         reporters.append(reporter)
         run_async(run)
     return 0
