@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import anyio
-import anyio.abc
 
 from streamflow.app import App
 from streamflow.clock import VirtualClock

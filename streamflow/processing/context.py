@@ -6,19 +6,20 @@ the send joins the turn's stage; elsewhere it goes through the sender that the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from streamflow.errors import ClosedError
 from streamflow.model.record import Headers, RecordMetadata
 
-if TYPE_CHECKING:
-    from streamflow.processing.agent import Agent
-    from streamflow.processing.declarations import Declarations
-    from streamflow.processing.topic import Topic
+
+class RunningApp(Protocol):
+    """An app, as far as it matters here: topics and agents import this module, so it cannot import theirs."""
+
+    id: str
 
 
 class Turn(Protocol):
@@ -26,7 +27,7 @@ class Turn(Protocol):
 
     def send(
         self,
-        topic: Topic[Any, Any],
+        topic: Any,
         key: Any,
         value: Any,
         *,
@@ -41,7 +42,7 @@ class Turn(Protocol):
             ClosedError: The caller outlived its turn.
         """
 
-    def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
+    def refuse_ask(self, agent: Any) -> None:
         """Raise `TopologyError` if asking that agent from here could never be answered."""
 
 
@@ -50,7 +51,7 @@ class Sender(Protocol):
 
     async def send(
         self,
-        topic: Topic[Any, Any],
+        topic: Any,
         key: Any,
         value: Any,
         *,
@@ -59,10 +60,11 @@ class Sender(Protocol):
         headers: Headers,
     ) -> RecordMetadata:
         """Send and wait for the log."""
+        ...
 
     def send_nowait(
         self,
-        topic: Topic[Any, Any],
+        topic: Any,
         key: Any,
         value: Any,
         *,
@@ -76,17 +78,17 @@ class Sender(Protocol):
             WouldBlock: (anyio's) Its buffer is full.
         """
 
-    async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any, timeout_s: float) -> Any:
+    async def ask(self, agent: Any, value: Any, *, key: Any, timeout_s: float) -> Any:
         """Send to an agent and wait for its first answer."""
 
 
 current_turn: ContextVar[Turn | None] = ContextVar("streamflow_turn", default=None)
 """The turn the caller is in. It is set to None inside timers and tasks."""
 
-_senders: WeakKeyDictionary[Declarations, Sender] = WeakKeyDictionary()
+_senders: WeakKeyDictionary[RunningApp, Sender] = WeakKeyDictionary()
 
 
-def sender_of(app: Declarations) -> Sender:
+def sender_of(app: RunningApp) -> Sender:
     """The sender of an app that runs in this process.
 
     Raises:
@@ -102,7 +104,7 @@ def sender_of(app: Declarations) -> Sender:
 
 
 @contextmanager
-def registered_sender(app: Declarations, sender: Sender) -> Iterator[None]:
+def registered_sender(app: RunningApp, sender: Sender) -> Generator[None]:
     """Make `sender` the app's while the block runs (the newest wins; the one before comes back after)."""
     before = _senders.get(app)
     _senders[app] = sender

@@ -72,9 +72,11 @@ class Source(Protocol):
 
     def event(self, value: Any) -> Event[Any, Any]:
         """The record in hand as an event, its key decoded."""
+        ...
 
     async def take(self, max_records: int, within_s: float | None, view: View) -> list[Any]:
         """Finish the unit in hand, take a unit of up to `max_records`."""
+        ...
 
     def as_view(self, value: Any, view: View) -> Any:
         """The record in hand as `view` says."""

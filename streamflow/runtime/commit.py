@@ -18,7 +18,7 @@ from streamflow.errors import FatalError, ProductionError, RetriableError, TaskM
 from streamflow.log.api import AtomicCommit, Group, OffsetMark, Producer, TransactionalProducer
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.task import Task
+from streamflow.runtime.task_view import TaskView
 from streamflow.sensors import Sensors
 
 _FIRST_RETRY_S = 0.02
@@ -45,7 +45,7 @@ class Commits:
         self.last_commit_s: float | None = None
         self.trying_since_s: float | None = None
 
-    def owned(self, tasks: Iterable[Task]) -> list[Task]:
+    def owned(self, tasks: Iterable[TaskView]) -> list[TaskView]:
         """Those of the tasks whose partitions are all still this member's."""
         assignment = self._group().assignment
         return [task for task in tasks if assignment.issuperset(task.committed)]
@@ -84,19 +84,19 @@ class ExactlyOnce(Commits):
         self._producer = producer
         self._committed = asyncio.Event()
 
-    async def idle(self, task: Task) -> None:
+    async def idle(self, task: TaskView) -> None:
         """Nothing leaves before its commit."""
 
-    async def linger(self, tasks: Iterable[Task]) -> None:
+    async def linger(self, tasks: Iterable[TaskView]) -> None:
         """Nothing leaves before its commit."""
 
-    async def make_room(self, task: Task) -> None:
+    async def make_room(self, task: TaskView) -> None:
         """Ask for a commit and wait for it."""
         self._committed.clear()
         self.wanted.set()
         await self._committed.wait()
 
-    async def commit(self, tasks: Iterable[Task]) -> None:
+    async def commit(self, tasks: Iterable[TaskView]) -> None:
         """See `Delivery`."""
         async with self._one_at_a_time:
             taken = [(task, task.uncommitted(), task.outputs.seal()) for task in tasks]
@@ -117,7 +117,9 @@ class ExactlyOnce(Commits):
                     break
             self._committed.set()
 
-    async def _commit_once(self, taken: list[tuple[Task, Offsets, list[tuple[TopicPartition, SealedBatch]]]]) -> None:
+    async def _commit_once(
+        self, taken: list[tuple[TaskView, Offsets, list[tuple[TopicPartition, SealedBatch]]]]
+    ) -> None:
         membership = self._group().membership
         if membership is None:
             raise TaskMigratedError("not a member of the group at present")
@@ -126,7 +128,7 @@ class ExactlyOnce(Commits):
         await self._producer.commit(AtomicCommit(outputs, offsets, membership))
 
     def _finished(
-        self, taken: list[tuple[Task, Offsets, list[tuple[TopicPartition, SealedBatch]]]], started_s: float
+        self, taken: list[tuple[TaskView, Offsets, list[tuple[TopicPartition, SealedBatch]]]], started_s: float
     ) -> None:
         for task, marks, batches in taken:
             task.set_committed(marks)
@@ -151,22 +153,22 @@ class AtLeastOnce(Commits):
         self._unacknowledged: set[asyncio.Future[int]] = set()
         self._failed: BaseException | None = None
 
-    async def idle(self, task: Task) -> None:
+    async def idle(self, task: TaskView) -> None:
         """Send what the batch that ended has left."""
         if task.outputs.waiting:
             await self._send(task)
 
-    async def linger(self, tasks: Iterable[Task]) -> None:
+    async def linger(self, tasks: Iterable[TaskView]) -> None:
         """Send what slow agents have left."""
         for task in list(tasks):
             if task.outputs.waiting:
                 await self._send(task)
 
-    async def make_room(self, task: Task) -> None:
+    async def make_room(self, task: TaskView) -> None:
         """Send it; the producer's memory bound holds the task back."""
         await self._send(task)
 
-    async def _send(self, task: Task) -> Offsets:
+    async def _send(self, task: TaskView) -> Offsets:
         async with self._sending:
             marks = task.uncommitted()
             for tp, batch in task.outputs.seal():
@@ -181,7 +183,7 @@ class AtLeastOnce(Commits):
         if not future.cancelled() and (error := future.exception()) is not None:
             self._failed = self._failed or error
 
-    async def commit(self, tasks: Iterable[Task]) -> None:
+    async def commit(self, tasks: Iterable[TaskView]) -> None:
         """See `Delivery`."""
         async with self._one_at_a_time:
             taken = [(task, await self._send(task)) for task in list(tasks)]
@@ -196,7 +198,7 @@ class AtLeastOnce(Commits):
                 ) from self._failed
             await self._commit_offsets([each for each in taken if each[1]], started_s)
 
-    async def _commit_offsets(self, taken: list[tuple[Task, Offsets]], started_s: float) -> None:
+    async def _commit_offsets(self, taken: list[tuple[TaskView, Offsets]], started_s: float) -> None:
         delay_s = _FIRST_RETRY_S
         while taken:
             membership = self._group().membership

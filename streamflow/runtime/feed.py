@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from itertools import chain
 from operator import length_hint
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from streamflow.errors import ClosedError, ConfigurationError, DeserializationError, ProcessingError, RecordError
 from streamflow.log.batch import LogRecord
@@ -25,10 +25,8 @@ from streamflow.processing.stream import Event, View
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.record_errors import STOP, Drop, RecordErrors
+from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn import Turn, unit_in_context
-
-if TYPE_CHECKING:
-    from streamflow.runtime.task import Task
 
 _RUN_S = 0.004
 _SLICE_S = 0.01
@@ -49,7 +47,7 @@ class Feed(Turn, Generic[T]):
         errors: Decides about records that fail.
     """
 
-    def __init__(self, task: Task, agent: Processor, errors: RecordErrors) -> None:
+    def __init__(self, task: TaskView, agent: Processor, errors: RecordErrors) -> None:
         super().__init__(task, agent)
         self.errors = errors
         self.records: Iterator[T] = _EMPTY
@@ -268,7 +266,7 @@ class Feed(Turn, Generic[T]):
 class DirectFeed(Feed[LogRecord]):
     """The feed of a task with one agent and one record in flight: the fast path."""
 
-    def __init__(self, task: Task, agent: Processor, errors: RecordErrors) -> None:
+    def __init__(self, task: TaskView, agent: Processor, errors: RecordErrors) -> None:
         super().__init__(task, agent, errors)
         self._positions = task.start_positions()
         self._together: list[LogRecord] | None = None

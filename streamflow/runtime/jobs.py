@@ -171,8 +171,8 @@ class Jobs:
             if leader is None:
                 await self._clock.sleep(_LEADER_POLL_S)
                 continue
+            finished = False
             async with anyio.create_task_group() as group:
-                finished = False
 
                 async def lead(leader: PartitionTask = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
                     nonlocal finished

@@ -14,7 +14,7 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
 
 from streamflow.log.batch import LogRecord
@@ -24,10 +24,8 @@ from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.record_errors import Drop, RecordErrors
+from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn import EndOfHeaders, unit_in_context
-
-if TYPE_CHECKING:
-    from streamflow.runtime.task import Task
 
 _IN_FLIGHT_PER_LANE = 64
 _RUN_RECORDS = 64
@@ -119,7 +117,7 @@ class LaneFeed(Feed[Entry]):
         ledger: The task's ledger.
     """
 
-    def __init__(self, task: Task, agent: Processor, errors: RecordErrors, ledger: Ledger) -> None:
+    def __init__(self, task: TaskView, agent: Processor, errors: RecordErrors, ledger: Ledger) -> None:
         super().__init__(task, agent, errors)
         self._ledger = ledger
         self.queue: deque[Entry] = deque()
@@ -281,7 +279,7 @@ class Dispatcher:
         lanes: Per agent, its lanes.
     """
 
-    def __init__(self, task: Task, ledger: Ledger, lanes: list[list[LaneFeed]]) -> None:
+    def __init__(self, task: TaskView, ledger: Ledger, lanes: list[list[LaneFeed]]) -> None:
         self._task = task
         self._ledger = ledger
         self._lanes = lanes

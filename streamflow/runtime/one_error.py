@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def one_error() -> Iterator[None]:
+def one_error() -> Generator[None]:
     """Replace an exception group by its first plain exception, whose traceback stays whole."""
     try:
         yield

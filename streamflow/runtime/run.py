@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -96,9 +95,7 @@ class AgentRun:
         feed = self.feed
         async for first in feed:
             rest = feed.take_rest(_THREAD_BATCH_RECORDS)
-            done, error = await anyio.to_thread.run_sync(
-                partial(copy_context().run, self._work_through, function, first, rest), abandon_on_cancel=False
-            )
+            done, error = await anyio.to_thread.run_sync(self._work_through, function, first, rest)
             feed.finish_many(done, rest)
             if error is not None:
                 raise error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -68,7 +68,7 @@ class DirectSender:
         self._tasks: anyio.abc.TaskGroup | None = None
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[DirectSender]:
+    async def open(self) -> AsyncGenerator[DirectSender]:
         """Run the sending task while the block runs; what waits at its end is sent."""
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,7 +44,7 @@ class ProcessSender:
         descriptions: Mapping[str, TopicDescription],
         clock: Clock,
         sensors: Sensors,
-    ) -> AsyncIterator[ProcessSender]:
+    ) -> AsyncGenerator[ProcessSender]:
         """Run while the block runs.
 
         Args:

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from streamflow.config import Settings
+from streamflow.log.api import Group
+from streamflow.processing.declarations import Declarations
 from streamflow.runtime.status import PartitionStatus, TaskStatus, WorkerStatus
 from streamflow.runtime.task import Task
-
-if TYPE_CHECKING:
-    from streamflow.runtime.worker import Worker
+from streamflow.runtime.task_manager import TaskManager
 
 _STALE_COMMIT_S = 30.0
 
 
-def snapshot(worker: Worker) -> WorkerStatus:
+class Observed(Protocol):
+    """What a snapshot is taken of: a worker."""
+
+    app: Declarations
+    settings: Settings
+    state: str
+    guarantee: str
+    manager: TaskManager | None
+    group: Group | None
+
+    @property
+    def address(self) -> str:
+        """The log's absolute address."""
+        ...
+
+    def last_commit_age_s(self) -> float | None:
+        """Seconds since the last commit; None before the first."""
+        ...
+
+    def uncommitted_for_s(self) -> float:
+        """How long a commit has been trying, in seconds; 0 while none is."""
+        ...
+
+
+def snapshot(worker: Observed) -> WorkerStatus:
     """What a worker says about itself now."""
     manager, group = worker.manager, worker.group
     tasks = (
@@ -54,7 +79,7 @@ def _task_status(task: Task) -> TaskStatus:
     return TaskStatus(task.name, task.state, partitions, task.oldest_in_flight_s())
 
 
-def _why_not_live(worker: Worker, tasks: tuple[TaskStatus, ...], heartbeat_age_s: float | None) -> str:
+def _why_not_live(worker: Observed, tasks: tuple[TaskStatus, ...], heartbeat_age_s: float | None) -> str:
     stuck_s = worker.settings.max_poll_interval_ms / 1000
     for task in tasks:
         if task.oldest_in_flight_s > stuck_s:

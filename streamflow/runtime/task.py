@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import anyio
-import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.errors import DeserializationError, RecordError
@@ -22,7 +21,6 @@ from streamflow.model.record import TopicPartition
 from streamflow.model.serde import BoundCodec, NeedSchema
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
-from streamflow.runtime.delivery import Delivery
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import DirectFeed, Feed
 from streamflow.runtime.inputs import Input, Inputs
@@ -30,6 +28,7 @@ from streamflow.runtime.lanes import Dispatcher, LaneFeed, Ledger
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
 from streamflow.runtime.record_errors import RecordErrors
 from streamflow.runtime.run import AgentRun
+from streamflow.runtime.task_view import Delivery
 from streamflow.sensors import Sensors
 
 

@@ -21,7 +21,7 @@ from streamflow.log.api import Admin, Assigned, Fetched, Group, GroupEvent, Lost
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import SubTopology
-from streamflow.runtime.delivery import Delivery
+from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Copier
 from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.task import Surroundings, Task
@@ -57,7 +57,7 @@ class TaskManager:
         group: Group,
         reader: Reader,
         admin: Admin,
-        delivery: Delivery,
+        delivery: AtLeastOnce | ExactlyOnce,
         shared: Surroundings,
         tasks: anyio.abc.TaskGroup,
     ) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -21,9 +21,7 @@ from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import OutputPartition, Staged
-
-if TYPE_CHECKING:
-    from streamflow.runtime.task import Task
+from streamflow.runtime.task_view import TaskView
 
 NO_HEADERS: list[tuple[str, bytes | None]] = []
 
@@ -65,7 +63,7 @@ class Turn:
         agent: The agent.
     """
 
-    def __init__(self, task: Task, agent: Processor) -> None:
+    def __init__(self, task: TaskView, agent: Processor) -> None:
         self.task = task
         self.agent = agent
         self.stage: list[Staged] = []

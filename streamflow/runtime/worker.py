@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
 import anyio
-import anyio.abc
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
@@ -195,7 +194,7 @@ class Worker:
                 )
 
     @asynccontextmanager
-    async def _open_log(self) -> AsyncIterator[Log]:
+    async def _open_log(self) -> AsyncGenerator[Log]:
         async with self._log as log:
             yield log
 
