@@ -10,21 +10,27 @@ never pass a record whose outputs are not in the same commit or acknowledged bef
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from time import perf_counter
 
 from streamflow.clock import Clock
 from streamflow.errors import FatalError, ProductionError, RetriableError, TaskMigratedError
-from streamflow.log.api import AtomicCommit, Group, OffsetMark, Producer, TransactionalProducer
+from streamflow.log.api import AtomicCommit, Group, Membership, OffsetMark, Producer, TransactionalProducer
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.task_view import TaskView
 from streamflow.sensors import Sensors
 
+logger = logging.getLogger("streamflow.commits")
+
 _FIRST_RETRY_S = 0.02
 _MAX_RETRY_S = 1.0
 
 Offsets = dict[TopicPartition, OffsetMark]
+Batches = list[tuple[TopicPartition, SealedBatch]]
 
 
 class Commits:
@@ -34,6 +40,12 @@ class Commits:
         group: The current group membership, asked at each try.
         sensors: Metrics hooks.
         clock: For back-off.
+
+    Attributes:
+        wanted: Set when a commit is wanted before the interval is over.
+        last_commit_s: Monotonic time of the last commit; None before the first.
+        trying_since_s: Since when a commit is being tried; None while none is.
+        generation: Of the last assignment the task manager has acted on.
     """
 
     def __init__(self, group: Callable[[], Group], sensors: Sensors, clock: Clock) -> None:
@@ -44,11 +56,7 @@ class Commits:
         self.wanted = asyncio.Event()
         self.last_commit_s: float | None = None
         self.trying_since_s: float | None = None
-
-    def owned(self, tasks: Iterable[TaskView]) -> list[TaskView]:
-        """Those of the tasks whose partitions are all still this member's."""
-        assignment = self._group().assignment
-        return [task for task in tasks if assignment.issuperset(task.committed)]
+        self.generation = -1
 
     def _sent(self, batches: Iterable[tuple[TopicPartition, SealedBatch]]) -> None:
         for tp, batch in batches:
@@ -56,13 +64,11 @@ class Commits:
 
     def _succeeded(self, started_s: float, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         self.last_commit_s = self._clock.monotonic()
-        self.trying_since_s = None
         if offsets:
             self._sensors.committed(perf_counter() - started_s, len(offsets))
 
     async def _back_off(self, error: Exception, delay_s: float) -> float:
         self._sensors.commit_failed(type(error).__name__)
-        self.trying_since_s = self.trying_since_s or self._clock.monotonic()
         await self._clock.sleep(delay_s)
         return min(delay_s * 2, _MAX_RETRY_S)
 
@@ -83,6 +89,8 @@ class ExactlyOnce(Commits):
         super().__init__(group, sensors, clock)
         self._producer = producer
         self._committed = asyncio.Event()
+        # Sealed and not yet with the log: they are first in line, also when the commit that took them was cancelled.
+        self._taken: deque[list[_Sealed]] = deque()
 
     async def idle(self, task: TaskView) -> None:
         """Nothing leaves before its commit."""
@@ -99,41 +107,63 @@ class ExactlyOnce(Commits):
     async def commit(self, tasks: Iterable[TaskView]) -> None:
         """See `Delivery`."""
         async with self._one_at_a_time:
-            taken = [(task, task.uncommitted(), task.outputs.seal()) for task in tasks]
-            taken = [each for each in taken if each[1] or each[2]]
+            sealed = [_Sealed(task, task.uncommitted(), task.outputs.seal()) for task in tasks if not task.lost]
+            if sealed := [each for each in sealed if each.marks or each.batches]:
+                self._taken.append(sealed)
             delay_s = _FIRST_RETRY_S
-            while taken:
-                started_s = perf_counter()
+            while self._taken:
+                if self.trying_since_s is None:
+                    self.trying_since_s = self._clock.monotonic()
                 try:
-                    await self._commit_once(taken)
+                    await self._commit_first()
                 except TaskMigratedError as error:
-                    delay_s = await self._back_off(error, delay_s)
-                    owned = set(self.owned(task for task, _, _ in taken))
-                    taken = [each for each in taken if each[0] in owned]
+                    self._migrated(error)
                 except RetriableError as error:
                     delay_s = await self._back_off(error, delay_s)
-                else:
-                    self._finished(taken, started_s)
-                    break
+            self.trying_since_s = None
             self._committed.set()
 
-    async def _commit_once(
-        self, taken: list[tuple[TaskView, Offsets, list[tuple[TopicPartition, SealedBatch]]]]
-    ) -> None:
-        membership = self._group().membership
-        if membership is None:
-            raise TaskMigratedError("not a member of the group at present")
-        outputs = [batch for _, _, batches in taken for batch in batches]
-        offsets = {tp: mark for _, marks, _ in taken for tp, mark in marks.items()}
-        await self._producer.commit(AtomicCommit(outputs, offsets, membership))
+    async def _commit_first(self) -> None:
+        """Commit what is first in line.
 
-    def _finished(
-        self, taken: list[tuple[TaskView, Offsets, list[tuple[TopicPartition, SealedBatch]]]], started_s: float
-    ) -> None:
-        for task, marks, batches in taken:
-            task.set_committed(marks)
-            self._sent(batches)
-        self._succeeded(started_s, {tp: mark for _, marks, _ in taken for tp, mark in marks.items()})
+        The generation is that of the last assignment the task manager has acted on, not the group's newest: partitions
+        that were lost and came back in between are then refused, as what was sealed stands on their old positions.
+        """
+        self._taken[0] = [each for each in self._taken[0] if not each.task.lost]
+        if taken := self._taken[0]:
+            started_s = perf_counter()
+            current = self._group().membership
+            if current is None:
+                raise TaskMigratedError("not a member of the group at present")
+            membership = Membership(current.group_id, current.member_id, min(self.generation, current.generation))
+            outputs = [batch for each in taken for batch in each.batches]
+            offsets = {tp: mark for each in taken for tp, mark in each.marks.items()}
+            await self._producer.commit(AtomicCommit(outputs, offsets, membership))
+            for each in taken:
+                each.task.set_committed(each.marks)
+                self._sent(each.batches)
+            self._succeeded(started_s, offsets)
+        self._taken.popleft()
+
+    def _migrated(self, error: TaskMigratedError) -> None:
+        """Find out whose partitions are gone: each task alone; one that is refused alone commits nothing any more."""
+        self._sensors.commit_failed(type(error).__name__)
+        taken = self._taken.popleft()
+        if len(taken) > 1:
+            self._taken.extendleft([each] for each in reversed(taken))
+            return
+        for each in taken:
+            each.task.lost = True
+            logger.warning("task %s has gone to another worker; what it had is dropped: %s", each.task.name, error)
+
+
+@dataclass(slots=True)
+class _Sealed:
+    """What one task has to commit: its outputs, and the positions they stand for."""
+
+    task: TaskView
+    marks: Offsets
+    batches: Batches
 
 
 class AtLeastOnce(Commits):
@@ -150,6 +180,7 @@ class AtLeastOnce(Commits):
         super().__init__(group, sensors, clock)
         self._producer = producer
         self._sending = asyncio.Lock()
+        self._unsent: deque[tuple[TopicPartition, SealedBatch]] = deque()
         self._unacknowledged: set[asyncio.Future[int]] = set()
         self._failed: BaseException | None = None
 
@@ -171,11 +202,12 @@ class AtLeastOnce(Commits):
     async def _send(self, task: TaskView) -> Offsets:
         async with self._sending:
             marks = task.uncommitted()
-            for tp, batch in task.outputs.seal():
-                future = await self._producer.enqueue(tp, batch)
+            self._unsent.extend(task.outputs.seal())
+            while self._unsent:  # also what a cancelled call has left
+                future = await self._producer.enqueue(*self._unsent[0])
+                self._sent([self._unsent.popleft()])
                 self._unacknowledged.add(future)
                 future.add_done_callback(self._acknowledged)
-                self._sent([(tp, batch)])
         return marks
 
     def _acknowledged(self, future: asyncio.Future[int]) -> None:
@@ -186,8 +218,9 @@ class AtLeastOnce(Commits):
     async def commit(self, tasks: Iterable[TaskView]) -> None:
         """See `Delivery`."""
         async with self._one_at_a_time:
-            taken = [(task, await self._send(task)) for task in list(tasks)]
             started_s = perf_counter()
+            self.trying_since_s = self._clock.monotonic()
+            taken = [(task, await self._send(task)) for task in list(tasks)]
             if self._unacknowledged:
                 await asyncio.wait(self._unacknowledged)
             if self._failed is not None:
@@ -197,10 +230,11 @@ class AtLeastOnce(Commits):
                     else FatalError(f"an output could not be written: {self._failed}")
                 ) from self._failed
             await self._commit_offsets([each for each in taken if each[1]], started_s)
+            self.trying_since_s = None
 
     async def _commit_offsets(self, taken: list[tuple[TaskView, Offsets]], started_s: float) -> None:
         delay_s = _FIRST_RETRY_S
-        while taken:
+        while taken := self._owned(taken):
             membership = self._group().membership
             offsets = {tp: mark for _, marks in taken for tp, mark in marks.items()}
             try:
@@ -209,10 +243,13 @@ class AtLeastOnce(Commits):
                 await self._group().commit(offsets, membership)
             except (TaskMigratedError, RetriableError) as error:
                 delay_s = await self._back_off(error, delay_s)
-                owned = set(self.owned(task for task, _ in taken))
-                taken = [each for each in taken if each[0] in owned]
             else:
                 for task, marks in taken:
                     task.set_committed(marks)
                 self._succeeded(started_s, offsets)
                 return
+
+    def _owned(self, taken: list[tuple[TaskView, Offsets]]) -> list[tuple[TaskView, Offsets]]:
+        """Those of the tasks whose partitions are all still this member's."""
+        assignment = self._group().assignment
+        return [each for each in taken if not each[0].lost and assignment.issuperset(each[0].committed)]

@@ -112,6 +112,8 @@ class Task:
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
         self.state = "created"
+        # Its partitions went to another worker: nothing of it is committed any more.
+        self.lost = False
         self._runs = self._make_runs(agents)
 
     def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
@@ -205,11 +207,15 @@ class Task:
         for run in self._runs:
             await run.feed.parked.wait()
 
-    async def close(self) -> None:
-        """Cancel the agents and wait until they are gone; what is uncommitted is dropped with the task."""
+    def cancel(self) -> None:
+        """Cancel the agents; what is uncommitted is dropped with the task."""
         if self.state == "created":
             self._ended.set()
+        self.state = "closing"
         self._scope.cancel()
+
+    async def closed(self) -> None:
+        """Wait until the agents are gone."""
         await self._ended.wait()
 
     # --- positions ---------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class TaskManager:
         self.changing = True
         try:
             if isinstance(event, Assigned):
-                await self._assigned(event.partitions)
+                await self._assigned(event)
             elif isinstance(event, Revoked):
                 await self._revoked(event.partitions)
             else:
@@ -112,7 +112,8 @@ class TaskManager:
         finally:
             self.changing = False
 
-    async def _assigned(self, partitions: frozenset[TopicPartition]) -> None:
+    async def _assigned(self, event: Assigned) -> None:
+        partitions = event.partitions
         for tp in partitions:
             sub = self._by_topic[tp.topic]
             self._incomplete.setdefault((sub.name, tp.partition), set()).add(tp)
@@ -126,6 +127,7 @@ class TaskManager:
             await call_all(self._app.assigned_hooks, set(partitions))
         if self._finishing:
             return  # a task that began now would have nobody to commit it
+        self._delivery.generation = event.generation
         for key, tps in complete.items():
             self._open(key, {tp: starts[tp] for tp in tps})
         self.assigned_once.set()
@@ -163,19 +165,24 @@ class TaskManager:
 
     async def _lost(self, event: Lost) -> None:
         logger.warning("lost: %s: %s", _named(event.partitions), event.reason)
-        await self._close(self._tasks_of(event.partitions), event.partitions)
+        tasks = self._tasks_of(event.partitions)
+        for task in tasks:
+            task.lost = True
+        await self._close(tasks, event.partitions)
         self._sensors.rebalanced(0, 0, len(event.partitions))
 
     def _tasks_of(self, partitions: Iterable[TopicPartition]) -> list[Task]:
         return list({id(task): task for tp in partitions if (task := self._by_tp.get(tp)) is not None}.values())
 
-    async def _close(self, tasks: Iterable[Task], partitions: frozenset[TopicPartition]) -> None:
+    async def _close(self, tasks: Sequence[Task], partitions: frozenset[TopicPartition]) -> None:
         for task in tasks:
             for tp in task.committed:
                 self._by_tp.pop(tp, None)
                 self._reader.remove(tp)
             self.tasks = {key: each for key, each in self.tasks.items() if each is not task}
-            await task.close()
+            task.cancel()
+        for task in tasks:
+            await task.closed()
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
@@ -225,7 +232,13 @@ class TaskManager:
 
     async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
         """Records were deleted before they were read: go on as for a partition without offset, and say so."""
-        position = (await self._reset([tp]))[tp]
+        while True:
+            try:
+                position = (await self._reset([tp]))[tp]
+                break
+            except RetriableError as unanswered:
+                logger.warning("looking for the start of %s: %s; trying again", tp, unanswered)
+                await self._clock.sleep(_RETRY_S)
         logger.error(
             "%s; going on at %d as auto_offset_reset=%s says: records in between were deleted before this app read "
             "them, or the topic was made anew",

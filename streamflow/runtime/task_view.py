@@ -42,6 +42,7 @@ class TaskView(Protocol):
     sub_topology: SubTopology
     max_unsent_bytes: int
     committed: dict[TopicPartition, int]
+    lost: bool
     failed: Callable[[Processor, RecordError, list[Staged]], None]
 
     def start_positions(self) -> dict[TopicPartition, int]:
