@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import anyio
 import typer
 
 from streamflow.cli.names import topic_names
 from streamflow.cli.options import Session
 from streamflow.cli.output import as_json, introduce, note, run_async, write
+from streamflow.cli.signals import HANDLED
 from streamflow.cli.text import plain, shown
 from streamflow.clock import SystemClock
 from streamflow.config import nearest
@@ -35,10 +37,7 @@ def tail(
     """Print a topic's records, from the beginning by default, and wait for more until Ctrl-C."""
     introduce(session)
     follower = _Follower(session, topic, from_end=start == "end", limit=limit, until_end=until_end, json=json)
-    try:
-        run_async(follower.run)
-    except KeyboardInterrupt:
-        return
+    run_async(follower.run)
 
 
 class _Follower:
@@ -60,6 +59,13 @@ class _Follower:
         self._json = json
 
     async def run(self) -> None:
+        """Print until the limit, the end or a signal."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_cancel_at_signal, tasks.cancel_scope)
+            await self._run()
+            tasks.cancel_scope.cancel()
+
+    async def _run(self) -> None:
         broker = self._session.settings.broker
         async with connect(broker, clock=SystemClock(), client_id=f"{self._session.app.id}-tail") as log:
             partitions = await self._wait_for_topic(log)
@@ -144,6 +150,13 @@ class _Follower:
         if errors:
             line["error"] = "; ".join(errors)
         return as_json(line) if self._json else _for_people(line)
+
+
+async def _cancel_at_signal(scope: anyio.CancelScope) -> None:
+    # Ours and not Python's own handler of Ctrl-C: a shell's background jobs start without that.
+    with anyio.open_signal_receiver(*HANDLED) as received:
+        async for _ in received:
+            scope.cancel()
 
 
 async def _first(admin: Admin, tp: TopicPartition) -> int:

@@ -208,13 +208,14 @@ def test_a_tombstone_a_partition_and_no_key(shell):
 # --- tail -----------------------------------------------------------------------------------------------------------
 
 
-def test_tail_follows_until_ctrl_c(shell):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_tail_follows_until_ctrl_c(number, shell):
     shell("send", "orders.py", "orders", order(1))
     tail = shell.start("tail", "orders.py", "orders")
     tail.wait_for('"order_id":1')
     shell("send", "orders.py", "orders", order(2))
     tail.wait_for('"order_id":2')
-    tail.signal(signal.SIGINT)
+    tail.signal(number)
     assert tail.wait() == 0
     assert "Traceback" not in tail.err
 
