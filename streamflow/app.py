@@ -52,6 +52,7 @@ class App(Declarations):
         rebalance_timeout_ms: How long a rebalance waits for a worker to hand its partitions over.
         max_poll_interval_ms: How long one record may take before the worker gives its partitions up.
         shutdown_timeout_s: Seconds a stopping worker may take to finish its records and commit.
+        start_timeout_s: Seconds a starting worker waits for a log that does not answer.
         linger_ms: How long an output may wait for others to share its batch.
         compression: Compression of the batches written.
         max_task_idle_ms: How long a task with several inputs waits for an empty one.
@@ -83,6 +84,7 @@ class App(Declarations):
         rebalance_timeout_ms: int | None = None,
         max_poll_interval_ms: int | None = None,
         shutdown_timeout_s: float | None = None,
+        start_timeout_s: float | None = None,
         linger_ms: int | None = None,
         compression: Compression | None = None,
         max_task_idle_ms: int | None = None,

@@ -123,6 +123,9 @@ class Settings:
     shutdown_timeout_s: Annotated[
         float, About("Seconds a stopping worker may take to finish its records and commit.", 0.1, 3600)
     ] = 10.0
+    start_timeout_s: Annotated[
+        float, About("Seconds a starting worker waits for a log that does not answer.", 0, 3600)
+    ] = 30.0
     linger_ms: Annotated[int, About("Milliseconds an output may wait for others to share its batch.", 0, 60_000)] = 5
     compression: Annotated[Compression, About("Compression of the batches written.")] = "zstd"
     max_task_idle_ms: Annotated[

@@ -64,6 +64,7 @@ def test_the_documented_defaults():
         rebalance_timeout_ms=60_000,
         max_poll_interval_ms=300_000,
         shutdown_timeout_s=10.0,
+        start_timeout_s=30.0,
         linger_ms=5,
         compression="zstd",
         max_task_idle_ms=0,

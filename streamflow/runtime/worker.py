@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +17,7 @@ import anyio
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
-from streamflow.errors import ConfigurationError, RecordError, StreamFlowError, TopologyError
+from streamflow.errors import ConfigurationError, LogUnavailableError, RecordError, StreamFlowError, TopologyError
 from streamflow.log.api import Group, GroupSettings, Log, Reader, TopicDescription
 from streamflow.log.codec import COMPRESSIONS
 from streamflow.log.connect import connect
@@ -47,6 +47,7 @@ from streamflow.sensors import Sensors
 logger = logging.getLogger("streamflow.worker")
 
 _FINAL_COMMIT_S = 3.0
+_START_RETRY_S = 0.5
 
 
 class Worker:
@@ -77,7 +78,7 @@ class Worker:
         self.sensors = sensors or Sensors()
         self._until_end = until_end
         self._on_progress = on_progress or _no_progress
-        self._log = connect(settings.broker, clock=self.clock, client_id=f"streamflow-{app.id}")
+        self._log = self._connect()
         self.guarantee = self._chosen_guarantee()
         self.state = "starting"
         self._stop = anyio.Event()
@@ -95,6 +96,9 @@ class Worker:
     def address(self) -> str:
         """The log's absolute address, without secrets."""
         return self._log.address
+
+    def _connect(self) -> Log:
+        return connect(self.settings.broker, clock=self.clock, client_id=f"streamflow-{self.app.id}")
 
     def _chosen_guarantee(self) -> str:
         asked = self.settings.processing_guarantee
@@ -176,8 +180,10 @@ class Worker:
             topology = self.app.topology()
             self._check_leader(bool(topology.sub_topologies))
             with one_error():
-                async with self._open_log() as log:
-                    await self._run_on(log, topology)
+                async with AsyncExitStack() as stack:
+                    log = await self._open_log(stack)
+                    if log is not None:
+                        await self._run_on(log, topology)
         finally:
             self.state = "stopped"
             self._started.set()
@@ -193,10 +199,27 @@ class Worker:
                     "partition 0 of its first source topic"
                 )
 
-    @asynccontextmanager
-    async def _open_log(self) -> AsyncGenerator[Log]:
-        async with self._log as log:
-            yield log
+    async def _open_log(self, stack: AsyncExitStack) -> Log | None:
+        """Open the log, and wait a while for one that is away; None when a stop is asked for first."""
+        timeout_s = self.settings.start_timeout_s
+        deadline_s = anyio.current_time() + timeout_s
+        told = False
+        while True:
+            try:
+                return await stack.enter_async_context(self._log)
+            except LogUnavailableError as error:
+                if anyio.current_time() + _START_RETRY_S > deadline_s:
+                    raise LogUnavailableError(
+                        f"{error}\nwaited {timeout_s:g} s for it (start_timeout_s): start it, or say where it is with "
+                        "broker= or STREAMFLOW_BROKER"
+                    ) from error
+                if not told:
+                    logger.warning("%s; waiting for it, %g s at most", error, timeout_s)
+                    told = True
+            with anyio.move_on_after(_START_RETRY_S):
+                await self._stop.wait()
+                return None
+            self._log = self._connect()
 
     async def _run_on(self, log: Log, topology: Any) -> None:
         descriptions = await prepare_topics(self.app, self.settings, log.admin)
