@@ -58,11 +58,7 @@ class KafkaAdmin(Admin):
     async def topics(self) -> Sequence[str]:
         async def attempt() -> Sequence[str]:
             response = await self._client.metadata(None)
-            return sorted(
-                name
-                for code, name, is_internal, *_ in response.topics
-                if not code and not is_internal and not name.startswith("__")
-            )
+            return sorted(name for code, name, is_internal, *_ in response.topics if not code and not is_internal)
 
         return await self._retried(attempt)
 
@@ -86,7 +82,7 @@ class KafkaAdmin(Admin):
             raise codes.error(code, f"create topic {name}")
 
     async def _until_usable(self, names: Sequence[str]) -> None:
-        """Until every broker's metadata show a leader for every partition, asked thrice in a row at most."""
+        """Until the metadata show a leader for every partition."""
         failures = 0
         with anyio.move_on_after(_TIMEOUT_S):
             while True:

@@ -173,6 +173,13 @@ class Client:
         except Exception as exc:
             raise codes.translated(exc, what) from exc
 
+    def close_lane(self, owner: object) -> None:
+        """Close the connections of the lanes (owner, ...): a request may still be parked on them."""
+        for key in [key for key in self._connections if isinstance(key[1], tuple) and key[1][0] is owner]:
+            self._connections.pop(key).close()
+        for key in [key for key in self._connecting if isinstance(key[1], tuple) and key[1][0] is owner]:
+            del self._connecting[key]
+
     # --- metadata ------------------------------------------------------------------------------------------------
 
     def leader(self, tp: TopicPartition) -> int | None:

@@ -101,6 +101,7 @@ class KafkaReader(Reader):
         for timer in self._timers:
             timer.cancel()
         await self._tasks.__aexit__()
+        self._client.close_lane(self)
 
     # --- contract ------------------------------------------------------------------------------------------------
 
@@ -116,7 +117,9 @@ class KafkaReader(Reader):
             self._answers.pop(position, None)
 
     def ask(self, tp: TopicPartition) -> None:
-        position = self._positions[tp]
+        position = self._positions.get(tp)
+        if position is None:
+            raise InternalError(f"{tp} was not added to the {self._lane} lane, or was removed from it")
         if position.state is _State.IDLE:
             self._want(position)
 
@@ -208,7 +211,7 @@ class KafkaReader(Reader):
             read_committed=self._read_committed,
         )
         try:
-            response: FetchResponse = await self._client.send(node, call, ("fetch", self._lane, slot))
+            response: FetchResponse = await self._client.send(node, call, (self, slot))
         except RetriableError as exc:
             self._count(str(exc), positions)
             self._find_leaders_of(positions)
@@ -327,7 +330,7 @@ class KafkaReader(Reader):
             positions = list(self._homeless)
             if not positions:
                 continue
-            failures = max((position.failures for position in positions), default=0)
+            failures = min((position.failures for position in positions), default=0)
             if failures:
                 await anyio.sleep(backoff_s(failures))
             try:

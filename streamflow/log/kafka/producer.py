@@ -45,6 +45,7 @@ DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's own default of max.message.byte
 _SLOTS = 5
 _MAX_REQUEST_BYTES = 4 << 20
 _FLUSH_AT_CLOSE_S = 5.0
+_LATE_ANSWER_S = 0.5
 _UNKNOWN_TOPIC_S = 10.0
 _SEQUENCE_MASK = 0x7FFFFFFF
 _IDENTITY_REFUSED = frozenset(
@@ -141,7 +142,7 @@ class KafkaProducer(Producer):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if exc_info[0] is None:
+        if exc_info[0] is None or isinstance(exc_info[1], Exception):
             with anyio.move_on_after(_FLUSH_AT_CLOSE_S):
                 await self._settled()
         self._closed = True
@@ -417,6 +418,8 @@ class KafkaProducer(Producer):
             now = time.monotonic()
             if first.deadline > now:
                 await anyio.sleep(first.deadline - now)
+                # A loop that was blocked has not read its answers yet: they come first.
+                await anyio.sleep(min(time.monotonic() - first.deadline, _LATE_ANSWER_S))
                 continue
             for partition in self._partitions.values():
                 if partition.queue and partition.queue[0].deadline <= now:
@@ -449,7 +452,7 @@ class KafkaProducer(Producer):
             await self._leader_needed.wait()
             self._leader_needed.clear()
             partitions = list(self._homeless)
-            failures = max((partition.failures for partition in partitions), default=0)
+            failures = min((partition.failures for partition in partitions), default=0)
             if failures:
                 await anyio.sleep(backoff_s(failures))
             try:

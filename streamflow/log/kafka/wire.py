@@ -91,7 +91,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka is
 class _BearerAuthenticator:
     """OAUTHBEARER (RFC 7628), with the answer looked at: aiokafka's takes a refusal for success."""
 
-    def __init__(self, provider: TokenProvider) -> None:
+    def __init__(self, provider: AbstractTokenProvider) -> None:
         self._provider = provider
         self._sent = False
 
@@ -105,8 +105,9 @@ class _BearerAuthenticator:
 
 
 class _KafkaConnection(AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is untyped
-    def authenticator_oauth(self) -> _BearerAuthenticator:
-        return _BearerAuthenticator(self._sasl_oauth_token_provider)
+    def authenticator_oauth(self) -> Any:
+        provider: Any = self._sasl_oauth_token_provider
+        return _BearerAuthenticator(provider)
 
 
 async def connect(host: str, port: int, **options: Any) -> Connection:
