@@ -81,7 +81,7 @@ class Asks:
             if not await self._clock.wait(self._ready, timeout_s):
                 raise TimeoutError(f"agent {agent.name!r}: the reply topic {self._reply_to.topic!r} cannot be read")
             topic = agent.input_topics[0]
-            headers = ask_headers(self._reply_to.topic, self._reply_to.partition, ask_id)
+            headers = ask_headers(self._reply_to.topic, self._reply_to.partition, ask_id, agent.name)
             await self._sender.send(topic, key, value, partition=None, timestamp_ms=None, headers=headers)
             if not await self._clock.wait(event, max(0.0, deadline_s - self._clock.monotonic())):
                 raise TimeoutError(

@@ -24,7 +24,7 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.stream import Event, View
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import Staged, write
-from streamflow.runtime.record_errors import STOP, Drop, RecordErrors
+from streamflow.runtime.record_errors import Drop, RecordErrors
 from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn import Turn, unit_in_context
 
@@ -212,6 +212,9 @@ class Feed(Turn, Generic[T]):
                 error.at(self.tp.topic, self.tp.partition, record.offset)
                 if not await self.settle(error, attempt):
                     return Drop
+                if record.headers:  # they went with the stage
+                    self.forget_headers()
+                    self.take_headers(record)
 
     async def _decode_fully(self, record: LogRecord) -> Any:
         try:
@@ -241,8 +244,9 @@ class Feed(Turn, Generic[T]):
                 letters = self.errors.dead_letters(self, decision.dead_letter, error, attempt)
             except RecordError as unwritable:
                 unwritable.__cause__ = error
-                error, decision = unwritable, STOP
+                error, decision = self._placed(unwritable), self.errors.stop()
         self.answer_error(error)
+        self.forget_headers()
         if decision.stop:
             self.task.failed(self.agent, error, list(self.stage))
             self.stage.clear()
@@ -250,6 +254,10 @@ class Feed(Turn, Generic[T]):
         self.stage.extend(letters)
         self.finish()
         return False
+
+    def _placed(self, error: RecordError) -> RecordError:
+        (tp, record), *_ = self.in_hand()
+        return error.at(tp.topic, tp.partition, record.offset)
 
     async def _back_off(self, delay_s: float) -> None:
         """Wait before the next try; a feed that is cut meanwhile is parked with the unit in hand."""

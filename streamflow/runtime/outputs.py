@@ -19,7 +19,7 @@ from streamflow.processing.topic import Topic
 _BATCH_BYTES = 512 * 1024
 _RECORD_OVERHEAD_BYTES = 61 + 32
 _REMEMBERED_KEYS = 50_000
-_REMEMBERED_KEY_BYTES = 1024
+REMEMBERED_KEY_BYTES = 1024
 
 
 class Target:
@@ -82,8 +82,8 @@ def write(stage: Iterable[Staged]) -> None:
 class OutputPartition:
     """One task's unsent records for one partition of one topic.
 
-    `append` is the codec's own: it takes the record's number in the batch first, and returns None when the batch is full
-    (or none is open). Whoever calls it then counts in `count`, or calls `roll`.
+    `append` is the codec's own: it takes the record's number in the batch first, and returns None when the batch is
+    full (or none is open). Whoever calls it then counts in `count`, or calls `roll`.
 
     Args:
         output: The topic.
@@ -160,7 +160,7 @@ class OutputTopic:
         found = self.by_key.get(key)
         if found is None:
             found = self.partitions[self.target.partition_of(key)]
-            if len(key) <= _REMEMBERED_KEY_BYTES:
+            if len(key) <= REMEMBERED_KEY_BYTES:
                 if len(self.by_key) >= _REMEMBERED_KEYS:
                     self.by_key.clear()
                 self.by_key[key] = found

@@ -35,9 +35,6 @@ class Decision:
     stop: bool = False
 
 
-STOP = Decision(stop=True)
-
-
 class RecordErrors:
     """Decides about the failed records of one agent.
 
@@ -70,8 +67,12 @@ class RecordErrors:
         if isinstance(policy, DeadLetter):
             self._tell("dead_letter", f"sent to dead-letter topic {policy.topic.name!r}", error)
             return Decision(dead_letter=policy.topic)
+        return self.stop()
+
+    def stop(self) -> Decision:
+        """Count a record that stops the worker."""
         self._sensors.record_error(self._agent.name, "stop")
-        return STOP
+        return Decision(stop=True)
 
     def _tell(self, policy: str, done: str, error: RecordError) -> None:
         self._sensors.record_error(self._agent.name, policy)

@@ -16,7 +16,7 @@ from streamflow.processing.context import current_turn
 from streamflow.processing.stream import Stream
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.feed import Feed, processing_error
-from streamflow.runtime.turn import NO_HEADERS, unit_in_context
+from streamflow.runtime.turn import NO_HEADERS, call_in_context, unit_in_context
 
 _THREAD_BATCH_RECORDS = 256
 
@@ -40,11 +40,17 @@ class AgentRun:
         body = self._body()
         with self.scope:
             while True:
+                self.feed.call = object()
+                call_in_context.set(self.feed.call)
                 try:
                     await body()
                 except Exception as exc:
+                    if self.feed.task.is_closing:
+                        return  # it made something of its cancellation
                     await self._failed(exc)
                 else:
+                    if self.feed.task.is_closing:
+                        return
                     await self._returned()
 
     def _body(self) -> Callable[[], Awaitable[None]]:

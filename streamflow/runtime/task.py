@@ -114,6 +114,8 @@ class Task:
         self.state = "created"
         # Its partitions went to another worker: nothing of it is committed any more.
         self.lost = False
+        # Its agents are being cancelled.
+        self.is_closing = False
         self._runs = self._make_runs(agents)
 
     def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
@@ -212,6 +214,7 @@ class Task:
         if self.state == "created":
             self._ended.set()
         self.state = "closing"
+        self.is_closing = True
         self._scope.cancel()
 
     async def closed(self) -> None:

@@ -43,6 +43,7 @@ class TaskView(Protocol):
     max_unsent_bytes: int
     committed: dict[TopicPartition, int]
     lost: bool
+    is_closing: bool
     failed: Callable[[Processor, RecordError, list[Staged]], None]
 
     def start_positions(self) -> dict[TopicPartition, int]:

@@ -20,13 +20,16 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
 from streamflow.runtime.derived import Copier, Processor
-from streamflow.runtime.outputs import OutputPartition, Staged
+from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged
 from streamflow.runtime.task_view import TaskView
 
 NO_HEADERS: list[tuple[str, bytes | None]] = []
 
 unit_in_context: ContextVar[object] = ContextVar("streamflow_unit", default=None)
 """The unit a task of user code was started in: one that outlives it is noticed when it sends."""
+
+call_in_context: ContextVar[object] = ContextVar("streamflow_call", default=None)
+"""The call of the agent function it was started in: after an error the same unit comes again in another call."""
 
 
 class EndOfHeaders(OutputPartition):
@@ -77,6 +80,7 @@ class Turn:
         # Whether yields may take the short way: one record in hand, no headers to pass on, nobody asked.
         self.is_plain = True
         self._end_of_headers = EndOfHeaders(self)
+        self.call: object = None
 
     # --- what is in hand ---------------------------------------------------------------------------------------
 
@@ -91,7 +95,7 @@ class Turn:
         if isinstance(self.agent, Copier):
             return
         self.headers = trace_headers(record.headers)
-        reply = reply_address(record.headers)
+        reply = reply_address(record.headers, self.agent.name)
         if reply is not None:
             self.replies.append(reply)
         self.is_plain = False
@@ -114,7 +118,7 @@ class Turn:
 
     def _check_alive(self) -> None:
         unit = self.unit if self.unit is not None else self.record
-        if unit is None or unit_in_context.get() is not unit:
+        if unit is None or unit_in_context.get() is not unit or call_in_context.get() is not self.call:
             raise ClosedError(
                 f"agent {self.agent.name!r}: a task that was started while an earlier record was processed sent "
                 "something after that record was done; await it before asking for the next record"
@@ -178,7 +182,8 @@ class Turn:
     def emitter(self) -> Callable[[Any], None]:
         """What to call with each value the agent yields or returns."""
         topics = self.agent.sink_topics
-        if len(topics) == 1 and self.timestamp_of is None and same_key(self.source, topics[0]):
+        sources = self.agent.input_topics
+        if len(topics) == 1 and all(each.timestamp_ms_of is None and same_key(each, topics[0]) for each in sources):
             return self._fast_emitter(topics[0])
         return self.emit
 
@@ -219,7 +224,7 @@ class Turn:
     def _fast_emitter(self, topic: Topic[Any, Any]) -> Callable[[Any], None]:
         output = self.task.outputs.to(topic)
         remembered, of_key = output.by_key.get, output.of_key
-        safe_bytes = output.target.max_record_bytes // 2
+        safe_bytes = output.target.max_record_bytes - REMEMBERED_KEY_BYTES
         exact, encode = topic.value_codec.exact_type, topic.value_codec.fast_encode
         stage_append, emit = self.stage.append, self.emit
         if exact is None or encode is None:
@@ -229,7 +234,12 @@ class Turn:
             record = self.record
             if type(result) is exact and self.is_plain and record is not None:
                 key = record.key
-                out = remembered(key) or of_key(key)  # type: ignore[arg-type]  # a null key is never remembered
+                out = remembered(key)  # type: ignore[arg-type]  # a null key is never remembered
+                if out is None:
+                    if key is not None and len(key) > REMEMBERED_KEY_BYTES:
+                        emit(result)  # checks the size of both
+                        return
+                    out = of_key(key)
                 try:
                     data = encode(result)
                 except Exception:
