@@ -16,7 +16,7 @@ import anyio
 from streamflow.errors import StreamFlowError
 
 ACTIVE_POLL_S = 0.002
-IDLE_POLL_S = 0.012
+IDLE_POLL_S = 0.015
 ACTIVE_FOR_S = 2.0
 """Polling slows down this long after records were last written or found."""
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-import sys
 import threading
 from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
 from typing import IO, TypeVar
 
 from streamflow.clock import Clock, SystemClock
+from streamflow.errors import ConfigurationError
 from streamflow.log.sqlite import schema
 from streamflow.log.sqlite.background import background
 from streamflow.log.sqlite.changes import Changes
@@ -36,11 +36,12 @@ from streamflow.log.sqlite.faults import prepare_directory, refuse_network_file_
 
 T = TypeVar("T")
 
+OLDEST_SQLITE = (3, 35, 0)  # INSERT ... RETURNING
 _PRAGMAS = (
     "temp_store = MEMORY",
     "cache_size = -8192",
-    "wal_autocheckpoint = 4096",  # pages, so 16 MiB: fewer flushes of the database than with SQLite's 4 MiB
-    "journal_size_limit = 67108864",
+    "wal_autocheckpoint = 0",  # see Session.checkpoint
+    "journal_size_limit = 33554432",
 )
 _PEEK_TIMEOUT_S = 0.25
 """The event loop itself waits no longer than this for a reader's lock (which only a recovery takes)."""
@@ -90,10 +91,6 @@ class Database(ABC):
     @abstractmethod
     def take_lease(self) -> bool:
         """Become the one that maintains the database, until it is closed; False while another one is."""
-
-    @abstractmethod
-    def write_ahead_bytes(self) -> int:
-        """Size of the write-ahead log."""
 
     @abstractmethod
     def wrote(self, *, members: bool = False) -> None:
@@ -147,12 +144,6 @@ class FileDatabase(Database):
         self._lease = self._stack.enter_context(lease)
         return True
 
-    def write_ahead_bytes(self) -> int:
-        try:
-            return os.stat(f"{self.name}-wal").st_size
-        except OSError:
-            return 0
-
     async def lane(self, name: str) -> Runner:
         return await ThreadRunner(lambda: self.session(durable=False), f"streamflow-log-{name}").start()
 
@@ -177,6 +168,11 @@ class FileDatabase(Database):
         return self._watch.direct(_data_version)
 
     def _open_first(self) -> Session:
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            raise ConfigurationError(
+                f"log {self.name}: this Python comes with SQLite {sqlite3.sqlite_version}; "
+                f"{'.'.join(map(str, OLDEST_SQLITE))} or newer is needed"
+            )
         prepare_directory(self.name)
         refuse_network_file_system(self.name)
         session = self._connect()
@@ -267,9 +263,6 @@ class MemoryDatabase(Database):
             self.memory.maintainer = self.memory.maintainer or self
             return self.memory.maintainer is self
 
-    def write_ahead_bytes(self) -> int:
-        return 0
-
     async def lane(self, name: str) -> Runner:
         return self.writer
 
@@ -297,9 +290,8 @@ def _configure(sql: sqlite3.Connection, *, durable: bool) -> None:
     for pragma in _PRAGMAS:
         sql.execute(f"PRAGMA {pragma}")
     sql.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-    if sys.platform == "darwin":  # whose fsync leaves data in the drive's cache
-        sql.execute(f"PRAGMA fullfsync = {'ON' if durable else 'OFF'}")
-        sql.execute("PRAGMA checkpoint_fullfsync = ON")
+    # On macOS, fsync leaves data in the drive's cache; elsewhere this changes nothing.
+    sql.execute(f"PRAGMA fullfsync = {'ON' if durable else 'OFF'}")
 
 
 def _data_version(sql: sqlite3.Connection) -> int:

@@ -208,6 +208,14 @@ class SqliteGroup(Group):
             self._waiter.set_result(None)
 
 
+def _known(error: Exception) -> StreamFlowError:
+    if isinstance(error, StreamFlowError):
+        return error
+    unknown = InternalError(f"the heartbeat failed: {error!r}")
+    unknown.__cause__ = error
+    return unknown
+
+
 def _without(standing: Standing, partitions: frozenset[TopicPartition]) -> Standing:
     return Standing(standing.member_id, standing.generation, standing.version, standing.owned - partitions)
 
@@ -256,8 +264,8 @@ async def _beat_inline(group: SqliteGroup, heart: Heart, database: Database) -> 
                     await due
         try:
             group.apply(heart.beat())
-        except StreamFlowError as error:
-            group.fail(error)
+        except Exception as error:
+            group.fail(_known(error))
             return
 
 
@@ -312,12 +320,8 @@ class HeartThread:
             self._tell(self._first, heart.beat())
             self._keep_beating(heart)
             heart.leave()
-        except StreamFlowError as error:
-            self._tell(self._failed, error)
-        except BaseException as exc:
-            failure = InternalError(f"the heartbeat of group {self._mine.group_id!r} failed: {exc!r}")
-            failure.__cause__ = exc
-            self._tell(self._failed, failure)
+        except Exception as error:
+            self._tell(self._failed, _known(error))
         finally:
             if session is not None:
                 session.close()

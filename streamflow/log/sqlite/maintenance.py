@@ -12,6 +12,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -25,7 +26,6 @@ from streamflow.model.record import TopicPartition
 
 INTERVAL_S = 30.0
 BATCHES_AT_ONCE = 64
-LARGE_WRITE_AHEAD_BYTES = 32 * 1024 * 1024
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class Maintenance:
                     await self._compact(place)
                 except MovedError as error:
                     logger.debug("%s", error)
-        if self._database.write_ahead_bytes() > LARGE_WRITE_AHEAD_BYTES:
-            await self._lane.direct(_truncate)
+        with suppress(RetriableError):  # somebody writes: then that one does it before long
+            await self._lane.checkpoint()
 
     async def _step(self, work: Work[bool]) -> bool:
         started = time.monotonic()
@@ -153,7 +153,7 @@ class Maintenance:
 
     async def _replace(self, compactor: Compactor, rewritten: Rewritten) -> None:
         if rewritten.old:
-            await self._lane.write(lambda sql: compactor.replace(sql, rewritten))
+            await self._lane.write(lambda sql: compactor.replace(sql, rewritten), adds_bytes=rewritten.clean_bytes)
 
 
 def _places(sql: sqlite3.Connection) -> list[Place]:
@@ -162,9 +162,3 @@ def _places(sql: sqlite3.Connection) -> list[Place]:
         "WHERE t.config <> '{}' ORDER BY p.id"
     )
     return [Place(TopicPartition(topic, number), id_, json.loads(config)) for topic, number, id_, config in rows]
-
-
-def _truncate(sql: sqlite3.Connection) -> None:
-    # A passive checkpoint keeps nobody waiting and leaves the second one little to do under the lock.
-    sql.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    sql.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

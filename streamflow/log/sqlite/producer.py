@@ -169,7 +169,10 @@ class SqliteProducer(Producer):
         try:
             while entries := self._without_failed(entries):
                 try:
-                    answers = await self._database.writer.write(lambda sql, e=entries: self._insert(sql, e))  # type: ignore[misc]
+                    answers = await self._database.writer.write(
+                        lambda sql, entries=entries: self._insert(sql, entries),  # type: ignore[misc]
+                        adds_bytes=sum(entry.batch.size_bytes for entry in entries),
+                    )
                 except RetriableError as error:
                     entries = self._in_time(entries, error)
                     await self._database.waits.sleep(_RETRY_S)
@@ -274,7 +277,7 @@ class SqliteTransactionalProducer(TransactionalProducer):
             if commit.membership is not None:
                 tables.store_offsets(sql, commit.membership.group_id, commit.offsets)
 
-        await self._database.writer.write(work)
+        await self._database.writer.write(work, adds_bytes=sum(batch.size_bytes for _, batch in commit.outputs))
         self._database.wrote()
 
     def max_batch_bytes(self, topic: str) -> int:

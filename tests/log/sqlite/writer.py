@@ -60,8 +60,8 @@ async def be_member(log: SqliteLog, number: str) -> None:
             numbers = sorted(tp.partition for tp in event.partitions)
             match event:
                 case Assigned():
-                    say(f"assigned {numbers}")
                     await group.commit(dict.fromkeys(event.partitions, OffsetMark(int(number))), group.membership)
+                    say(f"assigned {numbers}")
                 case Revoked():
                     group.revoked(event.partitions)
                     say(f"revoked {numbers}")
