@@ -13,8 +13,9 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, cast, overload
 
 from typing_extensions import TypeVar
 
-from streamflow.errors import ConfigurationError
+from streamflow.errors import ConfigurationError, RecordError
 from streamflow.model.record import Headers
+from streamflow.model.serde import NeedSchema
 
 V = TypeVar("V", covariant=True)
 K = TypeVar("K", covariant=True, default=Any)
@@ -79,7 +80,20 @@ class Source(Protocol):
         ...
 
     def as_view(self, value: Any, view: View) -> Any:
-        """The record in hand as `view` says."""
+        """The record in hand as `view` says.
+
+        Raises:
+            RecordError: Its key does not decode.
+            NeedSchema: Its key needs a schema.
+        """
+
+    async def resolve(self, view: View) -> tuple[bool, Any]:
+        """What `as_view` could not give: once the schema is loaded, or the policy has acted.
+
+        Returns:
+            Whether the record is to be handed out, and as what.
+        """
+        ...
 
 
 _Step: TypeAlias = tuple[Literal["map", "filter"], Callable[[Any], Any]]
@@ -113,7 +127,12 @@ class Stream(Generic[V, K]):
 
     async def _viewed(self) -> AsyncIterator[V]:
         async for value in self._source:
-            kept, item = await self._apply(self._source.as_view(value, self._view))
+            try:
+                kept, item = True, self._source.as_view(value, self._view)
+            except (RecordError, NeedSchema):  # of the key: it concerns the policy, not the agent
+                kept, item = await self._source.resolve(self._view)
+            if kept and self._steps:
+                kept, item = await self._apply(item)
             if kept:
                 yield item
 

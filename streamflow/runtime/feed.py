@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from itertools import chain
-from operator import length_hint
+from itertools import chain, groupby
+from operator import itemgetter, length_hint
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 from streamflow.errors import ClosedError, ConfigurationError, DeserializationError, ProcessingError, RecordError
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
+from streamflow.model.serde import BoundCodec
 from streamflow.processing.stream import Event, View
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import Staged, write
@@ -32,6 +34,7 @@ _RUN_S = 0.004
 _SLICE_S = 0.01
 _MAX_RUN_RECORDS = 512
 _FIRST_RUN_RECORDS = 8
+_TIME_RESOLUTION_S = 1e-6
 
 T = TypeVar("T")
 _EMPTY: Iterator[Any] = iter(())
@@ -73,7 +76,6 @@ class Feed(Turn, Generic[T]):
         self.codec = codec
         copies = isinstance(self.agent, Copier) and self.agent.rekey is None
         self.decode: Callable[[Any], Any] = _as_it_is if copies else codec.fast_decode or self._decode_with_headers
-        self.timestamp_of = self.task.timestamp_of(topic)
 
     def _decode_with_headers(self, data: bytes | None) -> Any:
         record = self.record
@@ -197,32 +199,54 @@ class Feed(Turn, Generic[T]):
         self._failing = first
         return self._attempts
 
-    async def decode_or_resolve(self, record: LogRecord) -> Any:
+    async def decode_or_resolve(self, record: LogRecord, view: View = "values") -> Any:
         """Decode a record whose fast decoding failed; the policy decides when it really is undecodable.
 
         Returns:
-            The value, or `Drop` when the record is to be passed over (its unit is already finished).
+            What `view` shows, or `Drop` when the record is to be passed over (its unit is already finished).
         """
         attempt = 0
         while True:
             try:
-                return await self._decode_fully(record)
+                item = await self._decode_fully(record, view)
             except RecordError as error:
                 attempt += 1
                 error.at(self.tp.topic, self.tp.partition, record.offset)
+                self._take_headers_again(record)
                 if not await self.settle(error, attempt):
                     return Drop
-                if record.headers:  # they went with the stage
-                    self.forget_headers()
-                    self.take_headers(record)
+            else:
+                if attempt:
+                    self._take_headers_again(record)
+                return item
 
-    async def _decode_fully(self, record: LogRecord) -> Any:
+    def _take_headers_again(self, record: LogRecord) -> None:
+        if record.headers:
+            self.forget_headers()
+            self.take_headers(record)
+
+    async def resolve(self, view: View) -> tuple[bool, Any]:
+        """See `processing.stream.Source`."""
+        record = self.record
+        if record is None:
+            raise ClosedError("there is no record in hand")
+        item = await self.decode_or_resolve(record, view)
+        return item is not Drop, item
+
+    async def _decode_fully(self, record: LogRecord, view: View) -> Any:
+        value = await self._decode_part(self.codec, record.value, record)
+        if view == "values":
+            return value
+        await self._decode_part(self.source.key_codec, record.key, record)
+        return self.as_view(value, view)
+
+    async def _decode_part(self, codec: BoundCodec[Any], data: bytes | None, record: LogRecord) -> Any:
         try:
-            return await self.task.decode(self.codec, record)
+            return await self.task.decode(codec, data, record.headers)
         except DeserializationError:
             raise
         except Exception as exc:
-            raise self.codec.explain(exc, record.value) from exc
+            raise codec.explain(exc, data or b"") from exc
 
     async def settle(self, error: RecordError, attempt: int) -> bool:
         """Let the policy act on the unit in hand after its `attempt`-th failure.
@@ -278,6 +302,8 @@ class DirectFeed(Feed[LogRecord]):
         super().__init__(task, agent, errors)
         self._positions = task.start_positions()
         self._together: list[LogRecord] | None = None
+        # Runs that were put back, to be processed again before anything new is taken.
+        self._again: deque[tuple[TopicPartition, list[LogRecord]]] = deque()
 
     async def __anext__(self) -> Any:
         stage = self.stage
@@ -320,7 +346,12 @@ class DirectFeed(Feed[LogRecord]):
         in_hand = self.in_hand()
         for tp, record in reversed(in_hand):
             self._positions[tp] = record.offset
-        self.records = chain([record for _, record in in_hand], self.records)
+        if not self.stopping:
+            runs = [(tp, [record for _, record in part]) for tp, part in groupby(in_hand, key=itemgetter(0))]
+            if rest := list(self.records):
+                runs.append((self.tp, rest))
+            self._again.extendleft(reversed(runs))
+        self.records = _EMPTY
         self.record = None
         self.unit = None
 
@@ -360,7 +391,7 @@ class DirectFeed(Feed[LogRecord]):
             if task.outputs.sealed_bytes >= task.max_unsent_bytes:
                 await task.delivery.make_room(task)
                 continue
-            run = task.inputs.next_run(self._run_records)
+            run = self._again.popleft() if self._again else self._next_of_inputs()
             if run is not None:
                 self._install(*run)
                 return True
@@ -368,20 +399,21 @@ class DirectFeed(Feed[LogRecord]):
             if keep is not None and task.input_ended():
                 return False
             await task.delivery.idle(task)
+            left_s = None if timeout_s is None else timeout_s - (task.clock.monotonic() - started_s)
+            if left_s is not None and left_s <= _TIME_RESOLUTION_S:
+                return False
             self.waits_for_time = keep is not None
-            if timeout_s is None:
-                await task.inputs.wait()
-            else:
-                left_s = timeout_s - (task.clock.monotonic() - started_s)
-                if left_s <= 0 or not await task.inputs.wait_at_most(left_s):
-                    self.waits_for_time = False
-                    return False
+            await task.inputs.wait(left_s)
             self.waits_for_time = False
             self._slice_started_s = perf_counter()
 
-    def _install(self, source: Any, records: list[LogRecord]) -> None:
-        if source.tp != self.tp:
-            self._set_source(self.task.topic_of(source.tp), source.tp)
+    def _next_of_inputs(self) -> tuple[TopicPartition, list[LogRecord]] | None:
+        run = self.task.inputs.next_run(self._run_records)
+        return None if run is None else (run[0].tp, run[1])
+
+    def _install(self, tp: TopicPartition, records: list[LogRecord]) -> None:
+        if tp != self.tp:
+            self._set_source(self.task.topic_of(tp), tp)
         self._run_length = len(records)
         self._run_started_s = perf_counter()
         self.records = iter(records)
@@ -468,20 +500,22 @@ class DirectFeed(Feed[LogRecord]):
             handed out first, since this record does not decode and its fate must not hang on theirs.
         """
         self.unit, self.record = None, record
-        if record.headers:
-            self.take_headers(record)
         try:
-            value = self.decode(record.value)
+            item = self.as_view(self.decode(record.value), view)
         except Exception:
             if unit:
                 self.records = chain((record,), self.records)
                 self.record = None
                 return END_UNIT
-            value = await self.decode_or_resolve(record)
-            if value is Drop:
+            item = await self.decode_or_resolve(record, view)
+            if item is Drop:
                 return Drop
+        if record.headers:
+            if not unit:
+                self.forget_headers()
+            self.take_headers(record)
         unit.append((self.tp, record))
-        return self.as_view(value, view)
+        return item
 
 
 def _as_it_is(data: bytes | None) -> bytes | None:

@@ -19,6 +19,7 @@ from streamflow.log.batch import LogRecord, RecordBatch
 from streamflow.model.record import TopicPartition
 
 _LOW_WATER_BYTES = 512 * 1024
+_TIME_RESOLUTION_S = 1e-6
 _EMPTY: Iterator[LogRecord] = iter(())
 
 
@@ -135,7 +136,7 @@ class Input:
 
     def position_when_drained(self) -> int | None:
         """Where the position may jump to once no record is in hand (over markers and holes)."""
-        if self._head is not None or self._batches:
+        if self.head() is not None:
             return None
         if self.limit is not None and self._jump is not None:
             return min(self._jump, max(self.limit, self.position))
@@ -161,6 +162,7 @@ class Inputs:
         self._ask = ask
         self._arrived = asyncio.Event()
         self._idle_since: float | None = None
+        self._idle_left_s: float | None = None
         self.enforced = 0
 
     def add(self, fetched: Fetched) -> None:
@@ -179,31 +181,20 @@ class Inputs:
         """Wake whoever waits."""
         self._arrived.set()
 
-    async def wait(self) -> None:
-        """Wait until something arrived or `wake` was called.
+    async def wait(self, at_most_s: float | None = None) -> None:
+        """Wait until something arrived or `wake` was called, or it is time to go on without an idle input.
+
+        Args:
+            at_most_s: Seconds after which to return in any case, > 0; None for no limit.
 
         Cancellation: atomic.
         """
-        if self._idle_since is None:
-            await self._arrived.wait()
+        limits_s = [limit_s for limit_s in (at_most_s, self._idle_left_s) if limit_s is not None]
+        if limits_s:
+            await self._clock.wait(self._arrived, max(0.001, min(limits_s)))
         else:
-            await self._clock.wait(
-                self._arrived, max(0.001, self._max_task_idle_s - (self._clock.monotonic() - self._idle_since))
-            )
+            await self._arrived.wait()
         self._arrived.clear()
-
-    async def wait_at_most(self, timeout_s: float) -> bool:
-        """Wait as `wait` does, but not for ever.
-
-        Args:
-            timeout_s: Seconds, > 0.
-
-        Returns:
-            Whether something arrived.
-        """
-        arrived = await self._clock.wait(self._arrived, timeout_s)
-        self._arrived.clear()
-        return arrived
 
     def next_run(self, max_records: int) -> tuple[Input, list[LogRecord]] | None:
         """Take the next run of records, all of one input; None when there is none to take now."""
@@ -218,13 +209,17 @@ class Inputs:
         ready = [each for each in self.by_tp.values() if each.head() is not None]
         for each in self.by_tp.values():
             self.ask_more(each)
-        if not ready or (len(ready) < len(self.by_tp) and not self._may_go_without(ready)):
+        self._idle_left_s = None
+        if len(ready) == len(self.by_tp):
+            self._idle_since = None
+        elif not ready or not self._may_go_without(ready):
             return None
         first = min(ready, key=Input.head_timestamp_ms)
         others = [each.head_timestamp_ms() for each in ready if each is not first]
         return first, first.take(max_records, min(others) if others else None)
 
     def _may_go_without(self, ready: list[Input]) -> bool:
+        """Whether the inputs without a record were waited for long enough; once they were, until they have one."""
         for each in self.by_tp.values():
             if each in ready or each.limit_reached_by(each.fetched_to):
                 continue
@@ -235,8 +230,9 @@ class Inputs:
             now = self._clock.monotonic()
             if self._idle_since is None:
                 self._idle_since = now
-            if now - self._idle_since < self._max_task_idle_s:
+            left_s = self._idle_since + self._max_task_idle_s - now
+            if left_s > _TIME_RESOLUTION_S:
+                self._idle_left_s = left_s
                 return False
-        self._idle_since = None
         self.enforced += 1
         return True

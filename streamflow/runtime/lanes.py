@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from time import perf_counter
 from typing import Any
 from zlib import crc32
@@ -40,15 +41,15 @@ class Entry:
         agents: How many agents have to finish it.
     """
 
-    __slots__ = ("glued", "pending", "record", "stages", "tp")
+    __slots__ = ("number", "pending", "record", "stages", "tp", "until")
 
     def __init__(self, tp: TopicPartition, record: LogRecord, agents: int) -> None:
         self.tp = tp
         self.record = record
         self.pending = agents
         self.stages: list[list[Staged]] = []
-        # Set inside a unit of take(): this entry may not leave without the next one.
-        self.glued = False
+        # Its place in the ledger, and inside a unit of take() that of the last one: they leave together.
+        self.number = self.until = -1
 
 
 class Ledger:
@@ -56,32 +57,45 @@ class Ledger:
 
     Args:
         positions: Next offset per partition at the start.
+        drained: Told when nothing is in flight.
     """
 
-    def __init__(self, positions: dict[TopicPartition, int]) -> None:
+    def __init__(self, positions: dict[TopicPartition, int], drained: Callable[[], None]) -> None:
         self._positions = positions
+        self._drained = drained
         self._entries: deque[Entry] = deque()
+        # Done, but held by a unit whose last record is not.
+        self._held: deque[Entry] = deque()
+        self._until = -1
+        self._opened = 0
         self._moved = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._held) + len(self._entries)
 
     def open(self, entry: Entry) -> None:
         """Add the record taken last."""
+        entry.number = entry.until = self._opened
+        self._opened += 1
         self._entries.append(entry)
 
-    def finish(self, entry: Entry, stage: list[Staged]) -> None:
-        """One agent is done with a record."""
+    def finish(self, entries: Sequence[Entry], stage: list[Staged]) -> None:
+        """One agent is done with a record, or with the records of a unit."""
+        last = entries[-1]
         if stage:
-            entry.stages.append(stage)
-        entry.pending -= 1
-        count = 0
-        while count < len(self._entries) and self._entries[count].pending == 0:
-            count += 1
-            if not self._entries[count - 1].glued:
-                for _ in range(count):
-                    self._leave(self._entries.popleft())
-                count = 0
+            last.stages.append(stage)
+        for entry in entries:
+            entry.pending -= 1
+            entry.until = max(entry.until, last.number)
+        while self._entries and self._entries[0].pending == 0:
+            entry = self._entries.popleft()
+            self._held.append(entry)
+            self._until = max(self._until, entry.until)
+            if entry.number >= self._until:
+                while self._held:
+                    self._leave(self._held.popleft())
+        if not self._entries:
+            self._drained()
 
     def _leave(self, entry: Entry) -> None:
         for stage in entry.stages:
@@ -92,17 +106,21 @@ class Ledger:
     def positions(self) -> Mapping[TopicPartition, int]:
         """Next offset per partition: the oldest unfinished record of it, or what comes after the last."""
         positions = dict(self._positions)
-        for entry in reversed(self._entries):
+        for entry in chain(reversed(self._entries), reversed(self._held)):
             positions[entry.tp] = entry.record.offset
         return positions
 
     def jump(self, tp: TopicPartition, position: int) -> None:
         """Move over a hole in the offsets; only while nothing is in flight."""
-        if not self._entries and position > self._positions[tp]:
+        if not len(self) and position > self._positions[tp]:
             self._positions[tp] = position
 
+    def wake(self) -> None:
+        """Wake who waits for an entry to leave."""
+        self._moved.set()
+
     async def wait_moved(self) -> None:
-        """Wait until an entry has left."""
+        """Wait until an entry has left, or `wake`."""
         self._moved.clear()
         await self._moved.wait()
 
@@ -123,6 +141,8 @@ class LaneFeed(Feed[Entry]):
         self.queue: deque[Entry] = deque()
         self._arrived = asyncio.Event()
         self._entries: list[Entry] = []
+        # Whether a unit waits for more than is in flight.
+        self.is_hungry = False
         self._taken_at_s = 0.0
 
     def push(self, entry: Entry) -> None:
@@ -165,31 +185,34 @@ class LaneFeed(Feed[Entry]):
             if entry is not None:
                 return entry
 
-    async def _entry_within(self, timeout_s: float | None) -> Entry | None:
+    async def _entry_within(self, timeout_s: float | None, *, in_unit: bool = False) -> Entry | None:
         """The next entry; None when the time is over, or the input has ended and a unit waits for more."""
         if self.stopping:
             await self.park()
         if not self.queue:
             self._arrived.clear()
             self.waits_for_time = bool(self._entries)
+            if in_unit and self._entries:
+                self.is_hungry = True
+                self._ledger.wake()
             if timeout_s is None:
                 await self._arrived.wait()
             else:
                 await self.task.clock.wait(self._arrived, timeout_s)
-            self.waits_for_time = False
+            self.waits_for_time = self.is_hungry = False
             self._slice_started_s = perf_counter()
         if self.stopping:
             await self.park()
         return self.queue.popleft() if self.queue else None
 
-    def _hold(self, entry: Entry) -> LogRecord:
+    def _hold(self, entry: Entry, *, in_unit: bool = False) -> LogRecord:
         if entry.tp != self.tp:
             self._set_source(self.task.topic_of(entry.tp), entry.tp)
         self._entries = [entry]
         record = self.record = entry.record
         unit_in_context.set(record)
         self._taken_at_s = perf_counter()
-        if record.headers:
+        if record.headers and not in_unit:
             self.take_headers(record)
         return record
 
@@ -207,11 +230,7 @@ class LaneFeed(Feed[Entry]):
         self.forget_headers()
         stage = [staged for staged in self.stage if not isinstance(staged[0], EndOfHeaders)]
         self.stage.clear()
-        for entry in entries[:-1]:
-            entry.glued = True
-        for entry in entries[:-1]:
-            self._ledger.finish(entry, [])
-        self._ledger.finish(entries[-1], stage)
+        self._ledger.finish(entries, stage)
 
     def put_back(self) -> None:
         self.stage.clear()
@@ -235,9 +254,9 @@ class LaneFeed(Feed[Entry]):
         deadline_s: float | None = None
         while len(items) < max_records:
             left_s = None if deadline_s is None else deadline_s - self.task.clock.monotonic()
-            if left_s is not None and left_s <= 0:
+            if left_s is not None and left_s <= 0 and not self.queue:
                 break
-            entry = await self._entry_within(left_s)
+            entry = await self._entry_within(left_s, in_unit=True)
             if entry is None:
                 if unit and (deadline_s is not None or self.task.input_ended()):
                     break
@@ -252,22 +271,27 @@ class LaneFeed(Feed[Entry]):
         self._entries = unit
         self.unit = [(entry.tp, entry.record) for entry in unit]
         self.record = unit[-1].record if unit else None
+        self.is_plain = False
         unit_in_context.set(self.unit)
         return items
 
     async def _take_one(self, entry: Entry, unit: list[Entry], view: View) -> Any:
-        record = self._hold(entry)
+        record = self._hold(entry, in_unit=True)
         try:
-            value = self.decode(record.value)
+            item = self.as_view(self.decode(record.value), view)
         except Exception:
             if unit:
                 self.queue.appendleft(entry)
                 return END_UNIT
-            value = await self.decode_or_resolve(record)
-            if value is Drop:
+            item = await self.decode_or_resolve(record, view)
+            if item is Drop:
                 return Drop
+        if record.headers:
+            if not unit:
+                self.forget_headers()
+            self.take_headers(record)
         unit.append(entry)
-        return self.as_view(value, view)
+        return item
 
 
 class Dispatcher:
@@ -294,13 +318,16 @@ class Dispatcher:
         """Run until cancelled."""
         task, ledger = self._task, self._ledger
         while True:
-            if len(ledger) >= self._max_in_flight:
+            room = self._max_in_flight - len(ledger)
+            if room <= 0 and not self._is_hungry():
                 await ledger.wait_moved()
                 continue
             if task.outputs.sealed_bytes >= task.max_unsent_bytes:
                 await task.delivery.make_room(task)
                 continue
-            run = None if self.stopping else task.inputs.next_run(min(_RUN_RECORDS, self._max_in_flight - len(ledger)))
+            if self.stopping:
+                return
+            run = task.inputs.next_run(min(_RUN_RECORDS, room) if room > 0 else _RUN_RECORDS)
             if run is None:
                 await self._wait()
                 continue
@@ -309,6 +336,9 @@ class Dispatcher:
             for record in records:
                 self._dispatch(Entry(source.tp, record, len(readers)), readers)
             await asyncio.sleep(0)
+
+    def _is_hungry(self) -> bool:
+        return any(lane.is_hungry for lanes in self._lanes for lane in lanes)
 
     async def _wait(self) -> None:
         for tp, each in self._task.inputs.by_tp.items():

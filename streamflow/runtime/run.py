@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import anyio
@@ -19,6 +20,7 @@ from streamflow.runtime.feed import Feed, processing_error
 from streamflow.runtime.turn import NO_HEADERS, call_in_context, unit_in_context
 
 _THREAD_BATCH_RECORDS = 256
+_THREAD_BATCH_S = 0.05
 
 
 class AgentRun:
@@ -105,21 +107,33 @@ class AgentRun:
             feed.finish_many(done, rest)
             if error is not None:
                 raise error
+            if len(done) <= len(rest):
+                feed.put_back()
 
     def _work_through(
         self, function: Callable[..., Any], first: Any, rest: list[LogRecord]
     ) -> tuple[list[list[Any]], Exception | None]:
-        """In the worker thread: the stages of the records that succeeded, and the error of the one that did not."""
+        """In the worker thread: the stages of the records that succeeded, and the error of the one that did not.
+
+        It comes back early when its time is over, when the task is to stop, and for a record that does not decode:
+        that one is looked at on the event loop.
+        """
         feed = self.feed
         done: list[list[Any]] = []
         value = first
+        until_s = perf_counter() + _THREAD_BATCH_S
         for number in range(len(rest) + 1):
-            try:
-                if number:
-                    record = rest[number - 1]
-                    feed.record = record
-                    unit_in_context.set(record)
+            if number:
+                record = rest[number - 1]
+                if feed.stopping or perf_counter() > until_s:
+                    break
+                try:
                     value = feed.codec.decode(record.value, record.headers)
+                except Exception:
+                    break
+                feed.record = record
+                unit_in_context.set(record)
+            try:
                 feed.emit(function(value))
             except Exception as exc:
                 return done, exc

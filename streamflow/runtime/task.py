@@ -17,7 +17,7 @@ from streamflow.clock import Clock
 from streamflow.errors import DeserializationError, RecordError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
-from streamflow.model.record import TopicPartition
+from streamflow.model.record import Headers, TopicPartition
 from streamflow.model.serde import BoundCodec, NeedSchema
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
@@ -105,7 +105,7 @@ class Task:
         self._targets = shared.targets
         self._topics = {topic.name: topic for topic in topics}
         self._positions = dict(positions)
-        inputs = [Input(tp, at, self.timestamp_of(self._topics[tp.topic])) for tp, at in positions.items()]
+        inputs = [Input(tp, at, self._timestamp_of(self._topics[tp.topic])) for tp, at in positions.items()]
         self.inputs = Inputs(inputs, shared.clock, shared.max_task_idle_s, shared.ask)
         self._owners: dict[int, asyncio.Task[Any] | None] = {}
         self._dispatcher: Dispatcher | None = None
@@ -122,7 +122,7 @@ class Task:
         if len(agents) == 1 and agents[0].concurrency == 1:
             feed = DirectFeed(self, agents[0], RecordErrors(agents[0], self.sensors))
             return [AgentRun(agents[0], feed)]
-        ledger = Ledger(self.start_positions())
+        ledger = Ledger(self.start_positions(), self.inputs.wake)
         lanes = [
             [LaneFeed(self, agent, RecordErrors(agent, self.sensors), ledger) for _ in range(agent.concurrency)]
             for agent in agents
@@ -140,7 +140,7 @@ class Task:
         """The declared topic of a source partition."""
         return self._topics[tp.topic]
 
-    def timestamp_of(self, topic: Topic[Any, Any]) -> Callable[[LogRecord], int] | None:
+    def _timestamp_of(self, topic: Topic[Any, Any]) -> Callable[[LogRecord], int] | None:
         """The topic's timestamp extractor over raw records; None where the record's own timestamp counts."""
         extract = topic.timestamp_ms_of
         return None if extract is None else partial(_extracted, extract, topic.value_codec)
@@ -164,18 +164,18 @@ class Task:
                 self.inputs.by_tp[tp].flush_at = end
                 self.inputs.wake()
 
-    async def decode(self, codec: BoundCodec[Any], record: LogRecord) -> Any:
-        """Decode a record whole, loading a schema that is not known yet (off the record's turn)."""
+    async def decode(self, codec: BoundCodec[Any], data: bytes | None, headers: Headers) -> Any:
+        """Decode a key or value, loading a schema that is not known yet (off the record's turn)."""
         try:
-            return codec.decode(record.value, record.headers)
+            return codec.decode(data, headers)
         except NeedSchema as need:
             if codec.load_schema is None:
                 raise DeserializationError(
-                    f"the value needs schema {need.id}, which its serializer cannot load: give the codec an "
+                    f"the {codec.part} needs schema {need.id}, which its serializer cannot load: give the codec an "
                     "async method load_schema(id)"
                 ) from need
             await codec.load_schema(need.id)
-            return codec.decode(record.value, record.headers)
+            return codec.decode(data, headers)
 
     # --- life --------------------------------------------------------------------------------------------------
 
@@ -215,6 +215,8 @@ class Task:
             self._ended.set()
         self.state = "closing"
         self.is_closing = True
+        for run in self._runs:
+            run.feed.cut()
         self._scope.cancel()
 
     async def closed(self) -> None:

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from streamflow.clock import Clock
 from streamflow.errors import RecordError
 from streamflow.log.api import OffsetMark
-from streamflow.log.batch import LogRecord
-from streamflow.model.record import TopicPartition
+from streamflow.model.record import Headers, TopicPartition
 from streamflow.model.serde import BoundCodec
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
@@ -54,10 +53,6 @@ class TaskView(Protocol):
         """The declared topic of a source partition."""
         ...
 
-    def timestamp_of(self, topic: Topic[Any, Any]) -> Callable[[LogRecord], int] | None:
-        """The topic's timestamp extractor over raw records; None where the record's own timestamp counts."""
-        ...
-
     def owner_of(self, feed: Any) -> asyncio.Task[Any] | None:
         """The asyncio task in which the agent of a feed runs."""
         ...
@@ -70,8 +65,8 @@ class TaskView(Protocol):
         """Whether a bounded run has taken everything there is to take."""
         ...
 
-    async def decode(self, codec: BoundCodec[Any], record: LogRecord) -> Any:
-        """Decode a record whole, loading a schema that is not known yet."""
+    async def decode(self, codec: BoundCodec[Any], data: bytes | None, headers: Headers) -> Any:
+        """Decode a key or value, loading a schema that is not known yet."""
 
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit."""

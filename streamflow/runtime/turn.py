@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from streamflow.errors import ClosedError, ProductionError, TopologyError
+from streamflow.errors import ClosedError, ProcessingError, ProductionError, TopologyError
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import Headers, TopicPartition
 from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, trace_headers
@@ -74,7 +74,6 @@ class Turn:
         self.tp = TopicPartition("", -1)
         self.source: Topic[Any, Any] = agent.input_topics[0]
         self.unit: list[tuple[TopicPartition, LogRecord]] | None = None
-        self.timestamp_of: Callable[[LogRecord], int] | None = None
         self.headers = NO_HEADERS
         self.replies: list[tuple[str, int, bytes]] = []
         # Whether yields may take the short way: one record in hand, no headers to pass on, nobody asked.
@@ -112,7 +111,15 @@ class Turn:
         record = self.record
         if record is None:
             return self.task.clock.now_ms()
-        return record.timestamp if self.timestamp_of is None else self.timestamp_of(record)
+        extract = self.source.timestamp_ms_of
+        if extract is None:
+            return record.timestamp
+        try:
+            return extract(self.source.value_codec.decode(record.value, record.headers))
+        except Exception as exc:
+            raise ProcessingError(
+                f"timestamp= of topic {self.source.name!r} raised {type(exc).__name__}: {exc}"
+            ) from exc
 
     # --- sending -----------------------------------------------------------------------------------------------
 
