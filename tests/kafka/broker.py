@@ -29,6 +29,8 @@ HOST = "127.0.0.1"
 
 SCRAM_USER, SCRAM_PASSWORD = "ann", "ann-very-secret"
 PLAIN_USER, PLAIN_PASSWORD = "bob", "bob-very-secret"
+POWERLESS_USER, POWERLESS_PASSWORD = "eve", "eve-very-secret"
+"""A PLAIN user that may connect and nothing else; the others may do everything."""
 
 LOG4J = """\
 <Configuration status="WARN">
@@ -97,7 +99,8 @@ class Broker:
     """One broker process and its data directory.
 
     `certificates` opens three more listeners: SSL, SASL_SSL and SASL_PLAINTEXT, with users for SCRAM-SHA-256/512 and
-    PLAIN, and OAUTHBEARER with unsecured tokens. `controllers` ({node id: port}) makes it one node of a `Cluster`.
+    PLAIN, OAUTHBEARER with unsecured tokens, and an authorizer. `controllers` ({node id: port}) makes it one node of a
+    `Cluster`.
     """
 
     def __init__(
@@ -281,7 +284,9 @@ class Broker:
         if self._certificates is None:
             return {}
         modules = "org.apache.kafka.common.security"
-        plain = f'{modules}.plain.PlainLoginModule required user_{PLAIN_USER}="{PLAIN_PASSWORD}";'
+        users = {PLAIN_USER: PLAIN_PASSWORD, POWERLESS_USER: POWERLESS_PASSWORD}
+        plain = f"{modules}.plain.PlainLoginModule required"
+        plain += "".join(f' user_{user}="{password}"' for user, password in users.items()) + ";"
         oauth = f'{modules}.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="broker";'
         settings = {
             "ssl.keystore.type": "PEM",
@@ -290,6 +295,8 @@ class Broker:
             "ssl.truststore.location": str(self._certificates.authority),
             "ssl.client.auth": "none",
             "listener.name.ssl.ssl.client.auth": "required",
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": f"User:ANONYMOUS;User:{SCRAM_USER};User:{PLAIN_USER};User:CN=client",
             "sasl.enabled.mechanisms": "SCRAM-SHA-256,SCRAM-SHA-512,PLAIN,OAUTHBEARER",
         }
         for listener in ("sasl_ssl", "sasl_plaintext"):

@@ -19,6 +19,7 @@ from streamflow.model.record import TopicPartition
 T = TypeVar("T")
 
 _TIMEOUT_S = 30.0
+_GONE_TIMEOUT_S = 5.0
 _TOPIC_RESOURCE = 2
 _NO_ID = bytes(16)
 _PARTITION_DEFAULT_SOURCES = frozenset({5, 6})  # the broker's defaults; all other sources somebody set
@@ -103,9 +104,21 @@ class KafkaAdmin(Admin):
 
         if topics:
             await self._retried(attempt)
+            await self._until_gone(topics)
             self._client.forget(topics)
             for name in topics:
                 self._limits.pop(name, None)
+
+    async def _until_gone(self, names: Sequence[str]) -> None:
+        """A topic made again at once would else be taken for the old one."""
+        failures = 0
+        with anyio.move_on_after(_GONE_TIMEOUT_S):
+            while True:
+                await self._client.refresh(names)
+                if not any(name in self._client.topics for name in names):
+                    return
+                failures += 1
+                await anyio.sleep(backoff_s(failures, cap_s=0.2))
 
     async def _configs(self, names: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
         """What differs from the brokers' defaults, and `max.message.bytes` in any case."""

@@ -1,5 +1,6 @@
 """TLS and SASL against the real broker; secrets stay out of every text."""
 
+import asyncio
 import base64
 import json
 import logging
@@ -7,14 +8,22 @@ import time
 
 import pytest
 
-from streamflow.errors import ConfigurationError, LogUnavailableError
+from streamflow.errors import AuthorizationError, ConfigurationError, LogUnavailableError
 from streamflow.log.api import GroupSettings, NewTopic
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import TopicPartition
-from tests.contracts.records import Watched, batch, read_to, spread, until, values
+from tests.contracts.records import Watched, batch, read_to, receive, spread, until, values
 from tests.kafka import certificates
-from tests.kafka.broker import PLAIN_PASSWORD, PLAIN_USER, SCRAM_PASSWORD, SCRAM_USER, Broker
+from tests.kafka.broker import (
+    PLAIN_PASSWORD,
+    PLAIN_USER,
+    POWERLESS_PASSWORD,
+    POWERLESS_USER,
+    SCRAM_PASSWORD,
+    SCRAM_USER,
+    Broker,
+)
 from tests.kafka.fixtures import unavailable
 from tests.kafka.jars import JarsMissingError
 
@@ -196,6 +205,40 @@ async def test_an_unknown_authority_is_said(secure, caplog):
 async def test_a_missing_client_certificate_is_said(secure, tls, caplog):
     options = Kafka(servers=secure.listener("SSL"), security_protocol="SSL", ssl_cafile=str(tls.authority))
     assert "TLS failed" in await refused(options, caplog)
+
+
+async def test_what_a_user_may_not_do_is_named(secure, name):
+    topic, group_id = name("t"), name("g")
+    tp = TopicPartition(topic, 0)
+    async with KafkaLog(Kafka(servers=secure.bootstrap), client_id="test") as log:
+        await log.admin.create([NewTopic(topic, 1)])
+    options = Kafka(
+        servers=secure.listener("SASL_PLAINTEXT"),
+        security_protocol="SASL_PLAINTEXT",
+        sasl_mechanism="PLAIN",
+        sasl_username=POWERLESS_USER,
+        sasl_password=POWERLESS_PASSWORD,
+    )
+    async with KafkaLog(options, client_id="test") as log:
+        with pytest.raises(AuthorizationError, match=f"describe topic {topic}.*TOPIC_AUTHORIZATION_FAILED"):
+            await log.admin.describe([topic])
+        with pytest.raises(AuthorizationError, match=f"create topic {name('new')}"):
+            await log.admin.create([NewTopic(name("new"), 1)])
+        with pytest.raises(AuthorizationError, match=f"group {group_id}"):
+            await log.admin.group_offsets(group_id)
+        async with log.reader("source") as reader:
+            reader.add(tp, 0)
+            reader.ask(tp)
+            (fetched,) = await receive(reader)
+            assert isinstance(fetched.error, AuthorizationError)
+            assert str(fetched.error).startswith(f"read {tp}: ")
+        async with log.producer() as producer:
+            with pytest.raises(AuthorizationError, match=f"write to {tp}"):
+                await (await producer.enqueue(tp, batch(b"x")))
+        async with log.group(group_id, frozenset({topic}), spread, GroupSettings()) as group:
+            with pytest.raises(AuthorizationError, match=f"{group_id}.*GROUP_AUTHORIZATION_FAILED"):
+                async with asyncio.timeout(10):
+                    await group.next_event()
 
 
 def test_a_wrong_key_password_is_said_and_not_repeated(tls):

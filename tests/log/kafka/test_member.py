@@ -1,0 +1,127 @@
+"""What a round changes for a member, without a broker."""
+
+import time
+
+import pytest
+
+from streamflow.errors import FatalError, RetriableError
+from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, Revoked
+from streamflow.log.kafka import codes
+from streamflow.log.kafka.client import Client
+from streamflow.log.kafka.member import GroupMember, Vitals
+from streamflow.log.kafka.options import Kafka
+from streamflow.model.record import TopicPartition
+from tests.contracts.records import spread
+
+
+def tps(*numbers):
+    return frozenset(TopicPartition("t", number) for number in numbers)
+
+
+class Rounds:
+    """A member that is told the outcome of each round."""
+
+    def __init__(self, **settings):
+        self.events, self.memberships, self.generation = [], [], 0
+        client = Client(Kafka(servers="h:1"), "test")
+        self.member = GroupMember(
+            client, "g", frozenset({"t"}), spread, GroupSettings(**settings), self, Vitals(time.monotonic())
+        )
+
+    def news(self, membership, events):
+        self.memberships.append(membership)
+        self.events += events
+
+    def failed(self, error):
+        raise error
+
+    def round(self, assigned):
+        self.events.clear()
+        self.generation += 1
+        self.member._rejoin = False
+        self.member._member_id, self.member._generation = "m", self.generation
+        self.member._settle(assigned)
+        return list(self.events)
+
+
+async def test_only_differences_are_told():
+    rounds = Rounds()
+    assert rounds.round(tps(0, 1)) == [Assigned(tps(0, 1), 1)]
+    assert rounds.round(tps(0, 1)) == []
+    assert rounds.round(tps(1, 2)) == [Revoked(tps(0)), Assigned(tps(2), 3)]
+    assert rounds.memberships[-1] == Membership("g", "m", 3)
+
+
+async def test_what_was_answered_is_claimed_no_more_and_asks_for_a_round():
+    rounds = Rounds()
+    rounds.round(tps(0, 1))
+    rounds.round(tps(0))
+    assert rounds.member._owned == tps(0, 1)
+    assert not rounds.member._rejoin
+    rounds.member.answered(tps(1))
+    assert rounds.member._owned == tps(0)
+    assert rounds.member._rejoin
+
+
+async def test_what_a_later_round_gives_back_while_it_is_revoked_is_assigned_anew_once_it_is_answered():
+    rounds = Rounds()
+    rounds.round(tps(0, 1))
+    rounds.round(tps(0))
+    assert rounds.round(tps(0, 1)) == []
+    rounds.member.answered(tps(1))
+    assert rounds.events == [Assigned(tps(1), 3)]
+    assert rounds.member._owned == tps(0, 1)
+    assert not rounds.member._rejoin
+
+
+async def test_a_round_is_asked_for_when_the_last_revocation_is_answered():
+    rounds = Rounds()
+    rounds.round(tps(0, 1, 2))
+    rounds.round(tps(0))
+    rounds.member.answered(tps(1))
+    assert not rounds.member._rejoin
+    rounds.member.answered(tps(2))
+    assert rounds.member._rejoin
+    rounds.member.answered(tps(2))  # twice means nothing
+    assert rounds.member._owned == tps(0)
+
+
+async def test_a_late_revocation_is_lost():
+    rounds = Rounds(rebalance_timeout_ms=0)
+    rounds.round(tps(0, 1))
+    rounds.round(tps(0))
+    rounds.events.clear()
+    rounds.member._expire_revocations()
+    (lost,) = rounds.events
+    assert isinstance(lost, Lost)
+    assert lost.partitions == tps(1)
+    assert rounds.member._rejoin
+
+
+async def test_an_unknown_member_loses_everything_and_joins_anew():
+    rounds = Rounds()
+    rounds.round(tps(0, 1))
+    rounds.member._on_error(codes.UNKNOWN_MEMBER_ID, "heartbeat to")
+    assert rounds.events[-1].partitions == tps(0, 1)
+    assert rounds.memberships[-1] is None
+    assert (rounds.member._member_id, rounds.member._owned, rounds.member._rejoin) == ("", frozenset(), True)
+
+
+@pytest.mark.parametrize("code", [codes.ILLEGAL_GENERATION, codes.REBALANCE_IN_PROGRESS])
+async def test_a_missed_round_loses_nothing(code):
+    rounds = Rounds()
+    rounds.round(tps(0, 1))
+    rounds.member._on_error(code, "heartbeat to")
+    assert (rounds.member._member_id, rounds.member._owned, rounds.member._rejoin) == ("m", tps(0, 1), True)
+
+
+@pytest.mark.parametrize("code", [14, 15, 16, -1, 9999])
+async def test_a_coordinator_that_moved_is_looked_for_again(code):
+    with pytest.raises(RetriableError):
+        Rounds().member._on_error(code, "join")
+
+
+@pytest.mark.parametrize("code", [23, 24, 26, 30, 35, 81])
+async def test_what_cannot_be_helped_is_fatal_and_names_the_group(code):
+    with pytest.raises(FatalError, match="group g"):
+        Rounds().member._on_error(code, "join")
