@@ -48,6 +48,7 @@ logger = logging.getLogger("streamflow.worker")
 
 _FINAL_COMMIT_S = 3.0
 _START_RETRY_S = 0.5
+_JOIN_POLL_S = 0.05
 
 
 class Worker:
@@ -319,7 +320,7 @@ class Worker:
             )
             if ends is not None:
                 manager.limits = ends.limits
-            tasks.start_soon(self._announce, manager)
+            tasks.start_soon(self._announce, manager, group)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
                 self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task)
@@ -333,8 +334,11 @@ class Worker:
             await self._closed(manager)
             tasks.cancel_scope.cancel()
 
-    async def _announce(self, manager: TaskManager) -> None:
-        await manager.assigned_once.wait()
+    async def _announce(self, manager: TaskManager, group: Group) -> None:
+        """Running begins with the first assignment; to be a member without partitions is one, too."""
+        while not manager.assigned_once.is_set() and not _is_idle(group):
+            with anyio.move_on_after(_JOIN_POLL_S):
+                await manager.assigned_once.wait()
         if self.state == "starting":
             self.state = "running"
         self._started.set()
@@ -384,6 +388,11 @@ def _reply_topic(
     name = reply_topic_name(app.id)
     topic: Topic[Any, Any] = Topic(app, name, internal=True)
     return topic, descriptions[name]
+
+
+def _is_idle(group: Group) -> bool:
+    """Whether it is a member that has, at present, nothing to do: a group tells no empty assignments."""
+    return group.membership is not None and not group.assignment and group.statistics().rebalances > 0
 
 
 def _no_progress(_: Progress) -> None:
