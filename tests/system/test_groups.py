@@ -1,0 +1,186 @@
+"""Workers that share a group: partitions are split, handed over and taken over; what stays is not disturbed."""
+
+import time
+
+import pytest
+
+from tests.system.harness import STOPPED, System, per_key, until, without_repeats
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+SESSION_S = 2.0
+PARTITIONS = 4
+WATCHED = """
+@app.on_revoked
+def revoked(partitions) -> None:
+    print("revoked hook", sorted(str(each) for each in partitions if each.topic == ID + "-numbers"), flush=True)
+
+@app.agent(numbers, sink=results)
+async def double(stream: sf.Stream[int]) -> AsyncIterator[int]:
+    async for number in stream:
+        yield number * 2
+"""
+
+
+async def check(system: System, *, exactly: bool) -> None:
+    """The results are the map of the input: record by record, or apart from repeats."""
+    taken, made = await system.read("numbers"), await system.read("results")
+    if exactly:
+        assert made == {partition: [(key, 2 * value) for key, value in rows] for partition, rows in taken.items()}
+        return
+    for partition, rows in taken.items():
+        kept = {key: without_repeats(values) for key, values in per_key(made[partition]).items()}
+        assert kept == {key: [2 * value for value in values] for key, values in per_key(rows).items()}
+
+
+async def test_two_workers_split_and_take_over(system: System) -> None:
+    system.write_app(WATCHED)
+    await system.create("numbers", partitions=PARTITIONS)
+    async with system.load("numbers", per_s=1000) as sent:
+        first = await system.started()
+        await first.owns(system.topic("numbers"), PARTITIONS)
+        second = await system.started()
+        ours = await second.owns(system.topic("numbers"), 2)
+        kept = await first.owns(system.topic("numbers"), 2)
+        assert ours | kept == set(range(PARTITIONS))
+
+        second.kill()
+        killed_s = time.monotonic()
+        await first.owns(system.topic("numbers"), PARTITIONS, within_s=SESSION_S + 5)
+        assert time.monotonic() - killed_s < SESSION_S + 5
+
+        third = await system.started()
+        await third.owns(system.topic("numbers"), 2)
+        assert await third.stops() == STOPPED
+        await first.owns(system.topic("numbers"), PARTITIONS, within_s=SESSION_S)
+    await system.has_committed("numbers", sent.total())
+    assert await first.stops() == STOPPED
+    await check(system, exactly=not system.is_kafka)
+
+
+async def test_what_a_worker_keeps_is_not_disturbed_when_another_joins(system: System) -> None:
+    system.write_app(WATCHED)
+    await system.create("numbers", partitions=PARTITIONS)
+    async with system.load("numbers", per_s=1000) as sent:
+        first, second = await system.started(), await system.started()
+        await first.owns(system.topic("numbers"), 2)
+        await second.owns(system.topic("numbers"), 2)
+        before = {worker: await worker.owned(system.topic("numbers")) for worker in (first, second)}
+        gone = {worker: worker.said.count("revoked: ") for worker in (first, second)}
+
+        third = await system.started()
+        came = await third.owns(system.topic("numbers"), 1)
+        for worker in (first, second):
+            kept = before[worker] - came
+            await worker.owns(system.topic("numbers"), len(kept))
+            assert await worker.owned(system.topic("numbers")) == kept
+            told = worker.said.split("revoked: ")[1 + gone[worker] :]
+            assert len(told) == len(before[worker] & came), worker.said
+        await system.has("results", await system.count("results") + 500)
+        for worker in (third, second, first):
+            assert await worker.stops() == STOPPED
+        again = await system.started()
+        await system.has_committed("numbers", sent.total())
+    await system.has_committed("numbers", sent.total())
+    assert await again.stops() == STOPPED
+    # Nobody crashed: not even at least once repeats anything.
+    await check(system, exactly=True)
+
+
+async def test_more_workers_than_partitions(system: System) -> None:
+    system.write_app(WATCHED, partitions=1)
+    await system.create("numbers", partitions=1)
+    first, second = await system.started(), await system.started()
+
+    async def one_has_it() -> bool:
+        return sorted([len(await each.owned(system.topic("numbers"))) for each in (first, second)]) == [0, 1]
+
+    await until(one_has_it, system.told)
+    async with system.load("numbers", per_s=200) as sent:
+        await system.has("results", 100)
+        owner = first if await first.owned(system.topic("numbers")) else second
+        assert await owner.stops() == STOPPED
+        await system.has("results", await system.count("results") + 100)
+    await system.has_committed("numbers", sent.total())
+    await check(system, exactly=True)
+
+
+# --- long and stuck records -------------------------------------------------------------------------------------------
+
+STUBBORN = """
+@app.agent(numbers, sink=results)
+async def stubborn(stream: sf.Stream[int]) -> AsyncIterator[int]:
+    async for number in stream:
+        if number == 3 and os.environ.get("STUBBORN"):
+            print("stubborn", flush=True)
+            WAIT
+        yield number * 2
+"""
+
+
+async def test_a_blocked_event_loop_keeps_its_partitions(system: System) -> None:
+    system.write_app(STUBBORN.replace("WAIT", "time.sleep(6)"))
+    await system.create("numbers", partitions=PARTITIONS)
+    first = system.start(STUBBORN="1")
+    await first.ready()
+    await system.write("numbers", [(b"a", number) for number in range(6)])
+    await first.says("stubborn")
+    second = await system.started()
+    await system.has("results", 6)
+    assert "lost: " not in first.said, first.said
+    assert await first.stops() == STOPPED
+    assert await second.stops() == STOPPED
+    await check(system, exactly=True)
+
+
+async def test_an_agent_that_hangs_loses_its_partitions(system: System) -> None:
+    system.write_app(STUBBORN.replace("WAIT", "await asyncio.Event().wait()"), max_poll_interval_ms=2_000)
+    await system.create("numbers", partitions=PARTITIONS)
+    first = system.start(STUBBORN="1")
+    await first.ready()
+    second = await system.started()
+    await system.write("numbers", [(b"k%d" % (number // 6), number % 6) for number in range(60)])
+    await first.says("stubborn")
+    await first.says("lost: .*max_poll_interval_ms")
+    assert first.runs
+    # It comes back, and hangs again as soon as it meets such a record: only the other one gets past.
+    await system.has_committed("numbers", 60)
+    await system.has("results", 60)
+    second.kill()
+    first.kill()
+    await check(system, exactly=not system.is_kafka)
+
+
+async def test_waiting_for_the_rest_of_a_unit_is_not_hanging(system: System) -> None:
+    body = """
+@app.agent(numbers, sink=results)
+async def units(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
+    async for unit in stream.take(100, within_s=4):
+        yield sf.Out(len(unit), key="a")
+"""
+    system.write_app(body, max_poll_interval_ms=1_000, partitions=1)
+    await system.create("numbers", partitions=1)
+    worker = await system.started()
+    await system.write("numbers", [(b"a", number) for number in range(6)])
+    await system.has("results", 1)
+    assert await system.rows("results") == [(b"a", 6)]
+    assert "lost: " not in worker.said, worker.said
+    assert await worker.stops() == STOPPED
+
+
+async def test_many_slow_records_in_a_row_are_not_one_stuck_record(system: System) -> None:
+    body = """
+@app.agent(numbers, sink=results)
+async def slow(stream: sf.Stream[int]) -> AsyncIterator[int]:
+    async for number in stream:
+        await asyncio.sleep(0.7)
+        yield number * 2
+"""
+    system.write_app(body, max_poll_interval_ms=1_500, partitions=1)
+    await system.create("numbers", partitions=1)
+    await system.write("numbers", [(b"a", number) for number in range(6)])
+    worker = await system.started()
+    await system.has("results", 6)
+    assert "lost: " not in worker.said, worker.said
+    assert await worker.stops() == STOPPED
+    await check(system, exactly=True)
