@@ -155,6 +155,10 @@ class Producer(ABC):
         """Wait until everything enqueued so far is acknowledged or failed; raises the first failure."""
 
     @abstractmethod
+    def reset(self, tp: TopicPartition) -> None:
+        """Accept batches of a partition again after one of it failed; without a failure this changes nothing."""
+
+    @abstractmethod
     def max_batch_bytes(self, topic: str) -> int:
         """The topic's `max.message.bytes`: no encoded batch, so no record, may be larger."""
 
@@ -211,9 +215,7 @@ class Member:
     owned: frozenset[TopicPartition]
 
 
-Assignor: TypeAlias = Callable[
-    [Sequence[Member], Mapping[str, int]], Mapping[str, frozenset[TopicPartition]]
-]
+Assignor: TypeAlias = Callable[[Sequence[Member], Mapping[str, int]], Mapping[str, frozenset[TopicPartition]]]
 """Pure: members (sorted by id) and partition counts per topic -> partitions per member id. The group itself withholds
 what another member still owns until that member has revoked it (cooperative, KIP-429)."""
 

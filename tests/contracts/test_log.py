@@ -432,7 +432,10 @@ async def test_a_failed_batch_fails_the_later_ones_of_its_partition_and_flush_sa
                 await later
             # A future nobody awaits makes no noise: pytest would turn it into an error.
             await producer.enqueue(tp, batch(b"unawaited"))
-        assert await log.admin.end_offsets([tp]) == {tp: 1}
+            assert await log.admin.end_offsets([tp]) == {tp: 1}
+            producer.reset(tp)
+            producer.reset(tp)
+            assert await (await producer.enqueue(tp, batch(b"again"))) == 1
 
 
 async def test_the_limit_of_a_batch_is_kafkas_unless_the_topic_says_otherwise(open_log, name):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-import uuid
 from collections.abc import Mapping, Sequence
 
 from streamflow.errors import ConfigurationError
@@ -61,7 +60,7 @@ class SqliteAdmin(Admin):
 
         def work(sql: sqlite3.Connection) -> None:
             for topic in topics:
-                _create(sql, topic)
+                _create(sql, topic, self._database.new_id())
 
         await self._database.writer.write(work)
         self._database.wrote()
@@ -167,13 +166,13 @@ def check_new_topic(topic: NewTopic) -> None:
         )
 
 
-def _create(sql: sqlite3.Connection, topic: NewTopic) -> None:
+def _create(sql: sqlite3.Connection, topic: NewTopic, uuid: str) -> None:
     limit = int(topic.config.get("max.message.bytes", tables.DEFAULT_MAX_BATCH_BYTES))
     config = json.dumps(dict(topic.config), sort_keys=True)
     row = sql.execute(
         "INSERT OR IGNORE INTO topics (name, uuid, partitions, max_batch_bytes, config) "
         "VALUES (?, ?, ?, ?, ?) RETURNING id",
-        (topic.name, uuid.uuid4().hex, topic.partitions, limit, config),
+        (topic.name, uuid, topic.partitions, limit, config),
     ).fetchone()
     if row is not None:
         sql.executemany(

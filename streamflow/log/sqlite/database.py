@@ -12,9 +12,11 @@ need no such promise and use `NORMAL`.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import sqlite3
 import threading
+import uuid
 from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
 from typing import IO, TypeVar
@@ -89,6 +91,10 @@ class Database(ABC):
         """Read a few rows on the event loop, without waiting for anybody."""
 
     @abstractmethod
+    def new_id(self) -> str:
+        """An id that nobody else has; in memory the same ones in every run, for simulations."""
+
+    @abstractmethod
     def take_lease(self) -> bool:
         """Become the one that maintains the database, until it is closed; False while another one is."""
 
@@ -130,6 +136,9 @@ class FileDatabase(Database):
     async def aclose(self) -> None:
         self._lease = None
         await self._stack.aclose()
+
+    def new_id(self) -> str:
+        return uuid.uuid4().hex
 
     def take_lease(self) -> bool:
         if self._lease is not None:
@@ -210,6 +219,7 @@ class Memory:
     Attributes:
         session: The one connection.
         users: Logs that have it open.
+        ids: Gives each id once.
         maintainer: The one of them that maintains it.
     """
 
@@ -217,6 +227,7 @@ class Memory:
         self.session = _connect(":memory:", f"memory://{name}", BUSY_TIMEOUT_S, threading.RLock())
         self.session.write(schema.create)
         self.users: list[MemoryDatabase] = []
+        self.ids = itertools.count(1)
         self.maintainer: MemoryDatabase | None = None
 
 
@@ -257,6 +268,9 @@ class MemoryDatabase(Database):
                 del _memories[self._key]
         if last:
             self.memory.session.close()
+
+    def new_id(self) -> str:
+        return f"{next(self.memory.ids):032x}"
 
     def take_lease(self) -> bool:
         with _memories_lock:

@@ -85,7 +85,7 @@ class SqliteLog(Log):
         """
         if not self._database.take_lease():
             return False
-        await self._maintenance.round()
+        await self._maintenance.round(at_once=True)
         return True
 
     @property
@@ -138,7 +138,8 @@ class SqliteLog(Log):
     def group(
         self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
     ) -> AbstractAsyncContextManager[Group]:
-        return joined(self._database, Subscription(group_id, topics, assignor, settings, process.identity()))
+        mine = Subscription(group_id, topics, assignor, settings, process.identity(), self._database.new_id)
+        return joined(self._database, mine)
 
     async def changed(self) -> None:
         changes = self._database.changes

@@ -26,6 +26,8 @@ from streamflow.model.record import TopicPartition
 
 INTERVAL_S = 30.0
 BATCHES_AT_ONCE = 64
+LOOK_SHARE = 20
+"""A partition rests this many times as long as the look at it (or its compaction) took."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Maintenance:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lane: Runner
+        self._look_again: dict[int, float] = {}
 
     async def run(self) -> None:
         """Make a round every 30 s while this is the process to do it, for ever."""
@@ -62,8 +65,14 @@ class Maintenance:
             except StreamFlowError:
                 logger.exception("maintenance of the log %s failed; it is tried again", self._database.name)
 
-    async def round(self) -> None:
-        """Do everything that is due now, on a connection of its own."""
+    async def round(self, *, at_once: bool = False) -> None:
+        """Do everything that is due now, on a connection of its own.
+
+        Args:
+            at_once: Also look at partitions that rest.
+        """
+        if at_once:
+            self._look_again.clear()
         self._lane = await self._database.lane("maintenance")
         try:
             await self._round()
@@ -122,8 +131,13 @@ class Maintenance:
         policy = Policy.of(place.config)
         compactor = Compactor(place.tp, place.id, policy, self._database.name)
         now_ms = self._database.clock.now_ms()
-        if await self._lane.read(lambda sql: compactor.is_worth_it(sql, now_ms)):
-            await self._clean(compactor, now_ms)
+        started = self._database.waits.monotonic()
+        if started >= self._look_again.get(place.id, 0.0):
+            if await self._lane.read(lambda sql: compactor.is_worth_it(sql, now_ms)):
+                await self._clean(compactor, now_ms)
+            # To look costs a scan of what is dirty: where that takes long, do it seldom.
+            ended = self._database.waits.monotonic()
+            self._look_again[place.id] = ended + LOOK_SHARE * (ended - started)
         while (late := await self._lane.read(lambda sql: compactor.overdue(sql, now_ms))) is not None:
             await self._replace(compactor, late)
 

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from streamflow.errors import TaskMigratedError
@@ -49,6 +48,7 @@ class Subscription:
         assignor: Says who shall have what.
         settings: Time-outs.
         process: The identity of its process.
+        new_id: Makes an id that nobody else has.
     """
 
     group_id: str
@@ -56,6 +56,7 @@ class Subscription:
     assignor: Assignor
     settings: GroupSettings
     process: str
+    new_id: Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class _Stepping:
                 f"for {self.mine.settings.session_timeout_ms} ms (was the process stopped, or the machine asleep?)",
             )
             self.revoking.clear()
-        self.member_id = uuid.uuid4().hex
+        self.member_id = self.mine.new_id()
         self.sql.execute(
             "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms) VALUES (?, ?, ?, ?, ?)",
             (

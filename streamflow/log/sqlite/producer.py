@@ -93,7 +93,6 @@ class SqliteProducer(Producer):
                 stored.result()
 
     def reset(self, tp: TopicPartition) -> None:
-        """Accept batches of a partition again after one of it failed."""
         self._failed.pop(tp, None)
 
     def max_batch_bytes(self, topic: str) -> int:

@@ -7,8 +7,8 @@ import sqlite3
 from dataclasses import dataclass
 
 from streamflow.errors import (
-    ClosedError,
     FatalError,
+    InternalError,
     LogCorruptedError,
     OffsetOutOfRangeError,
     RetriableError,
@@ -59,7 +59,7 @@ class SqliteReader(Reader):
     def ask(self, tp: TopicPartition) -> None:
         position = self._positions.get(tp)
         if position is None:
-            raise ClosedError(f"{tp} was not added to this reader (or was removed from it)")
+            raise InternalError(f"{tp} was not added to this reader, or was removed from it")
         position.asked = True
         self._asked_anew = True
         if self._waiter is not None and not self._waiter.done():

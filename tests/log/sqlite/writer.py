@@ -14,6 +14,7 @@ import time
 
 from streamflow.clock import SystemClock
 from streamflow.log.api import Assigned, AtomicCommit, GroupSettings, Lost, OffsetMark, Revoked
+from streamflow.log.sqlite import execution
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import Watched, batch, spread, until
@@ -74,6 +75,10 @@ def keep_locked(path: str) -> None:
     sql.execute("BEGIN IMMEDIATE")
     say("locked")
     time.sleep(600)
+
+
+# So often that killing meets it.
+execution.CHECKPOINT_BYTES = 300_000
 
 
 async def main(mode: str, path: str, number: str) -> None:
