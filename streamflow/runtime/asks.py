@@ -14,12 +14,14 @@ from typing import Any
 import msgspec
 
 from streamflow.clock import Clock
-from streamflow.errors import AskError
+from streamflow.errors import AskError, OffsetOutOfRangeError, RetriableError
 from streamflow.log.api import Log
 from streamflow.model.record import TopicPartition
 from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, ask_headers
 from streamflow.processing.agent import Agent
 from streamflow.runtime.sender import DirectSender
+
+_RETRY_S = 0.2
 
 
 class Asks:
@@ -52,17 +54,28 @@ class Asks:
     async def run(self) -> None:
         """Read answers until cancelled; sleeps until somebody asks."""
         await self._needed.wait()
-        end_offsets = await self._log.admin.end_offsets([self._reply_to])
+        end_offset = await self._end_offset()
         async with self._log.reader("replies") as reader:
-            reader.add(self._reply_to, end_offsets[self._reply_to])
+            reader.add(self._reply_to, end_offset)
             reader.ask(self._reply_to)
             self._ready.set()
             while True:
                 for fetched in await reader.receive():
+                    if isinstance(fetched.error, OffsetOutOfRangeError):  # old answers were deleted
+                        reader.add(self._reply_to, fetched.error.log_start)
+                    elif fetched.error is not None:
+                        raise fetched.error
                     for batch in fetched.batches:
                         for record in batch.open():
                             self._arrived(record.value, dict(record.headers))
                     reader.ask(self._reply_to)
+
+    async def _end_offset(self) -> int:
+        while True:
+            try:
+                return (await self._log.admin.end_offsets([self._reply_to]))[self._reply_to]
+            except RetriableError:
+                await self._clock.sleep(_RETRY_S)
 
     def _arrived(self, value: bytes | None, headers: dict[str, bytes | None]) -> None:
         waiting = self._waiting.get(headers.get(HEADER_ASK_ID) or b"")

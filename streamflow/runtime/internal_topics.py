@@ -24,6 +24,11 @@ def topics_of(app: Declarations) -> dict[str, Topic[Any, Any]]:
     return {**app.topics, **{derived.topic.name: derived.topic for derived in app.derived.values()}}
 
 
+def repartition_topics(app: Declarations) -> list[str]:
+    """Names of the topics that only the app's own `group_by` steps write and read."""
+    return [derived.topic.name for derived in app.derived.values() if derived.topic.internal]
+
+
 async def prepare_topics(app: Declarations, settings: Settings, admin: Admin) -> Mapping[str, TopicDescription]:
     """Make sure that all declared topics exist with the right number of partitions.
 

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import ClosedError, FatalError
+from streamflow.errors import ClosedError, FatalError, StreamFlowError
 from streamflow.model.record import Headers
 from streamflow.processing.agent import Agent
 from streamflow.processing.context import current_turn
@@ -38,10 +38,12 @@ class LeaderTurn:
 
     Args:
         task: The leader task.
+        at_once: Do not wait for the turn's end: it may never come.
     """
 
-    def __init__(self, task: PartitionTask) -> None:
+    def __init__(self, task: PartitionTask, *, at_once: bool) -> None:
         self._task = task
+        self._at_once = at_once
         self._stage: list[Staged] = []
         self._open = True
 
@@ -58,12 +60,20 @@ class LeaderTurn:
         """See `processing.context.Turn.send`."""
         if not self._open:
             raise ClosedError("a leader's turn is over; await everything before the function returns")
+        self._check_held()
         output = self._task.outputs.to(topic)
         key_bytes, data = topic.key_codec.encode(key, headers), topic.value_codec.encode(value, headers)
         output.target.check_size(key_bytes, data, headers)
         out = output.of_key(key_bytes) if partition is None else output.of_number(partition)
         at_ms = self._task.clock.now_ms() if timestamp_ms is None else timestamp_ms
         self._stage.append((out, at_ms, key_bytes, data, list(headers)))
+        if self._at_once:
+            write(self._stage)
+            self._stage.clear()
+
+    def _check_held(self) -> None:
+        if self._task.lost or self._task.state in ("created", "closing", "closed"):
+            raise ClosedError(f"the leader task {self._task.name} has moved to another worker, or the worker stops")
 
     def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
         """Asking is allowed: the turn blocks no record."""
@@ -75,8 +85,7 @@ class LeaderTurn:
 
     def flush(self) -> None:
         """Move what was sent so far into the task's outputs."""
-        if self._task.state in ("closed", "created"):
-            raise ClosedError(f"the leader task {self._task.name} has moved to another worker")
+        self._check_held()
         write(self._stage)
         self._stage.clear()
 
@@ -89,15 +98,22 @@ class Jobs:
         clock: Time.
         sensors: Metrics hooks.
         leader_task: The leader task where this worker owns it, else None.
+        failed: Told when a task raised, which stops the worker.
     """
 
     def __init__(
-        self, app: Declarations, clock: Clock, sensors: Sensors, leader_task: Callable[[], PartitionTask | None]
+        self,
+        app: Declarations,
+        clock: Clock,
+        sensors: Sensors,
+        leader_task: Callable[[], PartitionTask | None],
+        failed: Callable[[StreamFlowError], None],
     ) -> None:
         self._app = app
         self._clock = clock
         self._sensors = sensors
         self._leader_task = leader_task
+        self._failed = failed
         self.firing = 0
 
     async def run(self) -> None:
@@ -139,12 +155,12 @@ class Jobs:
         finally:
             self.firing -= 1
 
-    async def _turn(self, fn: Action, leader: PartitionTask | None) -> None:
+    async def _turn(self, fn: Action, leader: PartitionTask | None, *, at_once: bool = False) -> None:
         if leader is None:
             current_turn.set(None)
             await _call(fn)
             return
-        turn = LeaderTurn(leader)
+        turn = LeaderTurn(leader, at_once=at_once)
         token = current_turn.set(turn)
         try:
             await _call(fn)
@@ -162,7 +178,9 @@ class Jobs:
                 current_turn.set(None)
                 await _call(task.fn)
         except Exception as exc:
-            raise FatalError(f"task {task.name!r} raised {type(exc).__name__}: {exc}") from exc
+            error = FatalError(f"task {task.name!r} raised {type(exc).__name__}: {exc}")
+            error.__cause__ = exc
+            self._failed(error)
 
     async def _run_leading(self, task: Task) -> None:
         """Run the task while this worker leads; when leadership comes back, it starts anew."""
@@ -176,7 +194,7 @@ class Jobs:
 
                 async def lead(leader: PartitionTask = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
                     nonlocal finished
-                    await self._turn(task.fn, leader)
+                    await self._turn(task.fn, leader, at_once=True)
                     finished = True
                     scope.cancel()
 

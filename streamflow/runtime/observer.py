@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
+from streamflow.errors import DeserializationError
+from streamflow.log.batch import BatchBuilder, LogRecord, RecordBatch
+from streamflow.log.codec import COMPRESSIONS
 from streamflow.log.connect import connect
-from streamflow.model.record import TopicPartition
+from streamflow.model.partitioner import partition_for
+from streamflow.model.record import Headers, RecordMetadata, TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.stream import Event
 from streamflow.runtime.internal_topics import topics_of
@@ -27,7 +32,7 @@ class Observer:
         self._app = app
         self._log = connect(settings.broker, clock=clock, client_id=f"streamflow-{app.id}-observer")
         self._positions: dict[TopicPartition, int] = {}
-        self._events: dict[TopicPartition, list[Event[Any, Any]]] = {}
+        self._records: dict[TopicPartition, list[LogRecord]] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Observer:
@@ -42,8 +47,37 @@ class Observer:
         await self._stack.__aexit__(*exc_info)
 
     def records(self, topic: str) -> list[Event[Any, Any]]:
-        """What `look` saw in a topic, by partition and offset."""
-        return [event for tp, events in sorted(self._events.items()) if tp.topic == topic for event in events]
+        """What `look` saw in a topic, by partition and offset.
+
+        Raises:
+            DeserializationError: A record does not decode as the topic's types.
+        """
+        return [
+            self._event(tp, record)
+            for tp, records in sorted(self._records.items())
+            if tp.topic == topic
+            for record in records
+        ]
+
+    async def put(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        *,
+        partition: int | None,
+        timestamp_ms: int,
+        headers: Headers,
+    ) -> RecordMetadata:
+        """Write a record as it is, whatever the topic's types."""
+        count = (await self._log.admin.describe([topic]))[topic].partitions
+        if partition is None:
+            partition = 0 if key is None else partition_for(key, count)
+        builder = BatchBuilder(COMPRESSIONS["none"], 1 << 20)
+        builder.append(timestamp_ms, key, value, headers)
+        async with self._log.producer() as producer:
+            offset = await (await producer.enqueue(TopicPartition(topic, partition), builder.seal()))
+        return RecordMetadata(topic, partition, offset, timestamp_ms)
 
     async def look(self) -> None:
         """Read what came since the last look."""
@@ -69,13 +103,17 @@ class Observer:
                     else:
                         reader.ask(fetched.tp)
 
-    def _keep(self, tp: TopicPartition, batches: Any) -> None:
-        topic = topics_of(self._app)[tp.topic]
-        events = self._events.setdefault(tp, [])
+    def _keep(self, tp: TopicPartition, batches: Sequence[RecordBatch]) -> None:
+        kept = self._records.setdefault(tp, [])
         for batch in batches:
-            for record in batch.open():
-                key = topic.key_codec.decode(record.key, record.headers)
-                value = topic.value_codec.decode(record.value, record.headers)
-                events.append(
-                    Event(key, value, record.headers, record.timestamp, tp.topic, tp.partition, record.offset)
-                )
+            kept.extend(batch.open())
+
+    def _event(self, tp: TopicPartition, record: LogRecord) -> Event[Any, Any]:
+        topic = topics_of(self._app)[tp.topic]
+        try:
+            key = topic.key_codec.decode(record.key, record.headers)
+            value = topic.value_codec.decode(record.value, record.headers)
+        except DeserializationError as error:
+            error.at(tp.topic, tp.partition, record.offset)
+            raise
+        return Event(key, value, record.headers, record.timestamp, tp.topic, tp.partition, record.offset)

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import DeserializationError, RecordError
+from streamflow.errors import DeserializationError, RecordError, StreamFlowError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import Headers, TopicPartition
@@ -41,6 +41,7 @@ class Surroundings:
         delivery: The processing guarantee.
         targets: Topics that may be written.
         failed: Told when a record stops the worker: agent, error, answers to send at once.
+        fail: Told when something else stops it.
         ask: Wants one more fetch of a partition.
         output_waits: Told when a task has something to send.
         max_task_idle_s: See `Inputs`.
@@ -55,6 +56,7 @@ class Surroundings:
         delivery: Delivery,
         targets: Targets,
         failed: Callable[[Processor, RecordError, list[Staged]], None],
+        fail: Callable[[StreamFlowError], None],
         ask: Callable[[TopicPartition], None],
         output_waits: Callable[[], None],
         max_task_idle_s: float,
@@ -65,6 +67,7 @@ class Surroundings:
         self.delivery = delivery
         self.targets = targets
         self.failed = failed
+        self.fail = fail
         self.ask = ask
         self.output_waits = output_waits
         self.max_task_idle_s = max_task_idle_s

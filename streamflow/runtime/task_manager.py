@@ -6,7 +6,6 @@ is let go; what is lost is dropped with all that is uncommitted. Tasks that stay
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Copier
+from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.sensors import Sensors
@@ -124,7 +124,7 @@ class TaskManager:
         if partitions:
             logger.info("assigned: %s", _named(partitions))
             self._sensors.rebalanced(len(partitions), 0, 0)
-            await call_all(self._app.assigned_hooks, set(partitions))
+            await self._call_hooks("on_assigned", self._app.assigned_hooks, partitions)
         if self._finishing:
             return  # a task that began now would have nobody to commit it
         self._delivery.generation = event.generation
@@ -187,7 +187,14 @@ class TaskManager:
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
         if partitions:
-            await call_all(self._app.revoked_hooks, set(partitions))
+            await self._call_hooks("on_revoked", self._app.revoked_hooks, partitions)
+
+    async def _call_hooks(
+        self, kind: str, hooks: Sequence[Callable[..., Any]], partitions: frozenset[TopicPartition]
+    ) -> None:
+        error = await call_hooks(kind, hooks, set(partitions))
+        if error is not None:
+            self._shared.fail(error)
 
     # --- where a task starts -----------------------------------------------------------------------------------
 
@@ -276,14 +283,6 @@ def agents_of(app: Declarations, sub: SubTopology) -> list[Any]:
             raise RefusedError(f"step {name!r} is read by no agent")
         agents.append(Copier(derived, readers[0].on_error))
     return agents
-
-
-async def call_all(functions: Iterable[Callable[..., Any]], *arguments: Any) -> None:
-    """Call hooks one after the other, sync or async."""
-    for function in functions:
-        result = function(*arguments)
-        if inspect.isawaitable(result):
-            await result
 
 
 def _named(partitions: Iterable[TopicPartition]) -> str:

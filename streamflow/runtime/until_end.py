@@ -21,6 +21,7 @@ from streamflow.runtime.status import Progress
 from streamflow.runtime.task_manager import TaskManager
 
 _POLL_S = 0.05
+_STILL_POLLS = 20
 
 
 class UntilEnd:
@@ -52,6 +53,9 @@ class UntilEnd:
         self._partitions = {
             topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in counts.items()
         }
+        self._written = [topic for topic in counts if self._upstream[topic]]
+        self._state: object = None
+        self._still_polls = 0
         self._starts: dict[TopicPartition, int] = {}
         self.limits: dict[TopicPartition, int] = {}
 
@@ -84,11 +88,18 @@ class UntilEnd:
         drained |= {tp for tp in written if committed.get(tp, -1) >= ends[tp]}
         if len(drained) == len(external) + len(written):
             return True
+        stood_still = self._stood_still((committed, ends))
         done_topics = {topic for topic, tps in self._partitions.items() if drained.issuperset(tps)}
-        for topic in self._ended(done_topics):
+        for topic in self._written if stood_still else self._ended(done_topics):
             for task in manager.running():
                 task.flush_inputs_at({tp: ends[tp] for tp in self._partitions[topic]})
         return False
+
+    def _stood_still(self, state: object) -> bool:
+        """Whether nothing has been committed or written for a while, so that units wait for records of one another."""
+        self._still_polls = self._still_polls + 1 if state == self._state else 0
+        self._state = state
+        return self._still_polls >= _STILL_POLLS
 
     def _ended(self, done: set[str]) -> Iterable[str]:
         """Written topics whose end is known: nothing upstream is still being processed (or they feed themselves)."""

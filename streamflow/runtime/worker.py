@@ -29,24 +29,27 @@ from streamflow.processing.topic import Topic
 from streamflow.runtime.assignor import TaskAssignor
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Processor
-from streamflow.runtime.internal_topics import prepare_topics, reply_topic_name, topics_of
+from streamflow.runtime.hooks import call_hooks, call_start_hooks
+from streamflow.runtime.internal_topics import prepare_topics, repartition_topics, reply_topic_name, topics_of
 from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.one_error import one_error
 from streamflow.runtime.outputs import Staged
+from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.status import Progress, WorkerStatus
 from streamflow.runtime.supervision import snapshot
 from streamflow.runtime.targets import KnownTargets
 from streamflow.runtime.task import Surroundings, Task
-from streamflow.runtime.task_manager import TaskManager, call_all
+from streamflow.runtime.task_manager import TaskManager
 from streamflow.runtime.until_end import UntilEnd
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.worker")
 
 _FINAL_COMMIT_S = 3.0
+_LAST_PURGE_S = 1.0
 _START_RETRY_S = 0.5
 _JOIN_POLL_S = 0.05
 
@@ -92,6 +95,7 @@ class Worker:
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
+        self._leading = ""
 
     @property
     def address(self) -> str:
@@ -148,9 +152,9 @@ class Worker:
         manager, delivery = self.manager, self._delivery
         if manager is None or delivery is None:
             return ""
+        await delivery.commit(manager.running())
         if (self._jobs is not None and self._jobs.firing) or (self._sender is not None and self._sender.waiting):
             return "a timer runs or its records are being sent"
-        await delivery.commit(manager.running())
         for task in manager.running():
             if (busy := task.unsettled()) or task.uncommitted() or task.outputs.waiting:
                 return busy or f"task {task.name} has something to commit"
@@ -232,9 +236,10 @@ class Worker:
                 ProcessSender.open(self.app, log, known, descriptions, self.clock, self.sensors)
             )
             stack.enter_context(registered_sender(self.app, self._sender))
-            await call_all(self.app.start_hooks)
-            stack.push_async_callback(call_all, self.app.stop_hooks)
+            await call_start_hooks(self.app.start_hooks)
+            stack.push_async_callback(self._call_stop_hooks)
             sub_topologies = topology.sub_topologies
+            self._leading = sub_topologies[0].name if sub_topologies else ""
             counts = {topic: descriptions[topic].partitions for sub in sub_topologies for topic in sub.topics}
             if not counts:
                 await self._run_without_agents()
@@ -273,7 +278,7 @@ class Worker:
 
     async def _run_without_agents(self) -> None:
         async with anyio.create_task_group() as group:
-            group.start_soon(Jobs(self.app, self.clock, self.sensors, lambda: None).run)
+            group.start_soon(Jobs(self.app, self.clock, self.sensors, lambda: None, self._fail).run)
             self.state = "running"
             self._started.set()
             if not self._until_end:
@@ -301,6 +306,7 @@ class Worker:
                 delivery=delivery,
                 targets=known.targets,
                 failed=self._record_failed,
+                fail=self._fail,
                 ask=reader.ask,
                 output_waits=loops.output_waits.set,
                 max_task_idle_s=self.settings.max_task_idle_ms / 1000,
@@ -323,13 +329,17 @@ class Worker:
             tasks.start_soon(self._announce, manager, group)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
-                self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task)
+                self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task, self._fail)
                 services.start_soon(self._jobs.run)
+                purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
+                services.start_soon(purge.run)
                 if ends is not None:
                     services.start_soon(self._stop_at_end, ends, manager)
                 await self._stop.wait()
                 self.state = "stopping"
                 await self._wind_down(manager, delivery)
+                with anyio.move_on_after(_LAST_PURGE_S):
+                    await purge.purge()
                 services.cancel_scope.cancel()
             await self._closed(manager)
             tasks.cancel_scope.cancel()
@@ -368,9 +378,16 @@ class Worker:
         manager = self.manager
         if manager is None:
             return None
-        first = min((sub for sub, _ in manager.tasks), default="")
-        topology_first = self.app.topology().sub_topologies[0].name
-        return manager.tasks.get((topology_first, 0)) if first else None
+        return manager.tasks.get((self._leading, 0))
+
+    async def _call_stop_hooks(self) -> None:
+        error = await call_hooks("on_stop", self.app.stop_hooks)
+        self._failure = self._failure or error
+
+    def _fail(self, error: StreamFlowError) -> None:
+        """Something stops the worker, after a clean wind-down; the first error is the one that is raised."""
+        self._failure = self._failure or error
+        self._stop.set()
 
     def _record_failed(self, agent: Processor, error: RecordError, answers: list[Staged]) -> None:
         """A record stops the worker: say where and how to get past it, answer who asked, wind down."""
