@@ -28,8 +28,8 @@ TOP = {"streamflow", "streamflow.__main__"}
 FORBIDDEN = {("processing", "log"), ("state", "log")} | {
     (surface, below) for surface in LAYERS[-1] for below in ("log", "state")
 }
-# For surfaces only: the contract, and what a user says about a connection.
-ALLOWED_ALL_THE_SAME = {"streamflow.log.api", "streamflow.log.kafka.options"}
+# For surfaces only: the contract, how to reach a log, and what a user says about a connection.
+ALLOWED_ALL_THE_SAME = {"streamflow.log.api", "streamflow.log.connect", "streamflow.log.kafka.options"}
 # A third-party (or I/O) module and the only places that may know it.
 HOMES = {
     "aiokafka": ("log",),
