@@ -33,6 +33,7 @@ from streamflow.runtime.turn import Turn, unit_in_context
 _RUN_S = 0.004
 _SLICE_S = 0.01
 _MAX_RUN_RECORDS = 512
+_PART_RECORDS = 16
 _FIRST_RUN_RECORDS = 8
 _TIME_RESOLUTION_S = 1e-6
 
@@ -302,7 +303,10 @@ class DirectFeed(Feed[LogRecord]):
         super().__init__(task, agent, errors)
         self._positions = task.start_positions()
         self._together: list[LogRecord] | None = None
-        # Runs that were put back, to be processed again before anything new is taken.
+        # What of the run in hand comes after `records`: the clock is looked at between parts, since records that cost
+        # nothing may be followed by ones that take long.
+        self._parts: deque[list[LogRecord]] = deque()
+        # Runs that were put back, to be processed before anything new is taken.
         self._again: deque[tuple[TopicPartition, list[LogRecord]]] = deque()
 
     async def __anext__(self) -> Any:
@@ -326,7 +330,14 @@ class DirectFeed(Feed[LogRecord]):
                     value = await self.decode_or_resolve(record)
                     if value is not Drop:
                         return value
-            await self._next_run()
+            if self._parts and perf_counter() - self._run_started_s < _SLICE_S:
+                self.records = iter(self._parts.popleft())
+            else:
+                await self._next_run()
+
+    def cut(self) -> None:
+        self._parts.clear()
+        super().cut()
 
     def _merge(self) -> None:
         write(self.stage)
@@ -348,10 +359,11 @@ class DirectFeed(Feed[LogRecord]):
             self._positions[tp] = record.offset
         if not self.stopping:
             runs = [(tp, [record for _, record in part]) for tp, part in groupby(in_hand, key=itemgetter(0))]
-            if rest := list(self.records):
+            if rest := [*self.records, *chain.from_iterable(self._parts)]:
                 runs.append((self.tp, rest))
             self._again.extendleft(reversed(runs))
         self.records = _EMPTY
+        self._parts.clear()
         self.record = None
         self.unit = None
 
@@ -381,6 +393,7 @@ class DirectFeed(Feed[LogRecord]):
         keep = self.unit
         if keep is None:
             self.finish()
+        self._put_parts_back()
         self._account_run()
         await self._yield_slice()
         task = self.task
@@ -416,7 +429,21 @@ class DirectFeed(Feed[LogRecord]):
             self._set_source(self.task.topic_of(tp), tp)
         self._run_length = len(records)
         self._run_started_s = perf_counter()
-        self.records = iter(records)
+        if len(records) <= _PART_RECORDS:
+            self.records = iter(records)
+        else:
+            self.records = iter(records[:_PART_RECORDS])
+            self._parts.extend(
+                records[at : at + _PART_RECORDS] for at in range(_PART_RECORDS, len(records), _PART_RECORDS)
+            )
+
+    def _put_parts_back(self) -> None:
+        """The slice of time is over before the run: what is left of it comes next."""
+        if self._parts:
+            left = list(chain.from_iterable(self._parts))
+            self._parts.clear()
+            self._run_length -= len(left)
+            self._again.appendleft((self.tp, left))
 
     def _jump_positions(self) -> None:
         if self.unit is not None:
@@ -433,6 +460,9 @@ class DirectFeed(Feed[LogRecord]):
         rest: list[LogRecord] = []
         if self.stage:
             return rest
+        if self._parts:
+            self.records = chain(self.records, *self._parts)
+            self._parts.clear()
         for record in self.records:
             if record.headers or record.value is None:
                 self.records = chain((record,), self.records)
@@ -471,6 +501,9 @@ class DirectFeed(Feed[LogRecord]):
         deadline_s: float | None = None
         while len(items) < max_records:
             record = next(self.records, None)
+            if record is None and self._parts:
+                self.records = iter(self._parts.popleft())
+                continue
             if record is None:
                 left_s = None if deadline_s is None else deadline_s - self.task.clock.monotonic()
                 if items and left_s is not None and left_s <= 0:
