@@ -137,6 +137,11 @@ class TestApp:
             raise RuntimeError("write: async with TestApp(app) as test: ...")
         return self._worker
 
+    @property
+    def worker(self) -> Worker:
+        """The worker that runs the app; `worker.status()` says how it does."""
+        return self._started()
+
     def _observing(self) -> Observer:
         if self._observer is None:
             raise RuntimeError("write: async with TestApp(app) as test: ...")

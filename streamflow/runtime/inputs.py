@@ -20,6 +20,7 @@ from streamflow.model.record import TopicPartition
 
 _LOW_WATER_BYTES = 512 * 1024
 _TIME_RESOLUTION_S = 1e-6
+_UNKNOWN_END_S = 0.05
 _EMPTY: Iterator[LogRecord] = iter(())
 
 
@@ -151,18 +152,26 @@ class Inputs:
         clock: For `max_task_idle_s`.
         max_task_idle_s: Seconds to wait for an input that is known to be at its end, >= 0.
         ask: Wants one more fetch of a partition.
+        end_of: The newest known end of a partition; None while it is not known.
     """
 
     def __init__(
-        self, inputs: list[Input], clock: Clock, max_task_idle_s: float, ask: Callable[[TopicPartition], None]
+        self,
+        inputs: list[Input],
+        clock: Clock,
+        max_task_idle_s: float,
+        ask: Callable[[TopicPartition], None],
+        end_of: Callable[[TopicPartition], int | None],
     ) -> None:
         self.by_tp = {each.tp: each for each in inputs}
         self._clock = clock
         self._max_task_idle_s = max_task_idle_s
         self._ask = ask
+        self._end_of = end_of
         self._arrived = asyncio.Event()
         self._idle_since: float | None = None
         self._idle_left_s: float | None = None
+        self._look_again_s: float | None = None
         self.enforced = 0
 
     def add(self, fetched: Fetched) -> None:
@@ -172,10 +181,20 @@ class Inputs:
         self.ask_more(each)
         self.wake()
 
+    def end_offset(self, each: Input) -> int | None:
+        """The newest known end of an input, as far as fetching has seen it; None while it is not known."""
+        newest = self._end_of(each.tp)
+        return each.end_offset if newest is None else newest
+
     def ask_more(self, each: Input) -> None:
         """Ask for more where there is room."""
         if each.wants_more:
             self._ask(each.tp)
+
+    @property
+    def waits_for_time(self) -> bool:
+        """Whether records are held back because another input is waited for."""
+        return self._idle_left_s is not None
 
     def wake(self) -> None:
         """Wake whoever waits."""
@@ -189,7 +208,8 @@ class Inputs:
 
         Cancellation: atomic.
         """
-        limits_s = [limit_s for limit_s in (at_most_s, self._idle_left_s) if limit_s is not None]
+        times_s = (at_most_s, self._idle_left_s, self._look_again_s)
+        limits_s = [time_s for time_s in times_s if time_s is not None]
         if limits_s:
             await self._clock.wait(self._arrived, max(0.001, min(limits_s)))
         else:
@@ -209,7 +229,7 @@ class Inputs:
         ready = [each for each in self.by_tp.values() if each.head() is not None]
         for each in self.by_tp.values():
             self.ask_more(each)
-        self._idle_left_s = None
+        self._idle_left_s = self._look_again_s = None
         if len(ready) == len(self.by_tp):
             self._idle_since = None
         elif not ready or not self._may_go_without(ready):
@@ -223,8 +243,10 @@ class Inputs:
         for each in self.by_tp.values():
             if each in ready or each.limit_reached_by(each.fetched_to):
                 continue
-            if each.end_offset is None or each.fetched_to < each.end_offset:
+            end_offset = self.end_offset(each)
+            if end_offset is None or each.fetched_to < end_offset:
                 self._idle_since = None
+                self._look_again_s = _UNKNOWN_END_S  # the end becomes known without a record to wake us
                 return False
         if self._max_task_idle_s > 0:
             now = self._clock.monotonic()

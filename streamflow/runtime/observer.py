@@ -74,7 +74,7 @@ class Observer:
         if partition is None:
             partition = 0 if key is None else partition_for(key, count)
         builder = BatchBuilder(COMPRESSIONS["none"], 1 << 20)
-        builder.append(timestamp_ms, key, value, headers)
+        builder.append(timestamp_ms, key, value, list(headers))
         async with self._log.producer() as producer:
             offset = await (await producer.enqueue(TopicPartition(topic, partition), builder.seal()))
         return RecordMetadata(topic, partition, offset, timestamp_ms)

@@ -74,7 +74,7 @@ def _task_status(task: Task) -> TaskStatus:
             lag=None if end is None else max(0, end - position),
         )
         for tp, position in sorted(positions.items())
-        for end in (task.inputs.by_tp[tp].end_offset,)
+        for end in (task.inputs.end_offset(task.inputs.by_tp[tp]),)
     )
     return TaskStatus(task.name, task.state, partitions, task.oldest_in_flight_s())
 

@@ -43,6 +43,7 @@ class Surroundings:
         failed: Told when a record stops the worker: agent, error, answers to send at once.
         fail: Told when something else stops it.
         ask: Wants one more fetch of a partition.
+        end_of: The newest known end of a partition.
         output_waits: Told when a task has something to send.
         max_task_idle_s: See `Inputs`.
         max_unsent_bytes: Unsent output of one task above which it waits.
@@ -58,6 +59,7 @@ class Surroundings:
         failed: Callable[[Processor, RecordError, list[Staged]], None],
         fail: Callable[[StreamFlowError], None],
         ask: Callable[[TopicPartition], None],
+        end_of: Callable[[TopicPartition], int | None],
         output_waits: Callable[[], None],
         max_task_idle_s: float,
         max_unsent_bytes: int,
@@ -69,6 +71,7 @@ class Surroundings:
         self.failed = failed
         self.fail = fail
         self.ask = ask
+        self.end_of = end_of
         self.output_waits = output_waits
         self.max_task_idle_s = max_task_idle_s
         self.max_unsent_bytes = max_unsent_bytes
@@ -109,7 +112,7 @@ class Task:
         self._topics = {topic.name: topic for topic in topics}
         self._positions = dict(positions)
         inputs = [Input(tp, at, self._timestamp_of(self._topics[tp.topic])) for tp, at in positions.items()]
-        self.inputs = Inputs(inputs, shared.clock, shared.max_task_idle_s, shared.ask)
+        self.inputs = Inputs(inputs, shared.clock, shared.max_task_idle_s, shared.ask, shared.end_of)
         self._owners: dict[int, asyncio.Task[Any] | None] = {}
         self._dispatcher: Dispatcher | None = None
         self._scope = anyio.CancelScope()
@@ -244,7 +247,12 @@ class Task:
 
     def waits_for_time(self) -> bool:
         """Whether an agent waits for StreamFlow's time with records in hand."""
-        return any(run.feed.waits_for_time for run in self._runs)
+        return self.inputs.waits_for_time or any(run.feed.waits_for_time for run in self._runs)
+
+    def awaits_fetch(self, tp: TopicPartition, end_offset: int) -> bool:
+        """Whether records below an offset are still to come from the log, and there is room for them."""
+        each = self.inputs.by_tp[tp]
+        return each.fetched_to < end_offset and each.wants_more
 
     def unsettled(self) -> str:
         """What is being processed here, in words; empty when nothing is, or all of it waits for StreamFlow's time."""
@@ -254,7 +262,7 @@ class Task:
             if run.feed.in_hand() and not run.feed.waits_for_time:
                 tp, record = run.feed.in_hand()[0]
                 return f"agent {run.agent.name!r} has {tp}-{record.offset} in hand"
-        waiting = any(run.feed.waits_for_time for run in self._runs)
+        waiting = self.waits_for_time()
         behind = [str(tp) for tp, each in self.inputs.by_tp.items() if each.head() is not None]
         return f"task {self.name} has records of {', '.join(behind)} to process" if behind and not waiting else ""
 

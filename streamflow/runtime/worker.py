@@ -158,13 +158,12 @@ class Worker:
         for task in manager.running():
             if (busy := task.unsettled()) or task.uncommitted() or task.outputs.waiting:
                 return busy or f"task {task.name} has something to commit"
-        waited_for = {tp for task in manager.running() if task.waits_for_time() for tp in task.committed}
-        partitions = [tp for task in manager.running() for tp in task.committed if tp not in waited_for]
-        ends = await self._log.admin.end_offsets(partitions)
+        ends = await self._log.admin.end_offsets([tp for task in manager.running() for tp in task.committed])
         behind = [
             str(tp)
-            for tp, task in ((tp, manager.task_of(tp)) for tp in partitions)
-            if task is not None and task.positions().get(tp, 0) < ends[tp]
+            for tp, end in ends.items()
+            if (owner := manager.task_of(tp)) is not None
+            and (owner.awaits_fetch(tp, end) if owner.waits_for_time() else owner.positions().get(tp, 0) < end)
         ]
         return f"records of {', '.join(behind)} are on their way" if behind else ""
 
@@ -308,6 +307,7 @@ class Worker:
                 failed=self._record_failed,
                 fail=self._fail,
                 ask=reader.ask,
+                end_of=reader.end_offset,
                 output_waits=loops.output_waits.set,
                 max_task_idle_s=self.settings.max_task_idle_ms / 1000,
                 max_unsent_bytes=max(1 << 20, self.settings.memory_budget_bytes // (8 * max(1, sum(counts.values())))),
