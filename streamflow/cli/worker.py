@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import socket
 from typing import Annotated
@@ -103,12 +104,24 @@ def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
                 await around.enter_async_context(site)
             await running.run()
 
+    _collect_garbage_less_often()
     quiet = not until_end or me is not None or settings.log_format == "json"
     within_s = settings.shutdown_timeout_s + _STOP_MARGIN_S
     with stopping(running.request_stop, within_s=within_s), progress("processing", quiet=quiet) as reporter:
         reporters.append(reporter)
         run_async(run)
     return 0
+
+
+def _collect_garbage_less_often() -> None:
+    """Spare the collector the modules, and most of the young records: a fifth of the CPU per record on the hot path.
+
+    Records live for microseconds and form no cycles, yet each run of some hundred of them sets off a collection at
+    CPython's default of 700 net allocations.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 50, 100)
 
 
 def _listener(session: Session, me: Child | None) -> socket.socket | None:
