@@ -7,6 +7,7 @@ import argparse
 import atexit
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from tests.kafka import jars
 from tests.kafka.certificates import Certificates
 
 START_TIMEOUT_S = 40
+START_ATTEMPTS = 3
 STOP_TIMEOUT_S = 15
 LOG_TAIL_LINES = 40
 HOST = "127.0.0.1"
@@ -82,9 +84,12 @@ JAVA_OPTIONS = (
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        return int(listener.getsockname()[1])
+    """A port nobody listens on, below those that outgoing connections get: one that is free now stays free."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((HOST, port))
+            return port
 
 
 def random_id() -> str:
@@ -116,15 +121,10 @@ class Broker:
     ) -> None:
         self.directory = directory
         self.node_id = node_id
-        self._controllers = dict(controllers or {node_id: free_port()})
+        self._given = (port, dict(controllers or {}))
         self._cluster_id = cluster_id or random_id()
         self._certificates = certificates
-        protocols = ["PLAINTEXT"]
-        if certificates is not None:
-            protocols += ["SSL", "SASL_SSL", "SASL_PLAINTEXT"]
-        self._ports = {protocol: free_port() for protocol in protocols}
-        if port:
-            self._ports["PLAINTEXT"] = port
+        self._choose_ports()
         self._config = dict(config or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._jars = jars.resolve()
@@ -143,8 +143,31 @@ class Broker:
             raise BrokerError("the broker is not running")
         return self._process.pid
 
+    def _choose_ports(self) -> None:
+        port, controllers = self._given
+        self._controllers = controllers or {self.node_id: free_port()}
+        protocols = ["PLAINTEXT"]
+        if self._certificates is not None:
+            protocols += ["SSL", "SASL_SSL", "SASL_PLAINTEXT"]
+        self._ports = {protocol: free_port() for protocol in protocols}
+        if port:
+            self._ports["PLAINTEXT"] = port
+
     def start(self, *, wait: bool = True) -> None:
         """Format the directory if it is new, start, and wait until the broker answers."""
+        is_new = not (self.directory / "server.properties").exists()
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                self._start(wait=wait)
+                return
+            except BrokerError:
+                self.kill()
+                if not is_new or any(self._given) or attempt == START_ATTEMPTS:
+                    raise
+                shutil.rmtree(self.directory)  # somebody took a port meanwhile: once more with others
+                self._choose_ports()
+
+    def _start(self, *, wait: bool) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         properties = self.directory / "server.properties"
         if not properties.exists():
@@ -174,6 +197,8 @@ class Broker:
                     self.kill()
                     raise BrokerError(f"the broker was not up after {START_TIMEOUT_S} s:\n{self.log_tail()}")
                 time.sleep(0.02)
+        if self._process is None or self._process.poll() is not None:  # then somebody else answers on our port
+            raise BrokerError(f"the broker ended while starting:\n{self.log_tail()}")
 
     def stop(self) -> None:
         """Shut down in order; what does not end in time is killed."""
