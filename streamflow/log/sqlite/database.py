@@ -187,7 +187,8 @@ class FileDatabase(Database):
         session = self._connect()
         try:
             # Looked at before anything is changed: somebody else's file stays as it is.
-            if not session.direct(self._is_current):
+            # In one snapshot: another process may be making the tables.
+            if not session.read(self._is_current):
                 session.direct(self._use_write_ahead_log)
                 session.write(self._create)
             session.direct(self._use_write_ahead_log)
