@@ -84,11 +84,13 @@ async def until(
 class Worker:
     """A worker process (or any other command); its two outputs go to files."""
 
-    def __init__(self, arguments: Sequence[str], *, folder: Path, name: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, program: Sequence[str | Path], *, folder: Path, name: str, environment: Mapping[str, str]
+    ) -> None:
         self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [COMMAND, *arguments],
+                program,
                 cwd=folder,
                 env={**environment},
                 stdin=subprocess.DEVNULL,
@@ -101,9 +103,14 @@ class Worker:
         return self.process.pid
 
     @property
+    def out(self) -> str:
+        """Its standard output so far."""
+        return self._out.read_text(errors="replace")
+
+    @property
     def said(self) -> str:
         """Everything so far."""
-        return self._err.read_text(errors="replace") + self._out.read_text(errors="replace")
+        return self._err.read_text(errors="replace") + self.out
 
     @property
     def runs(self) -> bool:
@@ -143,7 +150,7 @@ class Worker:
     # --- the web server ----------------------------------------------------------------------------------------
 
     async def url(self) -> str:
-        return (await self.says(r"web +(http://\S+)"))[1]
+        return (await self.says(r"web +(http://[\d.:]+)"))[1]
 
     async def get(self, path: str) -> tuple[int, str]:
         return await asyncio.to_thread(_get, await self.url() + path)
@@ -228,12 +235,19 @@ class System:
         (self.folder / "app.py").write_text(header + body)
 
     def command(self, *arguments: str, **environment: str) -> Worker:
-        """Start any command."""
+        """Start any command of `streamflow`."""
+        return self._run([COMMAND, *arguments], arguments[0], environment)
+
+    def program(self, *arguments: str) -> Worker:
+        """Start a Python program."""
+        return self._run([sys.executable, *arguments], "python", {})
+
+    def _run(self, program: Sequence[str | Path], name: str, environment: Mapping[str, str]) -> Worker:
         worker = Worker(
-            arguments,
+            program,
             folder=self.folder,
-            name=f"{len(self.workers)}-{arguments[0]}",
-            environment=self._environment | environment,
+            name=f"{len(self.workers)}-{name}",
+            environment={**self._environment, **environment},
         )
         self.workers.append(worker)
         return worker

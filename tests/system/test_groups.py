@@ -184,3 +184,18 @@ async def slow(stream: sf.Stream[int]) -> AsyncIterator[int]:
     assert "lost: " not in worker.said, worker.said
     assert await worker.stops() == STOPPED
     await check(system, exactly=True)
+
+
+async def test_workers_that_start_all_at_once_on_a_new_log(system: System) -> None:
+    system.write_app(WATCHED)
+    workers = [system.start() for _ in range(4)]
+    for worker in workers:
+        await worker.ready()
+    async with system.load("numbers", per_s=500) as sent:
+        await system.has("results", 100)
+        for worker in workers:
+            assert await worker.stops() == STOPPED
+    again = await system.started()
+    await system.has_committed("numbers", sent.total())
+    assert await again.stops() == STOPPED
+    await check(system, exactly=True)
