@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Optional
 
 import msgspec
 
@@ -54,8 +54,9 @@ class EndOfHeaders(OutputPartition):
 
 
 def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
-    """Whether an encoded key may go from one topic to the other as it is."""
-    return source.key_type == sink.key_type and source.key_serializer == sink.key_serializer
+    """Whether an encoded key may go from one topic to the other as it is: same type (or or-null of it), same bytes."""
+    same_type = sink.key_type in (source.key_type, Optional[source.key_type])  # noqa: UP045 - of a value
+    return same_type and source.key_serializer == sink.key_serializer
 
 
 class Turn:

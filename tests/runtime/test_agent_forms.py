@@ -1,3 +1,4 @@
+# ruff: noqa: PERF401 - an agent's own loop is what is tested
 """Every form of an agent and every view of a stream, over the log in memory."""
 
 import threading
