@@ -25,6 +25,7 @@ from tests.kafka.certificates import Certificates
 
 START_TIMEOUT_S = 40
 START_ATTEMPTS = 3
+STARTED = b"Kafka Server started"
 STOP_TIMEOUT_S = 15
 LOG_TAIL_LINES = 40
 HOST = "127.0.0.1"
@@ -37,7 +38,10 @@ POWERLESS_USER, POWERLESS_PASSWORD = "eve", "eve-very-secret"
 LOG4J = """\
 <Configuration status="WARN">
   <Appenders><Console name="out"><PatternLayout pattern="%d{HH:mm:ss.SSS} %p %c{1}: %m%n"/></Console></Appenders>
-  <Loggers><Root level="${sys:streamflow.level:-WARN}"><AppenderRef ref="out"/></Root></Loggers>
+  <Loggers>
+    <Root level="${sys:streamflow.level:-WARN}"><AppenderRef ref="out"/></Root>
+    <Logger name="kafka.server.KafkaRaftServer" level="INFO"/>
+  </Loggers>
 </Configuration>
 """
 
@@ -175,6 +179,7 @@ class Broker:
             properties.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
             self._format(properties)
         with self._log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(properties)),
                 stdout=log,
@@ -188,17 +193,15 @@ class Broker:
             self.wait_until_up()
 
     def wait_until_up(self) -> None:
+        """Until it says so itself: what answers on the port may be somebody else."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        for port in self._ports.values():
-            while not self._listens(port):
-                if self._process is None or self._process.poll() is not None:
-                    raise BrokerError(f"the broker ended while starting:\n{self.log_tail()}")
-                if time.monotonic() > deadline:
-                    self.kill()
-                    raise BrokerError(f"the broker was not up after {START_TIMEOUT_S} s:\n{self.log_tail()}")
-                time.sleep(0.02)
-        if self._process is None or self._process.poll() is not None:  # then somebody else answers on our port
-            raise BrokerError(f"the broker ended while starting:\n{self.log_tail()}")
+        while STARTED not in self._log_path.read_bytes()[self._log_start :]:
+            if self._process is None or self._process.poll() is not None:
+                raise BrokerError(f"the broker ended while starting:\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise BrokerError(f"the broker was not up after {START_TIMEOUT_S} s:\n{self.log_tail()}")
+            time.sleep(0.02)
 
     def stop(self) -> None:
         """Shut down in order; what does not end in time is killed."""
@@ -253,14 +256,6 @@ class Broker:
     @property
     def _log_path(self) -> Path:
         return self.directory / "broker.log"
-
-    @staticmethod
-    def _listens(port: int) -> bool:
-        try:
-            socket.create_connection((HOST, port), timeout=1).close()
-        except OSError:
-            return False
-        return True
 
     def _java(self, main: str, *arguments: str) -> list[str]:
         level = os.environ.get("STREAMFLOW_KAFKA_LOG", "WARN")
