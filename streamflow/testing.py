@@ -22,6 +22,7 @@ import anyio
 
 from streamflow.app import App
 from streamflow.clock import VirtualClock
+from streamflow.errors import ClosedError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
 from streamflow.processing.stream import Event
@@ -29,6 +30,7 @@ from streamflow.processing.topic import Topic
 from streamflow.runtime.observer import Observer
 from streamflow.runtime.one_error import one_error
 from streamflow.runtime.worker import Worker
+from streamflow.sensors import Sensors
 
 __all__ = ["Records", "TestApp"]
 
@@ -59,6 +61,7 @@ class TestApp:
     Args:
         app: The app; its `broker` is not used.
         start_ms: The clock's start, milliseconds since the epoch, UTC.
+        sensors: Told what happens; None counts nothing.
         settings: Any setting of `App`, for this run.
 
     Raises:
@@ -68,7 +71,9 @@ class TestApp:
 
     __test__ = False  # pytest: not a test class
 
-    def __init__(self, app: App, *, start_ms: int = 1_700_000_000_000, **settings: Any) -> None:
+    def __init__(
+        self, app: App, *, start_ms: int = 1_700_000_000_000, sensors: Sensors | None = None, **settings: Any
+    ) -> None:
         self.app = app
         self.clock = VirtualClock(start_ms)
         given = {
@@ -80,6 +85,7 @@ class TestApp:
             "broker": f"memory://test-{uuid.uuid4().hex}",
         }
         self._settings = app.settings(given)
+        self._sensors = sensors
         self._stack = AsyncExitStack()
         self._worker: Worker | None = None
         self._observer: Observer | None = None
@@ -95,7 +101,7 @@ class TestApp:
     async def _start(self) -> None:
         async with AsyncExitStack() as stack:
             self._observer = await stack.enter_async_context(Observer(self.app, self._settings, self.clock))
-            self._worker = Worker(self.app, self._settings, clock=self.clock)
+            self._worker = Worker(self.app, self._settings, clock=self.clock, sensors=self._sensors)
             tasks = await stack.enter_async_context(anyio.create_task_group())
             tasks.start_soon(self._run)
             stack.push_async_callback(self._stop)
@@ -176,12 +182,19 @@ class TestApp:
 
         Returns:
             Where the log put it.
+
+        Raises:
+            StreamFlowError: What stopped the worker before.
         """
         chosen = self.app.topics[topic] if isinstance(topic, str) else topic
         target = chosen.input_topics[0] if isinstance(chosen, Agent) else chosen
-        metadata = await target.send(
-            key=key, value=value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
-        )
+        try:
+            metadata = await target.send(
+                key=key, value=value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
+            )
+        except ClosedError:
+            self._raise_failure()  # what stopped the worker says more
+            raise
         if metadata is None:
             raise RuntimeError("send() belongs outside of agents")
         return metadata

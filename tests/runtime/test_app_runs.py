@@ -92,11 +92,14 @@ async def test_stop_ends_the_worker_with_the_record() -> None:
             raise ValueError("two")
         return number
 
-    with pytest.raises(sf.ProcessingError, match=r"two.*numbers-0-2"):
+    async def run() -> None:
         async with TestApp(app) as test:
             for number in range(4):
                 await test.send(numbers, number, key="k")
             await test.settle()
+
+    with pytest.raises(sf.ProcessingError, match=r"two.*numbers-0-2"):
+        await run()
 
 
 async def test_retry_keeps_order_and_then_goes_to_the_dead_letters() -> None:

@@ -108,7 +108,7 @@ async def test_a_partitioner_that_errs_is_an_error_of_the_record() -> None:
 
     @app.agent(numbers, sink=out, on_error=sf.Skip())
     def work(number: int) -> int | None:
-        return number if number else None
+        return number or None
 
     async with TestApp(app) as test:
         await test.send(numbers, 1, key="k")
