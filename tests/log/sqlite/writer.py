@@ -77,16 +77,13 @@ def keep_locked(path: str) -> None:
     time.sleep(600)
 
 
-# So often that killing meets it.
-execution.CHECKPOINT_BYTES = 300_000
-
-
 async def main(mode: str, path: str, number: str) -> None:
     async with SqliteLog.at_path(path, clock=SystemClock()) as log:
         await {"batches": write_batches, "commits": write_commits, "member": be_member}[mode](log, number)
 
 
 if __name__ == "__main__":
+    execution.CHECKPOINT_BYTES = 300_000  # so often that killing meets it
     if sys.argv[1] == "lock":
         keep_locked(sys.argv[2])
     asyncio.run(main(*sys.argv[1:]))
