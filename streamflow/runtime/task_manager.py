@@ -18,7 +18,9 @@ from streamflow.config import Settings
 from streamflow.errors import FatalError, OffsetOutOfRangeError, RefusedError, RetriableError
 from streamflow.log.api import Admin, Assigned, Fetched, Group, GroupEvent, Lost, OffsetMark, Reader, Revoked
 from streamflow.model.record import TopicPartition
+from streamflow.processing.agent import Agent
 from streamflow.processing.declarations import Declarations
+from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Copier
@@ -278,11 +280,19 @@ def agents_of(app: Declarations, sub: SubTopology) -> list[Any]:
     agents: list[Any] = [app.agents[name] for name in sub.agents]
     for name in sub.steps:
         derived = app.derived[name]
-        readers = [agent for agent in app.agents.values() if derived.topic in agent.input_topics]
-        if not readers:
-            raise RefusedError(f"step {name!r} is read by no agent")
-        agents.append(Copier(derived, readers[0].on_error))
+        agents.append(Copier(derived, _first_reader(app, derived.topic).on_error))
     return agents
+
+
+def _first_reader(app: Declarations, topic: Topic[Any, Any]) -> Agent[Any, Any, Any]:
+    """The first agent that reads a derived topic, be it by way of further steps."""
+    for agent in app.agents.values():
+        if topic in agent.input_topics:
+            return agent
+    for step in app.derived.values():
+        if step.source_topic is topic:
+            return _first_reader(app, step.topic)
+    raise RefusedError(f"topic {topic.name!r} is read by no agent")
 
 
 def _named(partitions: Iterable[TopicPartition]) -> str:

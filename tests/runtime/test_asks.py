@@ -1,0 +1,174 @@
+"""`agent.ask`: answers, errors, time-outs, and who may ask whom."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import streamflow as sf
+from streamflow.testing import TestApp
+from tests.runtime.waiting import until
+
+
+async def asked(test: TestApp, question: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask from outside, and let the app answer."""
+    asking = asyncio.ensure_future(question())
+    while not asking.done():
+        await test.settle()
+        await asyncio.sleep(0)
+    return await asking
+
+
+async def test_values_none_and_errors_come_back() -> None:
+    app = sf.App("answers")
+
+    @app.agent
+    async def half(stream: sf.Stream[int]) -> AsyncIterator[int | None]:
+        async for number in stream:
+            yield number // 2 if number % 2 == 0 else None
+            yield -1  # only the first counts
+
+    @app.agent(on_error=sf.Skip())
+    def fail(number: int) -> int:
+        raise ValueError("no such number")
+
+    @app.agent
+    def silent(number: int) -> None: ...
+
+    async with TestApp(app) as test:
+        assert await asked(test, lambda: half.ask(8)) == 4
+        assert await asked(test, lambda: half.ask(7)) is None
+        with pytest.raises(sf.AskError, match="agent 'fail' failed: ValueError: no such number"):
+            await asked(test, lambda: fail.ask(1))
+        assert await asked(test, lambda: silent.ask(1)) is None
+
+
+async def test_the_error_of_a_record_that_stops_the_worker_is_answered() -> None:
+    app = sf.App("fatal")
+
+    @app.agent
+    def fail(number: int) -> int:
+        raise ValueError("the end")
+
+    answers: list[BaseException] = []
+
+    async def run() -> None:
+        async with TestApp(app) as test:
+            asking = asyncio.ensure_future(fail.ask(1))
+            try:
+                while not asking.done():
+                    await test.settle()
+                    await asyncio.sleep(0)
+            finally:
+                answers.extend(await asyncio.gather(asking, return_exceptions=True))
+
+    with pytest.raises(sf.ProcessingError, match="the end"):
+        await run()
+    assert isinstance(answers[0], sf.AskError | asyncio.CancelledError | sf.ClosedError)
+
+
+async def test_nobody_answers_in_time() -> None:
+    app = sf.App("late")
+    begun, never = asyncio.Event(), asyncio.Event()
+
+    @app.agent
+    async def wait(number: int) -> None:
+        begun.set()
+        await never.wait()
+
+    async with TestApp(app) as test:
+        asking = asyncio.ensure_future(wait.ask(1, timeout_s=7))
+        await until(lambda: test.clock.next_wake_s() == 7)
+        await begun.wait()
+        test.clock.advance(6.9)
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        test.clock.advance(0.2)
+        with pytest.raises(TimeoutError, match=r"'wait' did not answer within 7 s"):
+            await asking
+        never.set()
+        await test.settle()
+
+
+async def test_only_the_agent_that_was_asked_answers() -> None:
+    app = sf.App("shared")
+    numbers = app.topic("numbers", key_type=str, value_type=int)
+
+    @app.agent(numbers)
+    async def counts(number: int) -> None: ...
+
+    @app.agent(numbers)
+    async def squares(number: int) -> int:
+        await asyncio.sleep(0)
+        return number * number
+
+    async with TestApp(app) as test:
+        for number in range(5):
+            assert await asked(test, lambda number=number: squares.ask(number, key="k")) == number * number
+
+
+async def test_asking_with_take_concurrency_and_a_decode_error_in_the_unit() -> None:
+    app = sf.App("units")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers, on_error=sf.Skip())
+    async def batch(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
+        async for unit in stream.take(2):
+            yield sf.Out(sum(unit), key="k")
+
+    @app.agent(concurrency=3)
+    async def lanes(number: int) -> int:
+        await asyncio.sleep(0)
+        return number + 1
+
+    async with TestApp(app) as test:
+        first = asyncio.ensure_future(batch.ask(1, key="a"))
+        manager = test.worker.manager
+        assert manager is not None
+        await until(lambda: any(task.waits_for_time() for task in manager.running()))
+        assert await asked(test, lambda: batch.ask(2, key="b")) == 3
+        assert await asked(test, lambda: first) == 3
+        both = asyncio.gather(*(lanes.ask(number) for number in range(10)))
+        assert await asked(test, lambda: both) == list(range(1, 11))
+
+
+async def test_a_timer_and_another_agent_may_ask_but_not_the_same_sub_topology() -> None:
+    app = sf.App("who")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    answers: list[Any] = []
+
+    @app.agent
+    def double(number: int) -> int:
+        return number * 2
+
+    @app.agent(numbers, on_error=sf.Skip())
+    async def asks(number: int) -> None:
+        answers.append(await (double if number else asks).ask(number))
+
+    @app.timer(10)
+    async def tick() -> None:
+        answers.append(await double.ask(50))
+
+    errors: list[tuple[str, str]] = []
+    async with TestApp(app) as test:
+        await test.send(numbers, 1, key="k")
+        await test.send(numbers, 0, key="k")
+        await test.settle()
+        assert answers == [2]
+        await test.advance(10)
+        assert answers == [2, 100]
+    assert errors == []
+
+
+async def test_a_question_outside_a_running_app_is_refused() -> None:
+    app = sf.App("closed")
+
+    @app.agent
+    def double(number: int) -> int:
+        return number * 2
+
+    with pytest.raises(sf.ClosedError, match="is not running in this process"):
+        await double.ask(1)
+    with pytest.raises(sf.ConfigurationError, match="above 0"):
+        await double.ask(1, timeout_s=0)
