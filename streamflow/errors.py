@@ -1,7 +1,7 @@
 """Every error StreamFlow raises, named by what it means for the run, and the one place that classifies them.
 
 `disposition` is the only classifier; the runtime is the only place that acts on it. Errors of third-party libraries
-are translated once, at the edge (`log/kafka/client.py`, `log/sqlite/database.py`), always with `raise ... from exc`.
+are translated once, at the edge (`log/kafka/codes.py`, `log/sqlite/faults.py`), always with `raise ... from exc`.
 """
 
 from __future__ import annotations
