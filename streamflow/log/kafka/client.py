@@ -25,7 +25,7 @@ logger = logging.getLogger("streamflow.kafka")
 
 T = TypeVar("T")
 
-_CLOSE_TIMEOUT_S = 1.0
+_CLOSING_KEPT = 64
 _IDLE_MS = 540_000  # below the broker's 10 minutes, so that we close first
 _MAX_THROTTLE_S = 60.0
 _LOOKUP_TIMEOUT_S = 10.0  # metadata and coordinators: another broker can answer them too
@@ -70,6 +70,7 @@ class Client:
         self._refreshing = asyncio.Lock()
         self._refresh_started = -1.0
         self._connect_options: dict[str, Any] = {}
+        self._closing: list[wire.Connection] = []
         self._closed = False
 
     async def __aenter__(self) -> Client:
@@ -87,10 +88,17 @@ class Client:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
-        closing = [future for c in self._connections.values() if (future := c.close()) is not None]
+        for connection in self._connections.values():
+            self._close(connection)
         self._connections.clear()
-        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
-            await asyncio.gather(*closing, return_exceptions=True)
+        await asyncio.gather(*(connection.closed(wire.CLOSE_TIMEOUT_S) for connection in self._closing))
+        self._closing.clear()
+
+    def _close(self, connection: wire.Connection, reason: wire.CloseReason | None = None) -> None:
+        connection.close(reason)
+        self._closing.append(connection)
+        if len(self._closing) > _CLOSING_KEPT:  # the old ones are closed by now
+            del self._closing[: _CLOSING_KEPT // 2]
 
     # --- sending -------------------------------------------------------------------------------------------------
 
@@ -124,7 +132,7 @@ class Client:
                     response = await connection.send(call)
         except TimeoutError as exc:
             # A late answer would delay the next request; the next one opens a connection of its own.
-            connection.close(reason=wire.CloseReason.CONNECTION_TIMEOUT)
+            self._close(connection, wire.CloseReason.CONNECTION_TIMEOUT)
             raise codes.translated(exc, self._what(call, node)) from exc
         except StreamFlowError:
             raise
@@ -152,7 +160,7 @@ class Client:
             if connection is not None and connection.connected():
                 return connection
             if connection is not None:
-                connection.close()
+                self._close(connection)
             if node not in self._brokers:
                 raise RetriableError(f"kafka broker {node} is not known (any more)")
             connection = await self._open(*self._brokers[node])
@@ -176,7 +184,7 @@ class Client:
     def close_lane(self, owner: object) -> None:
         """Close the connections of the lanes (owner, ...): a request may still be parked on them."""
         for key in [key for key in self._connections if isinstance(key[1], tuple) and key[1][0] is owner]:
-            self._connections.pop(key).close()
+            self._close(self._connections.pop(key))
         for key in [key for key in self._connecting if isinstance(key[1], tuple) and key[1][0] is owner]:
             del self._connecting[key]
 
@@ -286,7 +294,7 @@ class Client:
         except Exception as exc:
             raise codes.translated(exc, f"kafka broker {host}:{port}") from exc
         finally:
-            connection.close()
+            self._close(connection)
 
     def _take(self, response: Any) -> None:
         brokers = {node: (host, port) for node, host, port, _rack in response.brokers}
@@ -309,7 +317,7 @@ class Client:
 
     def _drop_connections(self, node: int) -> None:
         for key in [key for key in self._connections if key[0] == node]:
-            self._connections.pop(key).close()
+            self._close(self._connections.pop(key))
 
     def unknown_for_s(self, topic: str) -> float:
         """How long the cluster has been saying that a topic does not exist; 0 when it does."""

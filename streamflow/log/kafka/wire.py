@@ -9,6 +9,7 @@ thousands of times a second, are packed by hand (`log/kafka/hot.py`); the rest a
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,8 +18,11 @@ from io import BytesIO
 from types import SimpleNamespace
 from typing import Any, ClassVar, Protocol
 
+import anyio
+
 from streamflow.errors import LogUnavailableError
 
+CLOSE_TIMEOUT_S = 1.0
 _PIN = "StreamFlow needs aiokafka>=0.14,<0.15 (it uses its connections and codec, which are private)"
 
 try:
@@ -105,6 +109,27 @@ class _BearerAuthenticator:
 
 
 class _KafkaConnection(AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is untyped
+    """aiokafka's connection, which can be seen to its end: a socket that outlives its loop is a leak."""
+
+    _transport: Any = None
+
+    def close(self, reason: Any = None, exc: BaseException | None = None) -> Any:
+        if self._writer is not None:
+            self._transport = self._writer.transport
+        return super().close(reason, exc)
+
+    async def closed(self, timeout_s: float) -> None:
+        """Wait until the socket is closed, which TLS may drag out; after the time-out it is cut."""
+        ended: asyncio.Future[None] | None = self._closed_fut
+        if self._transport is None or ended is None:  # it never was open
+            return
+        with anyio.move_on_after(timeout_s, shield=True):
+            await asyncio.shield(ended)
+            return
+        self._transport.abort()
+        with anyio.CancelScope(shield=True):
+            await asyncio.sleep(0)
+
     def authenticator_oauth(self) -> Any:
         provider: Any = self._sasl_oauth_token_provider
         return _BearerAuthenticator(provider)
@@ -121,6 +146,7 @@ async def connect(host: str, port: int, **options: Any) -> Connection:
         await connection.connect()
     except BaseException:
         connection.close()
+        await connection.closed(CLOSE_TIMEOUT_S)
         raise
     return connection
 
@@ -136,8 +162,12 @@ class Connection(Protocol):
         """Whether the other side has not closed it."""
         ...
 
-    def close(self, reason: Any = None, exc: BaseException | None = None) -> Awaitable[None] | None:
+    def close(self, reason: Any = None, exc: BaseException | None = None) -> Any:
         """Close it; every request under way fails."""
+        ...
+
+    async def closed(self, timeout_s: float) -> None:
+        """Wait until it is."""
         ...
 
 

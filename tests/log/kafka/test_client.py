@@ -18,10 +18,10 @@ class Answering:
     """A connection that answers at once."""
 
     def __init__(self, throttle_ms=0, error=None):
-        self.throttle_ms, self.error, self.closed = throttle_ms, error, False
+        self.throttle_ms, self.error, self.was_closed = throttle_ms, error, False
 
     def connected(self):
-        return not self.closed
+        return not self.was_closed
 
     async def send(self, request, expect_response=True):
         if self.error is not None:
@@ -29,7 +29,10 @@ class Answering:
         return SimpleNamespace(throttle_time_ms=self.throttle_ms)
 
     def close(self, reason=None, exc=None):
-        self.closed = True
+        self.was_closed = True
+
+    async def closed(self, timeout_s):
+        pass
 
 
 CALL = wire.HEARTBEAT("g", 1, "m", None)
@@ -59,7 +62,7 @@ async def test_what_the_connection_raises_is_translated_with_its_cause(error):
     with pytest.raises(LogUnavailableError, match=r"kafka broker 1 \(h:9\), Heartbeat v3") as info:
         await client.send(1, CALL)
     assert info.value.__cause__ is error
-    assert connection.closed == isinstance(error, TimeoutError)  # a late answer would delay the next request
+    assert connection.was_closed == isinstance(error, TimeoutError)  # a late answer would delay the next request
 
 
 async def test_a_broker_that_nobody_knows_is_retriable():
