@@ -87,7 +87,8 @@ class PrometheusSensors(Sensors):
     """Counts what the runtime does, for `exposition` and the status page."""
 
     def __init__(self) -> None:
-        self.records_in: Counter[tuple[str, str]] = Counter()
+        self.records_in_count: Counter[str] = Counter()
+        self.processed: Counter[tuple[str, str]] = Counter()
         """By agent and source topic."""
         self.batches_in_count: Counter[str] = Counter()
         self.bytes_in: Counter[str] = Counter()
@@ -108,8 +109,11 @@ class PrometheusSensors(Sensors):
         self.batches_in_count[tp.topic] += batches
         self.bytes_in[tp.topic] += size_bytes
 
+    def records_in(self, topic: str, records: int) -> None:
+        self.records_in_count[topic] += records
+
     def records_processed(self, agent: str, topic: str, records: int, seconds: float) -> None:
-        self.records_in[agent, topic] += records
+        self.processed[agent, topic] += records
         # The time of one record is not measured: it would cost more than many records do. Each of a run counts as
         # their mean.
         self.processing[agent].observe(seconds / records, records)
@@ -165,9 +169,7 @@ class WorkerCollector(Collector):
 
     def _traffic(self) -> Iterator[Metric]:
         sensors = self._sensors
-        yield _counter(
-            "streamflow_records_in", "Records that agents have finished.", ["agent", "topic"], sensors.records_in
-        )
+        yield _counter("streamflow_records_in", "Records taken from the log.", ["topic"], sensors.records_in_count)
         yield _counter("streamflow_batches_in", "Batches fetched.", ["topic"], sensors.batches_in_count)
         yield _counter("streamflow_bytes_in", "Stored bytes fetched.", ["topic"], sensors.bytes_in)
         yield _counter("streamflow_records_out", "Records written.", ["topic"], sensors.records_out)
@@ -176,6 +178,9 @@ class WorkerCollector(Collector):
 
     def _work(self) -> Iterator[Metric]:
         sensors = self._sensors
+        yield _counter(
+            "streamflow_records_processed", "Records agents are done with.", ["agent", "topic"], sensors.processed
+        )
         processing = HistogramMetricFamily(
             "streamflow_processing_seconds",
             "Time an agent takes for a record; each record of a run counts as the run's mean.",

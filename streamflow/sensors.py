@@ -14,6 +14,9 @@ class Sensors:
     def batches_in(self, tp: TopicPartition, batches: int, size_bytes: int) -> None:
         """Whole batches arrived from the log."""
 
+    def records_in(self, topic: str, records: int) -> None:
+        """A task took a run of records from its input; each counts once, however many agents read it."""
+
     def records_processed(self, agent: str, topic: str, records: int, seconds: float) -> None:
         """An agent finished a run of records.
 

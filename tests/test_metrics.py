@@ -35,6 +35,7 @@ def used() -> PrometheusSensors:
     sensors = PrometheusSensors()
     sensors.batches_in(TopicPartition("orders", 0), 2, 500)
     sensors.batches_in(TopicPartition("orders", 1), 1, 100)
+    sensors.records_in("orders", 1001)
     sensors.records_processed("total", "orders", 1000, 0.02)
     sensors.records_processed("total", "orders", 1, 0.2)
     sensors.batch_out("totals", 900, 4000)
@@ -50,7 +51,8 @@ def used() -> PrometheusSensors:
 def test_everything_is_told():
     found = samples(Exposition(used(), status).text())
     expected = {
-        "streamflow_records_in_total|total|orders": 1001,
+        "streamflow_records_in_total|orders": 1001,
+        "streamflow_records_processed_total|total|orders": 1001,
         "streamflow_batches_in_total|orders": 3,
         "streamflow_bytes_in_total|orders": 600,
         "streamflow_records_out_total|totals": 900,

@@ -422,7 +422,11 @@ class DirectFeed(Feed[LogRecord]):
 
     def _next_of_inputs(self) -> tuple[TopicPartition, list[LogRecord]] | None:
         run = self.task.inputs.next_run(self._run_records)
-        return None if run is None else (run[0].tp, run[1])
+        if run is None:
+            return None
+        source, records = run
+        self.task.sensors.records_in(source.tp.topic, len(records))
+        return source.tp, records
 
     def _install(self, tp: TopicPartition, records: list[LogRecord]) -> None:
         if tp != self.tp:

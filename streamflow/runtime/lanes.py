@@ -68,6 +68,8 @@ class Ledger:
         self._held: deque[Entry] = deque()
         self._until = -1
         self._opened = 0
+        # Number of the latest entry that an agent has had in its hands.
+        self.taken = -1
         self._moved = asyncio.Event()
 
     def __len__(self) -> int:
@@ -187,7 +189,7 @@ class LaneFeed(Feed[Entry]):
 
     async def _entry_within(self, timeout_s: float | None, *, in_unit: bool = False) -> Entry | None:
         """The next entry; None when the time is over, or the input has ended and a unit waits for more."""
-        if self.stopping:
+        if self.stopping and not self._is_overtaken():
             await self.park()
         if not self.queue:
             self._arrived.clear()
@@ -201,14 +203,19 @@ class LaneFeed(Feed[Entry]):
                 await self.task.clock.wait(self._arrived, timeout_s)
             self.waits_for_time = self.is_hungry = False
             self._slice_started_s = perf_counter()
-        if self.stopping:
+        if self.stopping and not self._is_overtaken():
             await self.park()
         return self.queue.popleft() if self.queue else None
+
+    def _is_overtaken(self) -> bool:
+        """Whether a later record has been taken already: a stop waits for this one, or that one would come again."""
+        return bool(self.queue) and self.queue[0].number < self._ledger.taken
 
     def _hold(self, entry: Entry, *, in_unit: bool = False) -> LogRecord:
         if entry.tp != self.tp:
             self._set_source(self.task.topic_of(entry.tp), entry.tp)
         self._entries = [entry]
+        self._ledger.taken = max(self._ledger.taken, entry.number)
         record = self.record = entry.record
         unit_in_context.set(record)
         self._taken_at_s = perf_counter()
@@ -332,6 +339,7 @@ class Dispatcher:
                 await self._wait()
                 continue
             source, records = run
+            task.sensors.records_in(source.tp.topic, len(records))
             readers = self._readers(source.tp)
             for record in records:
                 self._dispatch(Entry(source.tp, record, len(readers)), readers)

@@ -85,7 +85,8 @@ def test_prometheus_understands_the_metrics(arguments, shell, prometheus):
     assert shell("send", "orders.py", "orders", "-", "--key-field", "user", stdin=stdin).code == 0
     scraper = Scraper(shell, prometheus, worker.url.removeprefix("http://"))
 
-    scraper.wait_for('sum(streamflow_records_in_total{agent="invoice",topic="orders"})', 100)
+    scraper.wait_for('sum(streamflow_records_in_total{topic="orders"})', 100)
+    scraper.wait_for('sum(streamflow_records_processed_total{agent="invoice",topic="orders"})', 100)
     scraper.wait_for('sum(streamflow_records_out_total{topic="invoices"})', 100)
     scraper.wait_for("sum(streamflow_assigned_partitions)", 4)
     scraper.wait_for('sum(streamflow_lag_records{topic="orders"})', 0)
