@@ -156,7 +156,7 @@ class TaskManager:
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
         logger.info("revoked: %s", _named(partitions))
         tasks = self._tasks_of(partitions)
-        with anyio.move_on_after(self._settings.rebalance_timeout_ms / 2000):
+        with anyio.move_on_after(min(self._settings.shutdown_timeout_s, self._settings.rebalance_timeout_ms / 2000)):
             async with anyio.create_task_group() as group:
                 for task in tasks:
                     group.start_soon(task.finish_records)

@@ -1,0 +1,293 @@
+"""Workers that come and go on one log: handing over, crashing, restarting, stopping, and what they say about it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+
+import streamflow as sf
+from streamflow.errors import LogUnavailableError
+from streamflow.log.api import AtomicCommit
+from streamflow.log.sqlite.producer import SqliteTransactionalProducer
+from tests.runtime.machine import Machine
+from tests.runtime.waiting import until
+
+
+def copying_app(name: str, *, partitions: int = 4) -> tuple[sf.App, "sf.Topic[str, int]", "sf.Topic[str, int]"]:
+    app = sf.App(name)
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=partitions)
+    out = app.topic("out", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers, sink=out)
+    async def work(stream: sf.Stream[int]) -> AsyncIterator[int]:
+        async for number in stream:
+            await asyncio.sleep(0)
+            yield number
+
+    return app, numbers, out
+
+
+async def sent(machine: Machine, topic: "sf.Topic[str, int]", numbers: range) -> None:
+    for number in numbers:
+        await machine.send(topic, number, key=f"k{number % 13}")
+
+
+async def test_two_workers_split_the_partitions_and_hand_over_at_a_stop() -> None:
+    app, numbers, out = copying_app("split")
+    async with Machine(app) as machine:
+        first = await machine.start()
+        assert len(first.tasks) == 4
+        kept = dict(first.tasks)
+        await sent(machine, numbers, range(40))
+        second = await machine.start()
+        await until(lambda: len(second.tasks) == 2)
+        assert len(first.tasks) == 2
+        assert all(kept[name] is task for name, task in first.tasks.items())  # what stays is not touched
+        await sent(machine, numbers, range(40, 80))
+        await machine.settle()
+        await machine.stop(first)
+        await until(lambda: len(second.tasks) == 4)
+        await sent(machine, numbers, range(80, 120))
+        await machine.settle()
+        assert sorted(machine.values(out)) == list(range(120))
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_a_crash_loses_nothing(guarantee: str) -> None:
+    app, numbers, out = copying_app("crash")
+    async with Machine(app, processing_guarantee=guarantee) as machine:
+        first, second = await machine.start(), await machine.start()
+        await until(lambda: len(first.tasks) == len(second.tasks) == 2)
+        await sent(machine, numbers, range(60))
+        await machine.commit(first)
+        await machine.crash(first)
+        await machine.settle()
+        assert len(second.tasks) == 4
+        got = machine.values(out)
+        assert set(got) == set(range(60))
+        if guarantee == "exactly_once":
+            assert len(got) == 60
+
+
+async def test_a_restart_after_a_clean_stop_reads_nothing_again() -> None:
+    app = sf.App("again")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=2)
+    seen: list[int] = []
+    gate = asyncio.Event()
+
+    @app.agent(numbers, concurrency=3)
+    async def lanes(number: int) -> None:
+        if len(seen) > 100:
+            await gate.wait()
+        seen.append(number)
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await sent(machine, numbers, range(900))
+        await until(lambda: len(seen) > 100)
+        running.worker.request_stop()
+        await until(lambda: running.worker.state == "stopping")
+        gate.set()
+        await machine.ended(running)  # in the middle of it
+        assert len(seen) < 120
+        first = len(seen)
+        running = await machine.start()
+        await machine.settle()
+        assert sorted(seen) == list(range(900))
+        assert len(seen) > first
+
+
+async def test_a_stop_in_the_middle_of_a_batch_skips_nothing() -> None:
+    app = sf.App("middle")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    seen: list[int] = []
+    others: list[int] = []
+
+    @app.agent(numbers)
+    async def one(number: int) -> None:
+        await asyncio.sleep(0)
+        seen.append(number)
+
+    @app.agent(numbers)
+    def two(number: int) -> None:
+        others.append(number)
+
+    async with Machine(app) as machine:
+        await sent(machine, numbers, range(1000))
+        while len(seen) < 1000:
+            before = len(seen)
+            running = await machine.start()
+            await until(lambda before=before: len(seen) > before)
+            await machine.stop(running)
+        assert seen == list(range(1000))
+        assert others == list(range(1000))
+
+
+async def test_a_record_that_takes_too_long_is_left_at_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = sf.App("stuck")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    out = app.topic("out", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers, sink=out)
+    async def work(number: int) -> int:
+        if number == 1 and not released:
+            await anyio.sleep_forever()
+        return number
+
+    released: list[bool] = []
+    async with Machine(app, shutdown_timeout_s=0.2) as machine:
+        running = await machine.start()
+        await sent(machine, numbers, range(3))
+        await until(lambda: running.worker.status().tasks[0].partitions[0].position == 1)
+        await machine.stop(running)
+        assert await machine.committed() == {sf.TopicPartition("numbers", 0): 1}
+        released.append(True)
+        await machine.start()
+        await machine.settle()
+        assert machine.values(out) == [0, 1, 2]
+
+
+async def test_a_commit_that_fails_is_tried_again_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, numbers, out = copying_app("failing", partitions=1)
+    failing = [True]
+    commit = SqliteTransactionalProducer.commit
+
+    async def fail(self: SqliteTransactionalProducer, commit_: AtomicCommit) -> None:
+        if failing:
+            raise LogUnavailableError("away")
+        await commit(self, commit_)
+
+    monkeypatch.setattr(SqliteTransactionalProducer, "commit", fail)
+    async with Machine(app, session_timeout_ms=8_000, heartbeat_interval_ms=1_000) as machine:
+        running = await machine.start()
+        await sent(machine, numbers, range(5))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(machine.commit, running)
+            await until(lambda: running.worker.uncommitted_for_s() >= 0 and machine.clock.next_wake_s() is not None)
+            for _ in range(45):
+                machine.clock.advance(1.0)
+                await asyncio.sleep(0.001)
+            status = running.worker.status()
+            assert not status.live
+            assert "nothing could be committed for" in status.live_reason
+            failing.clear()
+            for _ in range(3):
+                machine.clock.advance(1.0)
+                await asyncio.sleep(0.001)
+        assert running.worker.status().live
+        await machine.settle()
+        assert machine.values(out) == list(range(5))
+
+
+async def test_a_cancelled_commit_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, numbers, out = copying_app("cancelled", partitions=1)
+    hanging = [True]
+    commit = SqliteTransactionalProducer.commit
+
+    async def hang(self: SqliteTransactionalProducer, commit_: AtomicCommit) -> None:
+        if hanging and commit_.outputs:
+            await anyio.sleep_forever()
+        await commit(self, commit_)
+
+    monkeypatch.setattr(SqliteTransactionalProducer, "commit", hang)
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await sent(machine, numbers, range(5))
+        await until(lambda: running.worker.status().tasks[0].partitions[0].position == 5)
+        with anyio.move_on_after(0.02):
+            await machine.commit(running)
+        hanging.clear()
+        await machine.settle()
+        assert machine.values(out) == list(range(5))
+
+
+async def test_lost_partitions_commit_nothing_and_are_processed_by_the_next_owner() -> None:
+    app, numbers, out = copying_app("lost", partitions=2)
+    async with Machine(app, session_timeout_ms=10_000, heartbeat_interval_ms=1_000) as machine:
+        first = await machine.start()
+        await sent(machine, numbers, range(20))
+        await until(lambda: sum(p.position for t in first.worker.status().tasks for p in t.partitions) == 20)
+        before = set(map(id, first.tasks.values()))
+        with_heart: Any = first.worker.group
+        heart = with_heart.heart
+        heart.session.write(lambda sql: sql.execute("DELETE FROM members"))  # as another member does when it expires
+        heart.session.write(lambda sql: sql.execute("UPDATE owners SET member_id = NULL"))
+        machine.clock.advance(1.1)
+        await until(lambda: first.tasks and not before & set(map(id, first.tasks.values())))
+        await machine.settle()
+        assert sorted(machine.values(out)) == list(range(20))
+
+
+async def test_status_tells_positions_lag_and_readiness() -> None:
+    app = sf.App("status")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=2)
+    gate = asyncio.Event()
+
+    @app.agent(numbers)
+    async def work(number: int) -> None:
+        await gate.wait()
+
+    async with Machine(app, max_poll_interval_ms=100) as machine:
+        running = await machine.start()
+        await until(lambda: running.worker.status().ready)
+        for number in range(3):
+            await machine.send(numbers, number, key="k", partition=1)
+        await until(lambda: running.worker.status().tasks[1].partitions[0].lag == 3)
+        status = running.worker.status()
+        assert [task.task for task in status.tasks] == ["numbers-0", "numbers-1"]
+        (first,), (second,) = (task.partitions for task in status.tasks)
+        assert (first.position, first.end_offset, first.lag) == (0, 0, 0)
+        assert (second.position, second.end_offset, second.lag) == (0, 3, 3)
+        assert (status.app, status.state, status.guarantee, status.live) == ("status", "running", "exactly_once", True)
+        await until(lambda: not running.worker.status().live)
+        assert "task numbers-1 has had a record in hand" in running.worker.status().live_reason
+        gate.set()
+        await until(lambda: running.worker.status().live)
+        await machine.stop(running)
+        assert running.worker.status().state == "stopped"
+        assert not running.worker.status().ready
+
+
+async def test_a_unit_that_waits_for_more_is_not_stuck() -> None:
+    app = sf.App("waits")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers)
+    async def work(stream: sf.Stream[int]) -> None:
+        async for _ in stream.take(100):
+            pass
+
+    async with Machine(app, max_poll_interval_ms=100) as machine:
+        running = await machine.start()
+        await machine.send(numbers, 1, key="k")
+        await until(lambda: any(task.waits_for_time() for task in running.tasks.values()))
+        await asyncio.sleep(0.15)
+        assert running.worker.status().live
+        await machine.stop(running)
+        assert await machine.committed() == {sf.TopicPartition("numbers", 0): 0}
+
+
+async def test_a_worker_without_partitions_is_ready() -> None:
+    app, _, _ = copying_app("idle", partitions=1)
+    async with Machine(app) as machine:
+        await machine.start()
+        second = await machine.start()
+        await until(lambda: second.worker.status().ready)
+        assert second.worker.status().tasks == ()
+
+
+async def test_a_topic_of_another_size_and_a_missing_topic_are_refused() -> None:
+    app, _, _ = copying_app("sizes", partitions=3)
+    async with Machine(app) as machine:
+        other = sf.App("sizes")
+        other.topic("numbers", key_type=str, value_type=int, partitions=5)
+        running = await machine.start(app=other)
+        with pytest.raises(sf.TopologyError, match="has 3 partitions, but partitions=5"):
+            await machine.ended(running)
+        absent = sf.App("absent")
+        absent.topic("nowhere", create=False)
+        running = await machine.start(app=absent)
+        with pytest.raises(sf.TopologyError, match="'nowhere' does not exist"):
+            await machine.ended(running)
