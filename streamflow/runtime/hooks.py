@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from streamflow.errors import FatalError, RefusedError, StreamFlowError
+from streamflow.errors import FatalError, StreamFlowError
 
 logger = logging.getLogger("streamflow.hooks")
 
@@ -16,7 +16,7 @@ async def call_start_hooks(functions: Iterable[Callable[[], Any]]) -> None:
     """Call them in order.
 
     Raises:
-        RefusedError: One of them raised; those after it are not called.
+        FatalError: One of them raised, which is logged with its traceback; those after it are not called.
     """
     for function in functions:
         try:
@@ -24,7 +24,9 @@ async def call_start_hooks(functions: Iterable[Callable[[], Any]]) -> None:
         except StreamFlowError:
             raise
         except Exception as exc:
-            raise RefusedError(f"{_described('on_start', function, exc)}, so the worker does not start") from exc
+            error = FatalError(f"{_described('on_start', function, exc)}, so the worker does not start")
+            logger.exception("%s", error)
+            raise error from exc
 
 
 async def call_hooks(kind: str, functions: Iterable[Callable[..., Any]], *arguments: Any) -> FatalError | None:
