@@ -91,11 +91,6 @@ def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
             reporter(now.done, now.total)
 
     running = Worker(session.app, settings, sensors=sensors, until_end=until_end, on_progress=on_progress)
-    if me is None:
-        overview = overview_of(session.app, settings, running.address, running.guarantee)
-        announce(overview, web, None, settings.log_format)
-    else:
-        me.watch_parent(running.request_stop, settings.shutdown_timeout_s)
 
     async def run() -> None:
         async with contextlib.AsyncExitStack() as around:
@@ -107,9 +102,15 @@ def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
     _collect_garbage_less_often()
     quiet = not until_end or me is not None or settings.log_format == "json"
     within_s = settings.shutdown_timeout_s + _STOP_MARGIN_S
-    with stopping(running.request_stop, within_s=within_s), progress("processing", quiet=quiet) as reporter:
-        reporters.append(reporter)
-        run_async(run)
+    with stopping(running.request_stop, within_s=within_s):
+        if me is None:
+            overview = overview_of(session.app, settings, running.address, running.guarantee)
+            announce(overview, web, None, settings.log_format)
+        else:
+            me.watch_parent(running.request_stop, settings.shutdown_timeout_s)
+        with progress("processing", quiet=quiet) as reporter:
+            reporters.append(reporter)
+            run_async(run)
     return 0
 
 
