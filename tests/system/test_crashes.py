@@ -51,12 +51,14 @@ class Crashes:
     uncommitted: int = 0
 
 
-async def killed_under_load(system: System, *topics: str, sources: tuple[str, ...] = ("numbers",)) -> Crashes:
+async def killed_under_load(
+    system: System, *topics: str, sources: tuple[str, ...] = ("numbers",), kills: int = KILLS, per_s: int = PER_S
+) -> Crashes:
     """Kill the worker again and again while records come in, then let it finish."""
     dice = random.Random(7)
     crashes = Crashes()
-    async with system.load("numbers", per_s=PER_S) as sent:
-        for _ in range(KILLS):
+    async with system.load("numbers", per_s=per_s) as sent:
+        for _ in range(kills):
             worker = await system.started()
             await system.has(topics[0], await system.count(topics[0]) + 100)
             await asyncio.sleep(dice.uniform(0, 1))  # at any point of a commit
@@ -94,6 +96,55 @@ async def test_chains_and_repartitioning_are_exact_on_sqlite(sqlite: System) -> 
     assert sorted(value for _, value in grouped) == sorted(expected)
     assert len(grouped) == crashes.total
     assert all(key == b"d%d" % (value % 10) for key, value in grouped)
+
+
+VARIANTS = {
+    "concurrency": """
+import random
+
+@app.agent(numbers, sink=results, concurrency=4)
+async def double(number: int) -> int:
+    await asyncio.sleep(random.uniform(0, 0.002))
+    return number * 2
+""",
+    "units": """
+@app.agent(numbers, sink=results)
+async def double(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
+    async for unit in stream.items().take(5, within_s=0.05):
+        for key, number in unit:
+            yield sf.Out(number * 2, key=key)
+""",
+    "thread": """
+@app.agent(numbers, sink=results, thread=True)
+def double(number: int) -> int:
+    return number * 2
+""",
+    "retry": """
+import random
+
+@app.agent(numbers, sink=results, on_error=sf.Retry(100, backoff_s=0.001, max_backoff_s=0.001))
+async def double(stream: sf.Stream[int]) -> AsyncIterator[int]:
+    async for number in stream:
+        if random.random() < 0.002:
+            raise OSError("now and then")
+        yield number * 2
+""",
+    "sends": """
+@app.agent(numbers)
+async def double(stream: sf.Stream[int]) -> None:
+    async for key, number in stream.items():
+        await results.send(key=key, value=number * 2)
+""",
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+async def test_every_form_of_agent_is_exact_on_sqlite(variant: str, sqlite: System) -> None:
+    sqlite.write_app(VARIANTS[variant])
+    await sqlite.create("numbers")
+    await killed_under_load(sqlite, "results", kills=3, per_s=1000)
+    taken, made = await sqlite.read("numbers"), await sqlite.read("results")
+    assert made == {partition: [(key, 2 * value) for key, value in rows] for partition, rows in taken.items()}
 
 
 @pytest.mark.kafka

@@ -1,5 +1,6 @@
 """Workers that share a group: partitions are split, handed over and taken over; what stays is not disturbed."""
 
+import signal
 import time
 
 import pytest
@@ -87,6 +88,73 @@ async def test_what_a_worker_keeps_is_not_disturbed_when_another_joins(system: S
     await check(system, exactly=True)
 
 
+async def test_a_stopped_process_that_wakes_up_changes_nothing(system: System) -> None:
+    """SIGSTOP for longer than the session: the others take over, and what wakes up is told so."""
+    system.write_app(WATCHED)
+    await system.create("numbers", partitions=PARTITIONS)
+    async with system.load("numbers", per_s=1000) as sent:
+        first, second = await system.started(), await system.started()
+        await first.owns(system.topic("numbers"), 2)
+        await system.has("results", 500)
+        first.signal(signal.SIGSTOP)
+        await second.owns(system.topic("numbers"), PARTITIONS, within_s=SESSION_S + 5)
+        await system.has("results", await system.count("results") + 500)
+        first.signal(signal.SIGCONT)
+        await first.says("lost: ")
+        await first.owns(system.topic("numbers"), 2)
+        await system.has("results", await system.count("results") + 500)
+    await system.has_committed("numbers", sent.total())
+    for worker in (first, second):
+        assert await worker.stops() == STOPPED
+    await check(system, exactly=not system.is_kafka)
+
+
+async def test_a_worker_that_waits_to_join_can_be_stopped(system: System) -> None:
+    system.write_app(WATCHED, session_timeout_ms=20_000)
+    await system.create("numbers", partitions=PARTITIONS)
+    first = await system.started()
+    first.kill()
+    second = system.start()
+    await second.says("agents ")
+    assert await second.stops(10) == STOPPED
+
+
+LEADER = """
+@app.timer(0.05, on_leader=True)
+async def lead() -> None:
+    results.send_nowait(key="leader", value=os.getpid())
+
+@app.agent(numbers)
+async def idle(stream: sf.Stream[int]) -> None:
+    async for number in stream:
+        pass
+"""
+
+
+async def test_one_worker_leads_and_another_takes_over(system: System) -> None:
+    system.write_app(LEADER)
+    await system.create("numbers", partitions=PARTITIONS)
+    workers = {worker.pid: worker for worker in [await system.started(), await system.started()]}
+
+    async def leaders() -> list[int]:
+        return list(dict.fromkeys(pid for _, pid in await system.rows("results")))
+
+    await system.has("results", 10)
+    led = (await leaders())[-1]
+    workers.pop(led).kill()
+    ((next_pid, worker),) = workers.items()
+
+    async def taken_over() -> bool:
+        return (await leaders())[-1] == next_pid
+
+    await until(taken_over, system.told)
+    await system.has("results", await system.count("results") + 10)
+    assert await worker.stops() == STOPPED
+    # Whoever led before, and however often it moved while they joined: in the end each led once and never both.
+    told = [pid for _, pid in await system.rows("results")]
+    assert told[-10:] == [next_pid] * 10
+
+
 async def test_more_workers_than_partitions(system: System) -> None:
     system.write_app(WATCHED, partitions=1)
     await system.create("numbers", partitions=1)
@@ -119,7 +187,7 @@ async def stubborn(stream: sf.Stream[int]) -> AsyncIterator[int]:
 
 
 async def test_a_blocked_event_loop_keeps_its_partitions(system: System) -> None:
-    system.write_app(STUBBORN.replace("WAIT", "time.sleep(6)"))
+    system.write_app(STUBBORN.replace("WAIT", "time.sleep(4)"))
     await system.create("numbers", partitions=PARTITIONS)
     first = system.start(STUBBORN="1")
     await first.ready()
