@@ -1,0 +1,217 @@
+"""Bounded runs: all that is there and all that follows from it, then the end; the result is the streaming run's."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+import streamflow as sf
+from streamflow.runtime.status import Progress
+from tests.runtime.machine import Machine, Running
+
+
+async def ended(machine: Machine, running: Running) -> None:
+    """Move the clock until a bounded run is over."""
+    for _ in range(5000):
+        if running.ended.is_set():
+            break
+        if (step_s := machine.clock.next_wake_s()) is not None:
+            machine.clock.advance(min(step_s, 0.05))
+        await asyncio.sleep(0.0005)
+    await machine.ended(running)
+
+
+async def run_bounded(
+    app: sf.App, inputs: Callable[[Machine], Any], **settings: Any
+) -> tuple[dict[str, list[Any]], Machine]:
+    """The values in every topic after a bounded run."""
+    settings = {"commit_interval_ms": 100, **settings}
+    async with Machine(app, **settings) as machine:
+        await inputs(machine)
+        running = await machine.start(until_end=True)
+        await ended(machine, running)
+        await machine.look()
+        return {name: machine.values(name) for name in app.topics}, machine
+
+
+async def run_streaming(app: sf.App, inputs: Callable[[Machine], Any]) -> dict[str, list[Any]]:
+    async with Machine(app) as machine:
+        await inputs(machine)
+        running = await machine.start()
+        await machine.settle()
+        await machine.stop(running)
+        await machine.look()
+        return {name: machine.values(name) for name in app.topics}
+
+
+def chained() -> sf.App:
+    app = sf.App("chained")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=3)
+    squares = app.topic("squares", key_type=str, value_type=int, partitions=2)
+    sums = app.topic("sums", key_type=int, value_type=int, partitions=1)
+    app.topic("unused", key_type=str)
+
+    @app.agent(numbers, sink=squares)
+    async def square(stream: sf.Stream[int]) -> AsyncIterator[int]:
+        async for number in stream:
+            yield number * number
+
+    @app.agent(squares.group_by(lambda number: number % 4, name="by-rest", key_type=int), sink=sums)
+    async def regroup(stream: sf.Stream[int, int]) -> AsyncIterator[int]:
+        async for number in stream:
+            yield number
+
+    return app
+
+
+async def send_numbers(machine: Machine) -> None:
+    for number in range(50):
+        await machine.send(machine.app.topics["numbers"], number, key=f"k{number % 7}")
+
+
+async def test_chained_and_repartitioned_records_are_included_and_equal_the_streaming_run() -> None:
+    bounded, _ = await run_bounded(chained(), send_numbers)
+    streamed = await run_streaming(chained(), send_numbers)
+    assert {name: Counter(values) for name, values in bounded.items()} == {
+        name: Counter(values) for name, values in streamed.items()
+    }
+    assert sorted(bounded["sums"]) == [number * number for number in range(50)]
+
+
+async def test_progress_is_told_and_reaches_the_total() -> None:
+    told: list[Progress] = []
+    app = chained()
+    async with Machine(app, commit_interval_ms=100) as machine:
+        await send_numbers(machine)
+        running = await machine.start(until_end=True, on_progress=told.append)
+        await ended(machine, running)
+    assert told[-1] == Progress(50, 50)
+
+
+async def test_empty_topics_end_at_once() -> None:
+    async def nothing(machine: Machine) -> None: ...
+
+    bounded, _ = await run_bounded(chained(), nothing)
+    assert all(values == [] for values in bounded.values())
+
+
+async def test_latest_takes_nothing_and_ends() -> None:
+    bounded, _ = await run_bounded(chained(), send_numbers, auto_offset_reset="latest")
+    assert bounded["squares"] == []
+
+
+async def test_a_second_run_has_nothing_left_to_do() -> None:
+    app = chained()
+    async with Machine(app, commit_interval_ms=100) as machine:
+        await send_numbers(machine)
+        for _ in range(2):
+            running = await machine.start(until_end=True)
+            await ended(machine, running)
+        await machine.look()
+        assert len(machine.values("sums")) == 50
+
+
+@pytest.mark.parametrize("agents", [1, 2])
+async def test_units_that_are_not_full_are_flushed_along_the_chain(agents: int) -> None:
+    app = sf.App("units")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    sums = app.topic("sums", key_type=str, value_type=int, partitions=1)
+    totals = app.topic("totals", key_type=str, value_type=list[int], partitions=1)
+
+    @app.agent(numbers, sink=sums)
+    async def batch(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
+        async for unit in stream.take(4):
+            yield sf.Out(sum(unit), key="k")
+
+    @app.agent(sums, sink=totals)
+    async def total(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[list[int]]]:
+        async for unit in stream.take(100, within_s=3600):
+            yield sf.Out(unit, key="k")
+
+    if agents == 2:
+
+        @app.agent(numbers)
+        def other(number: int) -> None: ...
+
+    async def send(machine: Machine) -> None:
+        for number in range(10):
+            await machine.send(numbers, number, key="k")
+
+    bounded, _ = await run_bounded(app, send)
+    assert bounded["sums"] == [6, 22, 17]
+    assert bounded["totals"] == [[6, 22, 17]]
+
+
+async def test_a_unit_over_an_external_and_a_written_topic_is_flushed() -> None:
+    app = sf.App("both")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    doubled = app.topic("doubled", key_type=str, value_type=int, partitions=1)
+    out = app.topic("out", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers, sink=doubled)
+    def double(number: int) -> int:
+        return number * 2
+
+    @app.agent([numbers, doubled], sink=out)
+    async def batch(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
+        async for unit in stream.take(1000):
+            for number in unit:
+                yield sf.Out(number, key="k")
+
+    async def send(machine: Machine) -> None:
+        for number in range(5):
+            await machine.send(numbers, number, key="k")
+
+    bounded, _ = await run_bounded(app, send)
+    assert sorted(bounded["out"]) == sorted([*range(5), *range(0, 10, 2)])
+
+
+async def test_an_agent_that_feeds_itself_is_drained() -> None:
+    app = sf.App("itself")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    done = app.topic("done", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers)
+    async def count_down(number: int) -> None:
+        await (numbers if number else done).send(key="k", value=max(0, number - 1))
+
+    async def send(machine: Machine) -> None:
+        await machine.send(numbers, 6, key="k")
+
+    bounded, _ = await run_bounded(app, send)
+    assert bounded["numbers"] == [6, 5, 4, 3, 2, 1, 0]
+    assert bounded["done"] == [0]
+
+
+async def test_records_that_come_after_the_start_are_left_for_the_next_run() -> None:
+    app = sf.App("later")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    out = app.topic("out", key_type=str, value_type=int, partitions=1)
+    gate = asyncio.Event()
+
+    @app.agent(numbers, sink=out)
+    async def work(number: int) -> int:
+        await gate.wait()
+        return number
+
+    async with Machine(app, commit_interval_ms=100) as machine:
+        await machine.send(numbers, 1, key="k")
+        running = await machine.start(until_end=True)
+        await machine.send(numbers, 2, key="k")
+        gate.set()
+        await ended(machine, running)
+        await machine.look()
+        assert machine.values(out) == [1]
+
+
+async def test_two_workers_share_a_bounded_run() -> None:
+    app = chained()
+    async with Machine(app, commit_interval_ms=100) as machine:
+        await send_numbers(machine)
+        both = [await machine.start(until_end=True) for _ in range(2)]
+        for running in both:
+            await ended(machine, running)
+        await machine.look()
+        assert sorted(machine.values("sums")) == [number * number for number in range(50)]
