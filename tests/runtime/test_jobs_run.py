@@ -234,9 +234,7 @@ async def test_an_error_of_on_start_refuses_the_start() -> None:
 
     async with Machine(app) as machine:
         running = await machine.start()
-        with pytest.raises(
-            sf.StreamFlowError, match=r"@app.on_start hook 'start' raised OSError: no such file"
-        ) as told:
+        with pytest.raises(sf.StreamFlowError, match=r"@app.on_start hook 'start' raised OSError: no such file"):
             await machine.ended(running)
 
 
