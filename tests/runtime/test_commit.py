@@ -1,0 +1,237 @@
+"""Commits against a group and a producer that refuse: who is dropped, what is repeated, what is never sent twice."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from streamflow.clock import VirtualClock
+from streamflow.errors import FatalError, LogUnavailableError, ProductionError, TaskMigratedError
+from streamflow.log.api import AtomicCommit, Group, Membership, OffsetMark, Producer, TransactionalProducer
+from streamflow.log.batch import SealedBatch
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
+from streamflow.sensors import Sensors
+
+A, B, OUT = TopicPartition("a", 0), TopicPartition("b", 0), TopicPartition("out", 0)
+
+
+class FakeOutputs:
+    def __init__(self) -> None:
+        self.batches: list[tuple[TopicPartition, SealedBatch]] = []
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self.batches)
+
+    def seal(self) -> list[tuple[TopicPartition, SealedBatch]]:
+        sealed, self.batches = self.batches, []
+        return sealed
+
+
+class FakeTask:
+    """A task that has processed up to `position`."""
+
+    def __init__(self, tp: TopicPartition) -> None:
+        self.tp = tp
+        self.name = str(tp)
+        self.position = 0
+        self.committed = {tp: 0}
+        self.lost = False
+        self.outputs = FakeOutputs()
+
+    def work(self, position: int) -> None:
+        self.position = position
+        self.outputs.batches.append((OUT, SealedBatch(bytearray(b"%d" % position), 1, 0)))
+
+    def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
+        return {self.tp: OffsetMark(self.position)} if self.position > self.committed[self.tp] else {}
+
+    def set_committed(self, offsets: dict[TopicPartition, OffsetMark]) -> None:
+        self.committed.update({tp: mark.offset for tp, mark in offsets.items()})
+
+
+class FakeGroup:
+    def __init__(self) -> None:
+        self.membership: Membership | None = Membership("g", "me", 7)
+        self.assignment = frozenset({A, B})
+        self.commits: list[dict[TopicPartition, int]] = []
+        self.refuse: Callable[[], None] = lambda: None
+
+    async def commit(self, offsets: dict[TopicPartition, OffsetMark], membership: Membership) -> None:
+        self.refuse()
+        self.commits.append({tp: mark.offset for tp, mark in offsets.items()})
+
+
+class FakeProducer:
+    """Refuses as `decide` says, else keeps."""
+
+    def __init__(self) -> None:
+        self.stored: list[tuple[list[bytes], dict[TopicPartition, int], int]] = []
+        self.decide: Callable[[AtomicCommit], None] = lambda commit: None
+        self.enqueued: list[bytes] = []
+        self.gate: asyncio.Event | None = None
+        self.error: Exception | None = None
+
+    async def commit(self, commit: AtomicCommit) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.decide(commit)
+        offsets = {tp: mark.offset for tp, mark in commit.offsets.items()}
+        generation = commit.membership.generation if commit.membership else -1
+        self.stored.append(([batch.unstamped() for _, batch in commit.outputs], offsets, generation))
+
+    async def enqueue(self, tp: TopicPartition, batch: SealedBatch) -> "asyncio.Future[int]":
+        if self.gate is not None:
+            await self.gate.wait()
+        self.enqueued.append(batch.unstamped())
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if self.error is None:
+            future.set_result(0)
+        else:
+            future.set_exception(self.error)
+        return future
+
+
+class Fixture:
+    def __init__(self, kind: type[ExactlyOnce] | type[AtLeastOnce]) -> None:
+        self.producer, self.group, self.clock = FakeProducer(), FakeGroup(), VirtualClock()
+        make: Any = kind
+        producer = cast(TransactionalProducer | Producer, self.producer)
+        self.delivery = make(producer, lambda: cast(Group, self.group), Sensors(), self.clock)
+        self.delivery.generation = 7
+        self.a, self.b = FakeTask(A), FakeTask(B)
+        self.a.work(5)
+        self.b.work(3)
+
+    async def commit(self) -> None:
+        await self.delivery.commit(cast(Any, [self.a, self.b]))
+
+    async def commit_over_time(self) -> None:
+        committing = asyncio.ensure_future(self.commit())
+        while not committing.done():
+            await asyncio.sleep(0)
+            self.clock.advance(1)
+        await committing
+
+
+async def test_one_commit_over_all_tasks() -> None:
+    at = Fixture(ExactlyOnce)
+    await at.commit()
+    assert at.producer.stored == [([b"5", b"3"], {A: 5, B: 3}, 7)]
+    assert (at.a.committed, at.b.committed) == ({A: 5}, {B: 3})
+    await at.commit()
+    assert len(at.producer.stored) == 1  # nothing moved, nothing is sent
+    assert at.delivery.trying_since_s is None
+
+
+async def test_the_generation_is_the_one_the_tasks_were_opened_under() -> None:
+    at = Fixture(ExactlyOnce)
+    at.group.membership = Membership("g", "me", 9)  # the group is ahead of the task manager
+    await at.commit()
+    assert at.producer.stored[0][2] == 7
+
+
+async def test_a_task_that_has_moved_away_is_dropped_and_the_others_are_committed() -> None:
+    at = Fixture(ExactlyOnce)
+
+    def refuse_a(commit: AtomicCommit) -> None:
+        if A in commit.offsets:
+            raise TaskMigratedError("a is gone")
+
+    at.producer.decide = refuse_a
+    await at.commit()
+    assert at.producer.stored == [([b"3"], {B: 3}, 7)]
+    assert (at.a.lost, at.b.lost) == (True, False)
+    at.producer.decide = lambda commit: None
+    at.a.work(9)  # it has not been closed yet; what it does now stands on dropped work
+    at.b.work(4)
+    await at.commit()
+    assert at.producer.stored[1:] == [([b"4"], {B: 4}, 7)]
+
+
+async def test_no_membership_drops_everything() -> None:
+    at = Fixture(ExactlyOnce)
+    at.group.membership = None
+    await at.commit()
+    assert at.producer.stored == []
+    assert at.a.lost
+    assert at.b.lost
+
+
+async def test_a_failed_commit_is_repeated_as_it_was() -> None:
+    at = Fixture(ExactlyOnce)
+    failures = [LogUnavailableError("away")] * 3
+
+    def fail(commit: AtomicCommit) -> None:
+        if failures:
+            at.a.work(50)  # work goes on meanwhile
+            assert at.delivery.trying_since_s is not None
+            raise failures.pop()
+
+    at.producer.decide = fail
+    await at.commit_over_time()
+    assert at.producer.stored == [([b"5", b"3"], {A: 5, B: 3}, 7)]
+    await at.commit()
+    assert at.producer.stored[1][1] == {A: 50}
+
+
+async def test_what_a_cancelled_commit_had_sealed_comes_first_in_the_next() -> None:
+    at = Fixture(ExactlyOnce)
+    at.producer.gate = asyncio.Event()
+    committing = asyncio.ensure_future(at.commit())
+    await asyncio.sleep(0)
+    committing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    at.a.work(6)
+    at.producer.gate.set()
+    await at.commit()
+    assert [stored[1] for stored in at.producer.stored] == [{A: 5, B: 3}, {A: 6, B: 3}]
+    assert [output for stored in at.producer.stored for output in stored[0]] == [b"5", b"3", b"6"]
+
+
+async def test_at_least_once_commits_offsets_after_the_outputs_are_acknowledged() -> None:
+    at = Fixture(AtLeastOnce)
+    await at.commit()
+    assert at.producer.enqueued == [b"5", b"3"]
+    assert at.group.commits == [{A: 5, B: 3}]
+
+
+async def test_at_least_once_repeats_only_the_offsets_and_leaves_out_what_is_gone() -> None:
+    at = Fixture(AtLeastOnce)
+    refusals = [TaskMigratedError("rebalance"), LogUnavailableError("moved")]
+
+    def refuse() -> None:
+        if refusals:
+            at.group.assignment = frozenset({B})
+            raise refusals.pop(0)
+
+    at.group.refuse = refuse
+    await at.commit_over_time()
+    assert at.producer.enqueued == [b"5", b"3"]
+    assert at.group.commits == [{B: 3}]
+    assert at.a.committed == {A: 0}
+
+
+async def test_at_least_once_sends_what_a_cancelled_send_has_left() -> None:
+    at = Fixture(AtLeastOnce)
+    at.producer.gate = asyncio.Event()
+    committing = asyncio.ensure_future(at.commit())
+    await asyncio.sleep(0)
+    committing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    at.producer.gate.set()
+    await at.commit()
+    assert at.producer.enqueued == [b"5", b"3"]
+    assert at.group.commits == [{A: 5, B: 3}]
+
+
+async def test_an_output_the_log_refuses_for_good_stops_the_worker() -> None:
+    at = Fixture(AtLeastOnce)
+    at.producer.error = ProductionError("too large")
+    with pytest.raises(FatalError, match="an output could not be written: too large"):
+        await at.commit()
+    assert at.group.commits == []
