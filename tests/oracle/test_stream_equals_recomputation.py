@@ -71,8 +71,10 @@ class Work:
         self.tries: dict[int, int] = {}
         self.schedule = schedule
         self.now: dict[int, int] = {}
+        self.all_sent = asyncio.Event()
 
     async def __call__(self, number: int) -> int:
+        await self.all_sent.wait()  # so that as many are in flight as can be
         step = self.records[number]
         assert step.key not in self.now, "two records of one key at once"
         self.now[step.key] = number
@@ -131,6 +133,7 @@ async def failures_anywhere(records: list[Step], policy: str, concurrency: int, 
                 await test.send(numbers, number, key=step.key)
             else:
                 await test.send_bytes(numbers, b"?", key=step.key.to_bytes(8, "big"), partition=0)
+        work.all_sent.set()
         await test.advance(1000)
         passed, failed = model(records, POLICIES[policy][0])
         assert [event.value for event in test.records(out)] == passed
