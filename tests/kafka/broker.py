@@ -97,7 +97,8 @@ def free_port() -> int:
 
 
 def random_id() -> str:
-    return urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    made = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    return random_id() if made.startswith("-") else made  # the format tool would take it for an option
 
 
 class BrokerError(RuntimeError):
