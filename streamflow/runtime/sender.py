@@ -27,6 +27,7 @@ from streamflow.sensors import Sensors
 logger = logging.getLogger("streamflow.sender")
 
 _MAX_WAITING_RECORDS = 100_000
+_CLOSE_S = 5.0
 
 
 class _Batch:
@@ -63,6 +64,7 @@ class DirectSender:
         self._sensors = sensors
         self._batches: dict[TopicPartition, list[_Batch]] = {}
         self.waiting = 0
+        self.abandoned = False
         self._arrived = asyncio.Event()
         self._sticky: dict[str, int] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -76,9 +78,10 @@ class DirectSender:
             try:
                 yield self
             finally:
-                with anyio.CancelScope(shield=True), anyio.move_on_after(5):
+                with anyio.CancelScope(shield=True), anyio.move_on_after(0 if self.abandoned else _CLOSE_S) as closing:
                     await self._send_waiting()
                     await self._producer.flush()
+                self.abandoned = closing.cancelled_caught
                 self._tasks = None
                 tasks.cancel_scope.cancel()
 
@@ -112,12 +115,13 @@ class DirectSender:
 
     def _settle(self, tp: TopicPartition, batch: _Batch, base_offset: int | None, error: BaseException | None) -> None:
         self.waiting -= len(batch.waiters)
+        if base_offset is None and (lost := batch.waiters.count(None)):
+            logger.error("%d record(s) sent to %s with send_nowait() were lost: %s", lost, tp, error)
         for number, (waiter, timestamp_ms) in enumerate(zip(batch.waiters, batch.timestamps_ms, strict=True)):
             if base_offset is not None:
                 if waiter is not None and not waiter.done():
                     waiter.set_result(RecordMetadata(tp.topic, tp.partition, base_offset + number, timestamp_ms))
             elif waiter is None:
-                logger.error("a record sent with send_nowait() to %s was lost: %s", tp, error)
                 self._sensors.record_error("send_nowait", "lost")
             elif not waiter.done():
                 if isinstance(error, asyncio.CancelledError) or error is None:

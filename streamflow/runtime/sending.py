@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
 from streamflow.clock import Clock
 from streamflow.log.api import Log, TopicDescription
@@ -55,17 +56,25 @@ class ProcessSender:
             clock: Time.
             sensors: Metrics hooks.
         """
-        async with log.producer() as producer:
-            direct = DirectSender(producer, known.of, clock, sensors)
-            reply_topic = reply_topic_name(app.id)
-            partitions = descriptions[reply_topic].partitions
-            asks = Asks(log, direct, reply_topic, partitions, clock)
-            async with direct.open(), anyio.create_task_group() as tasks:
-                tasks.start_soon(asks.run)
-                try:
-                    yield cls(direct, asks)
-                finally:
-                    tasks.cancel_scope.cancel()
+        with anyio.CancelScope() as scope:
+            async with log.producer() as producer:
+                direct = DirectSender(producer, known.of, clock, sensors)
+                reply_topic = reply_topic_name(app.id)
+                partitions = descriptions[reply_topic].partitions
+                asks = Asks(log, direct, reply_topic, partitions, clock)
+                async with direct.open(), anyio.create_task_group() as tasks:
+                    tasks.start_soon(asks.run)
+                    try:
+                        yield cls(direct, asks)
+                    finally:
+                        tasks.cancel_scope.cancel()
+                if direct.abandoned:
+                    scope.cancel()  # the producer, too, would wait for a log that does not answer
+                    await anyio.lowlevel.checkpoint()
+
+    def abandon(self) -> None:
+        """The log is away: at its end, wait for nothing that is still to be sent."""
+        self._direct.abandoned = True
 
     @property
     def waiting(self) -> int:

@@ -49,6 +49,7 @@ from streamflow.sensors import Sensors
 logger = logging.getLogger("streamflow.worker")
 
 _FINAL_COMMIT_S = 3.0
+_CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
 _START_RETRY_S = 0.5
 _JOIN_POLL_S = 0.05
@@ -89,6 +90,8 @@ class Worker:
         self._started = anyio.Event()
         self._loop_token: Any = None
         self._failure: BaseException | None = None
+        self._open: anyio.CancelScope | None = None
+        self._log_is_away = False
         self.manager: TaskManager | None = None
         self.group: Group | None = None
         self._loops: Loops | None = None
@@ -187,7 +190,8 @@ class Worker:
                 async with AsyncExitStack() as stack:
                     log = await self._open_log(stack)
                     if log is not None:
-                        await self._run_on(log, topology)
+                        with anyio.CancelScope() as self._open:
+                            await self._run_on(log, topology)
         finally:
             self.state = "stopped"
             self._started.set()
@@ -360,7 +364,7 @@ class Worker:
     async def _wind_down(self, manager: TaskManager, delivery: AtLeastOnce | ExactlyOnce) -> None:
         """Finish the records in hand and commit, within the shutdown time."""
         logger.info("stopping: finishing the records in hand")
-        finish_s = max(0.1, self.settings.shutdown_timeout_s - _FINAL_COMMIT_S)
+        finish_s = max(0.1, self.settings.shutdown_timeout_s - _FINAL_COMMIT_S - _CLOSE_S)
         with anyio.move_on_after(finish_s) as finishing:
             await manager.finish_records()
         if finishing.cancelled_caught:
@@ -369,10 +373,15 @@ class Worker:
             await delivery.commit(manager.running())
         if committing.cancelled_caught:
             logger.warning("the log did not answer the last commit; what it held is processed again")
+            self._log_is_away = True
 
     async def _closed(self, manager: TaskManager) -> None:
-        with anyio.move_on_after(1.0):
+        with anyio.move_on_after(_CLOSE_S):
             await manager.close()
+        if self._log_is_away and self._sender is not None and self._open is not None:
+            # Whatever is open would wait for the log once more, one after the other.
+            self._sender.abandon()
+            self._open.cancel()
 
     def _leader_task(self) -> Task | None:
         manager = self.manager
@@ -381,7 +390,8 @@ class Worker:
         return manager.tasks.get((self._leading, 0))
 
     async def _call_stop_hooks(self) -> None:
-        error = await call_hooks("on_stop", self.app.stop_hooks)
+        with anyio.CancelScope(shield=self._log_is_away):
+            error = await call_hooks("on_stop", self.app.stop_hooks)
         self._failure = self._failure or error
 
     def _fail(self, error: StreamFlowError) -> None:
