@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kafka.broker import Broker
-from tests.system.harness import DOUBLE, STOPPED, System, Worker, numbered, per_key, without_repeats
+from tests.system.harness import DOUBLE, STOPPED, System, Worker, per_key, without_repeats
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -214,19 +214,33 @@ async def test_a_broker_that_is_killed_and_comes_back_is_waited_for(
 
 @pytest.mark.kafka
 async def test_a_stop_while_the_broker_is_away_is_bounded(make_broker: Callable[..., Broker], tmp_path: Any) -> None:
+    body = """
+ticks = app.topic(ID + "-ticks", key_type=str, value_type=int)
+
+@app.timer(0.05)
+async def tick() -> None:
+    ticks.send_nowait(key="t", value=1)
+
+@app.on_stop
+async def stopped() -> None:
+    await asyncio.sleep(0)
+    print("stop hook", flush=True)
+"""
     broker = make_broker()
     async with System(tmp_path, f"kafka://{broker.bootstrap}") as system:
-        system.write_app()
+        system.write_app(body + DOUBLE)
         await system.create("numbers")
-        await system.write("numbers", numbered(100))
         worker = await system.started()
-        await system.has("results", 100)
         async with system.load("numbers", per_s=PER_S):
             await system.has("results", 1000)
             await asyncio.to_thread(broker.kill)
-            code = await worker.stops(12)
-            assert code == STOPPED, worker.said
-            await asyncio.to_thread(broker.start)
+            try:
+                await worker.says("kafka broker .* closed")  # it has noticed
+                assert await worker.stops(10) == STOPPED
+                assert "were lost" in worker.said
+                assert "stop hook" in worker.said
+            finally:
+                await asyncio.to_thread(broker.start)  # the load ends when its records are taken
 
 
 @pytest.mark.kafka
