@@ -208,8 +208,8 @@ class LaneFeed(Feed[Entry]):
         return self.queue.popleft() if self.queue else None
 
     def _is_overtaken(self) -> bool:
-        """Whether a later record has been taken already: a stop waits for this one, or that one would come again."""
-        return bool(self.queue) and self.queue[0].number < self._ledger.taken
+        """Whether an agent has taken this record or a later one: a stop waits for it, or those would come again."""
+        return bool(self.queue) and self.queue[0].number <= self._ledger.taken
 
     def _hold(self, entry: Entry, *, in_unit: bool = False) -> LogRecord:
         if entry.tp != self.tp:

@@ -32,6 +32,8 @@ from streamflow.sensors import Sensors
 logger = logging.getLogger("streamflow.tasks")
 
 _RETRY_S = 0.2
+_CLOSE_S = 5.0
+_LAST_CLOSE_S = 0.8
 
 
 class TaskManager:
@@ -176,15 +178,25 @@ class TaskManager:
     def _tasks_of(self, partitions: Iterable[TopicPartition]) -> list[Task]:
         return list({id(task): task for tp in partitions if (task := self._by_tp.get(tp)) is not None}.values())
 
-    async def _close(self, tasks: Sequence[Task], partitions: frozenset[TopicPartition]) -> None:
+    async def _close(
+        self, tasks: Sequence[Task], partitions: frozenset[TopicPartition], patience_s: float = _CLOSE_S
+    ) -> None:
         for task in tasks:
             for tp in task.committed:
                 self._by_tp.pop(tp, None)
                 self._reader.remove(tp)
             self.tasks = {key: each for key, each in self.tasks.items() if each is not task}
             task.cancel()
+        with anyio.move_on_after(patience_s):
+            for task in tasks:
+                await task.closed()
         for task in tasks:
-            await task.closed()
+            if task.state != "closed":
+                logger.error(
+                    "task %s: an agent goes on after it was cancelled; let `asyncio.CancelledError` pass. It can send "
+                    "nothing any more, but this process ends only when it does",
+                    task.name,
+                )
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
@@ -272,7 +284,7 @@ class TaskManager:
     async def close(self) -> None:
         """Cancel all agents."""
         partitions = frozenset(self._by_tp)
-        await self._close(self.running(), partitions)
+        await self._close(self.running(), partitions, _LAST_CLOSE_S)
 
 
 def agents_of(app: Declarations, sub: SubTopology) -> list[Any]:

@@ -2,6 +2,7 @@
 """Every form of an agent and every view of a stream, over the log in memory."""
 
 import threading
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -113,20 +114,41 @@ async def test_thread_error_in_the_middle_of_a_batch_drops_that_record_only() ->
     assert tries == sorted([*range(20), 5, 6, 19])
 
 
-async def test_thread_passes_over_a_record_that_does_not_decode() -> None:
+async def test_thread_passes_over_a_record_that_does_not_decode_in_the_middle_of_a_batch() -> None:
     app, numbers, out = numbers_app("thread-decode")
+    all_sent = threading.Event()
 
     @app.agent(numbers, sink=out, thread=True, on_error=sf.Skip())
     def work(number: int) -> int:
+        assert all_sent.wait(5)
         return number
 
     async with TestApp(app) as test:
-        for number in range(6):
-            if number == 3:
+        for number in range(20):
+            if number == 9:
                 await test.send_bytes(numbers, b"xx", key=b"k", partition=0)
             await test.send(numbers, number, key="k")
+        all_sent.set()
         await test.settle()
-        assert values(test, out) == list(range(6))
+        assert values(test, out) == list(range(20))
+
+
+async def test_thread_batch_that_takes_long_comes_back_in_between() -> None:
+    app, numbers, out = numbers_app("thread-slices")
+    all_sent = threading.Event()
+
+    @app.agent(numbers, sink=out, thread=True)
+    def work(number: int) -> int:
+        assert all_sent.wait(5)
+        time.sleep(0.02)
+        return number
+
+    async with TestApp(app) as test:
+        for number in range(8):
+            await test.send(numbers, number, key="k")
+        all_sent.set()
+        await test.settle()
+        assert values(test, out) == list(range(8))
 
 
 async def test_thread_batch_ends_at_a_stop() -> None:

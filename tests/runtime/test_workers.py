@@ -1,6 +1,7 @@
 """Workers that come and go on one log: handing over, crashing, restarting, stopping, and what they say about it."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -291,3 +292,30 @@ async def test_a_topic_of_another_size_and_a_missing_topic_are_refused() -> None
         running = await machine.start(app=absent)
         with pytest.raises(sf.TopologyError, match="'nowhere' does not exist"):
             await machine.ended(running)
+
+
+async def test_an_agent_that_ignores_its_cancellation_holds_up_no_hooks_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = sf.App("deaf")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    hear, revoked = asyncio.Event(), asyncio.Event()
+
+    @app.agent(numbers)
+    async def deaf(stream: sf.Stream[int]) -> None:
+        while not hear.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                async for _ in stream:
+                    pass
+
+    @app.on_revoked
+    def gone(partitions: set[sf.TopicPartition]) -> None:
+        revoked.set()
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        running.worker.request_stop()
+        await asyncio.wait_for(revoked.wait(), 5)
+        assert "task numbers-0: an agent goes on after it was cancelled" in caplog.text
+        hear.set()
+        await machine.ended(running)
