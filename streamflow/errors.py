@@ -144,7 +144,9 @@ class OffsetOutOfRangeError(StreamFlowError):
     """
 
     def __init__(self, topic: str, partition: int, offset: int, log_start: int, end_offset: int) -> None:
-        super().__init__(f"{topic}-{partition}: offset {offset} is outside the log, which holds {log_start}..{end_offset}")
+        super().__init__(
+            f"{topic}-{partition}: offset {offset} is outside the log, which holds {log_start}..{end_offset}"
+        )
         self.topic = topic
         self.partition = partition
         self.offset = offset
