@@ -69,7 +69,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`sf.testing` is imported when it is first used: no app needs it."""
     if name == "testing":
-        import streamflow.testing as testing  # noqa: PLC0415 - see above
+        import streamflow.testing as testing
 
         return testing
     raise AttributeError(f"module 'streamflow' has no attribute {name!r}")
