@@ -8,9 +8,9 @@ epoch, sequence) and can be stamped any number of times, so that the same record
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 from streamflow.log import codec
 from streamflow.model.record import Headers
@@ -126,7 +126,8 @@ class BatchBuilder:
         self._builder = codec.new_builder(compression, max_bytes)
         # The codec's own append, for the hot path: takes the record's number in the batch first, returns None when the
         # batch is full. Who calls it counts, and gives the count to `seal`.
-        self.append_numbered = self._builder.append
+        # The codec takes headers as a list only.
+        self.append_numbered: Callable[[int, int, bytes | None, bytes | None, Any], Any] = self._builder.append
         self.num_records = 0
 
     @property
@@ -147,7 +148,7 @@ class BatchBuilder:
         Returns:
             False when the batch is full: the record was not added; seal, open a new builder, append there.
         """
-        if self.append_numbered(self.num_records, timestamp_ms, key, value, headers) is None:
+        if self.append_numbered(self.num_records, timestamp_ms, key, value, list(headers)) is None:
             return False
         self.num_records += 1
         return True

@@ -392,7 +392,7 @@ class Worker:
     async def _call_stop_hooks(self) -> None:
         with anyio.CancelScope(shield=self._log_is_away):
             error = await call_hooks("on_stop", self.app.stop_hooks)
-        self._failure = self._failure or error
+            self._failure = self._failure or error
 
     def _fail(self, error: StreamFlowError) -> None:
         """Something stops the worker, after a clean wind-down; the first error is the one that is raised."""
