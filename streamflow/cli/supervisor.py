@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 import anyio
-from anyio.abc import Process, TaskGroup
+from anyio.abc import Process, TaskGroup, TaskStatus
 
 from streamflow.cli.banner import announce
 from streamflow.cli.child import environment_of
@@ -71,10 +71,10 @@ class _Supervisor:
             stack.callback(os.close, self._hold_fd)
             stack.callback(os.close, self._watch_fd)
             web = await self._serve(stack)
-            announce(self._overview, web, len(self._fleet.members), self._settings.log_format)
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                tasks.start_soon(self._signals)
+                await tasks.start(self._signals)
+                announce(self._overview, web, len(self._fleet.members), self._settings.log_format)
                 try:
                     async with anyio.create_task_group() as children:
                         for member in self._fleet.members:
@@ -144,9 +144,10 @@ class _Supervisor:
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
-    async def _signals(self) -> None:
+    async def _signals(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         requests = Requests()
         with anyio.open_signal_receiver(*HANDLED) as received:
+            task_status.started()
             async for number in received:
                 first = requests.is_first(number)
                 if first:
