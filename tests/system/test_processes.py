@@ -116,6 +116,14 @@ async def test_what_is_refused_by_one_stops_all(sqlite: System) -> None:
     await gone(pids(worker), 1)
 
 
+async def test_a_stop_right_after_the_start(sqlite: System) -> None:
+    sqlite.write_app(APP, partitions=6)
+    worker = sqlite.start("--processes", str(PROCESSES))
+    await worker.says("agents ")
+    assert await worker.stops(10) == STOPPED
+    await gone(pids(worker), 1)
+
+
 async def test_a_killed_parent_leaves_nobody_behind(system: System) -> None:
     system.write_app(APP, partitions=6)
     worker = await fleet(system)
