@@ -127,7 +127,10 @@ class Settings:
         float, About("Seconds a starting worker waits for a log that does not answer.", 0, 3600)
     ] = 30.0
     linger_ms: Annotated[int, About("Milliseconds an output may wait for others to share its batch.", 0, 60_000)] = 5
-    compression: Annotated[Compression, About("Compression of the batches written.")] = "zstd"
+    compression: Annotated[
+        Compression | None,
+        About("Compression of the batches written.", shown_default="`zstd`, or `none` where cramjam is not installed"),
+    ] = None
     max_task_idle_ms: Annotated[
         int,
         About("Milliseconds a task with several inputs waits for an empty one before it goes on.", 0, DAY_MS),

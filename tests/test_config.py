@@ -66,7 +66,7 @@ def test_the_documented_defaults():
         shutdown_timeout_s=10.0,
         start_timeout_s=30.0,
         linger_ms=5,
-        compression="zstd",
+        compression=None,
         max_task_idle_ms=0,
     )
 

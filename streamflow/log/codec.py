@@ -30,8 +30,8 @@ __all__ = [
     "ZSTD",
     "Batch",
     "Builder",
+    "compression_number",
     "crc32c",
-    "default_compression",
     "new_builder",
     "set_base_offset",
     "stamp",
@@ -48,9 +48,15 @@ _CRC_AT, _ATTRIBUTES_AT, _MAX_TIMESTAMP_AT, _PRODUCER_AT = 17, 21, 35, 43
 _TRANSACTIONAL = 0x10
 
 
-def default_compression() -> int:
-    """zstd where cramjam is installed, else none."""
-    return ZSTD if has_zstd() else NONE
+def compression_number(name: str | None) -> int:
+    """The codec's number for a compression.
+
+    Args:
+        name: `none`, `gzip`, `snappy`, `lz4` or `zstd`; None is zstd where cramjam is installed, else none.
+    """
+    if name is None:
+        return ZSTD if has_zstd() else NONE
+    return COMPRESSIONS[name]
 
 
 def new_builder(compression: int, max_bytes: int) -> Builder:

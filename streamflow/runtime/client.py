@@ -8,7 +8,7 @@ from typing import Any
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
 from streamflow.errors import ConfigurationError
-from streamflow.log.codec import COMPRESSIONS
+from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
@@ -55,7 +55,7 @@ class Client:
         async with AsyncExitStack() as stack:
             log = await stack.enter_async_context(self._log)
             descriptions = await prepare_topics(self._app, self._settings, log.admin)
-            known = KnownTargets(log.admin, COMPRESSIONS[self._settings.compression])
+            known = KnownTargets(log.admin, compression_number(self._settings.compression))
             known.add_all(topics_of(self._app), descriptions)
             self._sender = await stack.enter_async_context(
                 ProcessSender.open(self._app, log, known, descriptions, self._clock, Sensors())

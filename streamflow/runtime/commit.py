@@ -28,6 +28,7 @@ logger = logging.getLogger("streamflow.commits")
 
 _FIRST_RETRY_S = 0.02
 _MAX_RETRY_S = 1.0
+_SILENCE_POLL_S = 0.05
 
 Offsets = dict[TopicPartition, OffsetMark]
 Batches = list[tuple[TopicPartition, SealedBatch]]
@@ -174,11 +175,20 @@ class AtLeastOnce(Commits):
         group: See `Commits`.
         sensors: See `Commits`.
         clock: See `Commits`.
+        session_timeout_s: Silence of the group after which the partitions may be another member's, in seconds.
     """
 
-    def __init__(self, producer: Producer, group: Callable[[], Group], sensors: Sensors, clock: Clock) -> None:
+    def __init__(
+        self,
+        producer: Producer,
+        group: Callable[[], Group],
+        sensors: Sensors,
+        clock: Clock,
+        session_timeout_s: float,
+    ) -> None:
         super().__init__(group, sensors, clock)
         self._producer = producer
+        self._session_timeout_s = session_timeout_s
         self._sending = asyncio.Lock()
         self._unsent: deque[tuple[TopicPartition, SealedBatch]] = deque()
         self._unacknowledged: set[asyncio.Future[int]] = set()
@@ -201,6 +211,9 @@ class AtLeastOnce(Commits):
 
     async def _send(self, task: TaskView) -> Offsets:
         async with self._sending:
+            await self._heard_from_group()
+            if task.lost:
+                return {}
             marks = task.uncommitted()
             self._unsent.extend(task.outputs.seal())
             while self._unsent:  # also what a cancelled call has left
@@ -209,6 +222,16 @@ class AtLeastOnce(Commits):
                 self._unacknowledged.add(future)
                 future.add_done_callback(self._acknowledged)
         return marks
+
+    async def _heard_from_group(self) -> None:
+        """Hold back while the group has been silent for a session.
+
+        A process that was stopped and wakes up must learn first whether its partitions have gone to another member.
+        """
+        while (age_s := self._group().statistics().last_heartbeat_age_s) is not None:
+            if age_s <= self._session_timeout_s:
+                return
+            await self._clock.sleep(_SILENCE_POLL_S)
 
     def _acknowledged(self, future: asyncio.Future[int]) -> None:
         self._unacknowledged.discard(future)

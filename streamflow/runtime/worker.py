@@ -19,7 +19,7 @@ from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
 from streamflow.errors import ConfigurationError, LogUnavailableError, RecordError, StreamFlowError, TopologyError
 from streamflow.log.api import Group, GroupSettings, Log, Reader, TopicDescription
-from streamflow.log.codec import COMPRESSIONS
+from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
@@ -231,7 +231,7 @@ class Worker:
 
     async def _run_on(self, log: Log, topology: Any) -> None:
         descriptions = await prepare_topics(self.app, self.settings, log.admin)
-        known = KnownTargets(log.admin, COMPRESSIONS[self.settings.compression])
+        known = KnownTargets(log.admin, compression_number(self.settings.compression))
         known.add_all(topics_of(self.app), descriptions)
         known.add(*_reply_topic(self.app, descriptions))
         async with AsyncExitStack() as stack:
@@ -264,7 +264,8 @@ class Worker:
             transactional = await stack.enter_async_context(log.transactional_producer(transactional_id))
             return ExactlyOnce(transactional, self._current_group, self.sensors, self.clock)
         producer = await stack.enter_async_context(log.producer(delivery_timeout_s=float("inf")))
-        return AtLeastOnce(producer, self._current_group, self.sensors, self.clock)
+        session_timeout_s = self.settings.session_timeout_ms / 1000
+        return AtLeastOnce(producer, self._current_group, self.sensors, self.clock, session_timeout_s)
 
     def _current_group(self) -> Group:
         if self.group is None:

@@ -8,12 +8,21 @@ import pytest
 
 from streamflow.clock import VirtualClock
 from streamflow.errors import FatalError, LogUnavailableError, ProductionError, TaskMigratedError
-from streamflow.log.api import AtomicCommit, Group, Membership, OffsetMark, Producer, TransactionalProducer
+from streamflow.log.api import (
+    AtomicCommit,
+    Group,
+    GroupStatistics,
+    Membership,
+    OffsetMark,
+    Producer,
+    TransactionalProducer,
+)
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.sensors import Sensors
 
+SESSION_S = 10.0
 A, B, OUT = TopicPartition("a", 0), TopicPartition("b", 0), TopicPartition("out", 0)
 
 
@@ -58,6 +67,10 @@ class FakeGroup:
         self.assignment = frozenset({A, B})
         self.commits: list[dict[TopicPartition, int]] = []
         self.refuse: Callable[[], None] = lambda: None
+        self.silent_s: float | None = 0.1
+
+    def statistics(self) -> GroupStatistics:
+        return GroupStatistics(last_heartbeat_age_s=self.silent_s)
 
     async def commit(self, offsets: dict[TopicPartition, OffsetMark], membership: Membership) -> None:
         self.refuse()
@@ -99,7 +112,8 @@ class Fixture:
         self.producer, self.group, self.clock = FakeProducer(), FakeGroup(), VirtualClock()
         make: Any = kind
         producer = cast(TransactionalProducer | Producer, self.producer)
-        self.delivery = make(producer, lambda: cast(Group, self.group), Sensors(), self.clock)
+        more = () if kind is ExactlyOnce else (SESSION_S,)
+        self.delivery = make(producer, lambda: cast(Group, self.group), Sensors(), self.clock, *more)
         self.delivery.generation = 7
         self.a, self.b = FakeTask(A), FakeTask(B)
         self.a.work(5)
@@ -197,6 +211,19 @@ async def test_at_least_once_commits_offsets_after_the_outputs_are_acknowledged(
     await at.commit()
     assert at.producer.enqueued == [b"5", b"3"]
     assert at.group.commits == [{A: 5, B: 3}]
+
+
+async def test_a_process_that_was_stopped_sends_nothing_before_it_heard_of_its_group() -> None:
+    at = Fixture(AtLeastOnce)
+    at.group.silent_s = SESSION_S + 1
+    committing = asyncio.ensure_future(at.commit_over_time())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert at.producer.enqueued == []
+    at.a.lost, at.group.assignment, at.group.silent_s = True, frozenset({B}), 0.1
+    await committing
+    assert at.producer.enqueued == [b"3"]
+    assert at.group.commits == [{B: 3}]
 
 
 async def test_at_least_once_repeats_only_the_offsets_and_leaves_out_what_is_gone() -> None:

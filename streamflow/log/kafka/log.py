@@ -8,7 +8,6 @@ from typing import Any
 import anyio
 
 from streamflow.errors import AuthorizationError, ConfigurationError
-from streamflow.log import codec
 from streamflow.log.api import (
     Admin,
     Assignor,
@@ -52,12 +51,6 @@ class KafkaLog(Log):
     @property
     def atomic_commits(self) -> bool:
         return False  # until our own transaction client is there
-
-    @property
-    def compression(self) -> int:
-        """How batches for this cluster are to be compressed (`log.codec`)."""
-        named = self._options.compression
-        return codec.default_compression() if named is None else codec.COMPRESSIONS[named]
 
     @property
     def admin(self) -> Admin:

@@ -14,7 +14,6 @@ TokenFunction: TypeAlias = Callable[[], Awaitable[str]]
 
 PROTOCOLS: Final = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
-COMPRESSIONS: Final = ("none", "gzip", "snappy", "lz4", "zstd")
 ENVIRONMENT_PREFIX: Final = "STREAMFLOW_KAFKA_"
 _DEFAULT_PORT: Final = 9092
 _NOT_IN_ENVIRONMENT: Final = ("servers", "ssl_context", "sasl_token")
@@ -37,7 +36,6 @@ class Kafka:
         sasl_password: Password for PLAIN and SCRAM.
         sasl_token: `async def token() -> str` for OAUTHBEARER, called for every new connection, also from the
             control thread: it must not be bound to one event loop.
-        compression: Of what is written: `zstd`, `lz4`, `snappy`, `gzip` or `none`; default: zstd where cramjam is.
         connect_timeout_ms: For one connection, authentication included.
         request_timeout_ms: For one answer; a connection without one is closed.
         metadata_max_age_ms: How often a group looks for new partitions.
@@ -61,7 +59,6 @@ class Kafka:
     sasl_username: str | None = None
     sasl_password: str | None = field(default=None, repr=False)
     sasl_token: TokenFunction | None = field(default=None, repr=False)
-    compression: str | None = None
     connect_timeout_ms: int = 10_000
     request_timeout_ms: int = 30_000
     metadata_max_age_ms: int = 60_000
@@ -73,8 +70,6 @@ class Kafka:
     def __post_init__(self) -> None:
         parse_servers(self.servers)
         _one_of("security_protocol", self.security_protocol, PROTOCOLS)
-        if self.compression is not None:
-            _one_of("compression", self.compression, COMPRESSIONS)
         self._check_sasl()
         self._check_ssl()
 

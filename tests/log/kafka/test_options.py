@@ -73,7 +73,6 @@ def test_the_environment_sets_every_option_but_objects(tmp_path):
         "STREAMFLOW_KAFKA_SASL_USERNAME": "ann",
         "STREAMFLOW_KAFKA_SASL_PASSWORD": SECRET,
         "STREAMFLOW_KAFKA_SSL_CAFILE": str(authority),
-        "STREAMFLOW_KAFKA_COMPRESSION": "lz4",
         "STREAMFLOW_KAFKA_REQUEST_TIMEOUT_MS": "1234",
         "STREAMFLOW_KAFKA_SERVERS": "elsewhere:1",
         "UNRELATED": "x",
@@ -82,7 +81,7 @@ def test_the_environment_sets_every_option_but_objects(tmp_path):
     assert options.servers == "h:1"
     assert (options.security_protocol, options.sasl_mechanism) == ("SASL_SSL", "SCRAM-SHA-512")
     assert (options.sasl_username, options.sasl_password) == ("ann", SECRET)
-    assert (options.compression, options.request_timeout_ms) == ("lz4", 1234)
+    assert options.request_timeout_ms == 1234
     assert Kafka.from_environment("h:1", {}) == Kafka(servers="h:1")
 
 
@@ -95,7 +94,6 @@ def test_a_number_that_is_none_is_refused():
     ("options", "what"),
     [
         ({"security_protocol": "TLS"}, "PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL"),
-        ({"compression": "zip"}, "none, gzip, snappy, lz4, zstd"),
         ({"sasl_username": "ann"}, "security_protocol='SASL_SSL'"),
         ({"security_protocol": "SASL_SSL"}, "PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, OAUTHBEARER"),
         ({"security_protocol": "SASL_SSL", "sasl_mechanism": "PLAIN", "sasl_username": "a"}, "sasl_password"),
@@ -122,5 +120,5 @@ def test_a_file_that_is_no_certificate_is_refused(tmp_path):
 
 
 def test_options_can_be_handed_to_a_child_process():
-    options = Kafka(servers="h:1", compression="gzip")
+    options = Kafka(servers="h:1", request_timeout_ms=1234)
     assert pickle.loads(pickle.dumps(options)) == options
