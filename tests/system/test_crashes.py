@@ -142,7 +142,7 @@ async def double(stream: sf.Stream[int]) -> None:
 async def test_every_form_of_agent_is_exact_on_sqlite(variant: str, sqlite: System) -> None:
     sqlite.write_app(VARIANTS[variant])
     await sqlite.create("numbers")
-    await killed_under_load(sqlite, "results", kills=3, per_s=1000)
+    await killed_under_load(sqlite, "results", kills=2, per_s=1000)
     taken, made = await sqlite.read("numbers"), await sqlite.read("results")
     assert made == {partition: [(key, 2 * value) for key, value in rows] for partition, rows in taken.items()}
 
