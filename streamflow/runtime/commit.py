@@ -195,14 +195,14 @@ class AtLeastOnce(Commits):
         self._failed: BaseException | None = None
 
     async def idle(self, task: TaskView) -> None:
-        """Send what the batch that ended has left."""
-        if task.outputs.waiting:
+        """Send what the batch that ended has left; while the group is silent, the next commit does."""
+        if task.outputs.waiting and not self._group_is_silent():
             await self._send(task)
 
     async def linger(self, tasks: Iterable[TaskView]) -> None:
         """Send what slow agents have left."""
         for task in list(tasks):
-            if task.outputs.waiting:
+            if task.outputs.waiting and not self._group_is_silent():
                 await self._send(task)
 
     async def make_room(self, task: TaskView) -> None:
@@ -228,10 +228,12 @@ class AtLeastOnce(Commits):
 
         A process that was stopped and wakes up must learn first whether its partitions have gone to another member.
         """
-        while (age_s := self._group().statistics().last_heartbeat_age_s) is not None:
-            if age_s <= self._session_timeout_s:
-                return
+        while self._group_is_silent():
             await self._clock.sleep(_SILENCE_POLL_S)
+
+    def _group_is_silent(self) -> bool:
+        age_s = self._group().statistics().last_heartbeat_age_s
+        return age_s is not None and age_s > self._session_timeout_s
 
     def _acknowledged(self, future: asyncio.Future[int]) -> None:
         self._unacknowledged.discard(future)
