@@ -559,7 +559,7 @@ def _as_it_is(data: bytes | None) -> bytes | None:
     return data
 
 
-def processing_error(feed: Feed[Any], exc: Exception) -> RecordError:
+def processing_error(feed: Feed[Any], exc: BaseException) -> RecordError:
     """What an exception of user code means for the unit in hand."""
     if isinstance(exc, RecordError):
         error = exc

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from streamflow.errors import FatalError, StreamFlowError
+from streamflow.runtime.cancellation import call_user
 
 logger = logging.getLogger("streamflow.hooks")
 
@@ -20,7 +20,7 @@ async def call_start_hooks(functions: Iterable[Callable[[], Any]]) -> None:
     """
     for function in functions:
         try:
-            await _call(function)
+            await call_user(function)
         except StreamFlowError:
             raise
         except Exception as exc:
@@ -43,19 +43,13 @@ async def call_hooks(kind: str, functions: Iterable[Callable[..., Any]], *argume
     first: FatalError | None = None
     for function in functions:
         try:
-            await _call(function, *arguments)
+            await call_user(function, *arguments)
         except Exception as exc:
             error = FatalError(_described(kind, function, exc))
             error.__cause__ = exc
             logger.exception("%s", error)
             first = first or error
     return first
-
-
-async def _call(function: Callable[..., Any], *arguments: Any) -> None:
-    result = function(*arguments)
-    if inspect.isawaitable(result):
-        await result
 
 
 def _described(kind: str, function: Callable[..., Any], exc: Exception) -> str:

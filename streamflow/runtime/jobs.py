@@ -9,7 +9,6 @@ worker.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from streamflow.processing.context import current_turn
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.hooks import Action, Crontab, Task, Timer
 from streamflow.processing.topic import Topic
+from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.task import Task as PartitionTask
 from streamflow.sensors import Sensors
@@ -158,12 +158,12 @@ class Jobs:
     async def _turn(self, fn: Action, leader: PartitionTask | None, *, at_once: bool = False) -> None:
         if leader is None:
             current_turn.set(None)
-            await _call(fn)
+            await call_user(fn)
             return
         turn = LeaderTurn(leader, at_once=at_once)
         token = current_turn.set(turn)
         try:
-            await _call(fn)
+            await call_user(fn)
         finally:
             current_turn.reset(token)
         turn.done()
@@ -176,7 +176,7 @@ class Jobs:
                 await self._run_leading(task)
             else:
                 current_turn.set(None)
-                await _call(task.fn)
+                await call_user(task.fn)
         except Exception as exc:
             error = FatalError(f"task {task.name!r} raised {type(exc).__name__}: {exc}")
             error.__cause__ = exc
@@ -204,9 +204,3 @@ class Jobs:
                 group.cancel_scope.cancel()
             if finished:
                 return
-
-
-async def _call(fn: Action) -> None:
-    result = fn()
-    if inspect.isawaitable(result):
-        await result

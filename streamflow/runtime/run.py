@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -15,6 +16,7 @@ from streamflow.errors import ProcessingError, RecordError
 from streamflow.log.batch import LogRecord
 from streamflow.processing.context import current_turn
 from streamflow.processing.stream import Stream
+from streamflow.runtime.cancellation import stray
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.feed import Feed, processing_error
 from streamflow.runtime.turn import NO_HEADERS, call_in_context, unit_in_context
@@ -46,10 +48,19 @@ class AgentRun:
                 call_in_context.set(self.feed.call)
                 try:
                     await body()
-                except Exception as exc:
+                except (
+                    Exception,
+                    SystemExit,
+                ) as exc:  # sys.exit(0) is no success
                     if self.feed.task.is_closing:
                         return  # it made something of its cancellation
                     await self._failed(exc)
+                except asyncio.CancelledError as cancelled:
+                    error = stray(cancelled)
+                    if error is None:
+                        raise
+                    error.__cause__ = cancelled
+                    await self._failed(error)
                 else:
                     if self.feed.task.is_closing:
                         return
@@ -112,7 +123,7 @@ class AgentRun:
 
     def _work_through(
         self, function: Callable[..., Any], first: Any, rest: list[LogRecord]
-    ) -> tuple[list[list[Any]], Exception | None]:
+    ) -> tuple[list[list[Any]], BaseException | None]:
         """In the worker thread: the stages of the records that succeeded, and the error of the one that did not.
 
         It comes back early when its time is over, when the task is to stop, and for a record that does not decode:
@@ -135,7 +146,7 @@ class AgentRun:
                 unit_in_context.set(record)
             try:
                 feed.emit(function(value))
-            except Exception as exc:
+            except (Exception, SystemExit) as exc:
                 return done, exc
             done.append(list(feed.stage))
             feed.stage.clear()
@@ -143,7 +154,7 @@ class AgentRun:
 
     # --- failures ------------------------------------------------------------------------------------------------
 
-    async def _failed(self, exc: Exception) -> None:
+    async def _failed(self, exc: BaseException) -> None:
         feed = self.feed
         error = processing_error(feed, exc)
         if not feed.in_hand():
