@@ -20,7 +20,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from streamflow.clock import SystemClock
@@ -35,8 +35,6 @@ COMMAND = Path(sys.executable).parent / "streamflow"
 STOPPED = 0
 DEADLINE_S = 25.0
 """No test waits longer for something that has to come."""
-
-T = TypeVar("T")
 
 HEADER = """
 import asyncio
@@ -65,10 +63,8 @@ Row = tuple[Key, int]
 """A record's key, and its value where that is a number."""
 
 
-async def until(
-    condition: Callable[[], T | Awaitable[T]], what: Callable[[], str] | str, within_s: float = DEADLINE_S
-) -> T:
-    """Wait until the condition holds; returns what it returned."""
+async def until(condition: Callable[[], Any], what: Callable[[], str] | str, within_s: float = DEADLINE_S) -> Any:
+    """Wait until the condition, a function or a coroutine function, holds; returns what it returned."""
     deadline = time.monotonic() + within_s
     while True:
         found = condition()
@@ -124,7 +120,7 @@ class Worker:
             assert len(matches) >= times or self.runs, f"it ended and never said {pattern!r}:\n{self.said}"
             return matches if len(matches) >= times else []
 
-        matches = await until(found, lambda: f"{pattern!r} in:\n{self.said}", within_s)
+        matches: list[re.Match[str]] = await until(found, lambda: f"{pattern!r} in:\n{self.said}", within_s)
         return matches[-1]
 
     def signal(self, number: signal.Signals) -> None:

@@ -57,7 +57,8 @@ async def shares(system: System, worker: Worker) -> list[set[int]]:
         complete = len(found) == PROCESSES and sum(len(owned) for owned in found.values()) == 6
         return list(found.values()) if complete else []
 
-    return await until(look, system.told)
+    found: list[set[int]] = await until(look, system.told)
+    return found
 
 
 async def test_they_share_the_partitions_and_one_killed_comes_back(system: System) -> None:
@@ -90,7 +91,6 @@ async def test_logs_and_metrics_tell_them_apart(sqlite: System) -> None:
     worker = await fleet(sqlite, "--log-format", "json")
     for number in range(PROCESSES):
         await worker.says(rf'"process": ?{number}\b')
-        await until(lambda: worker.get("/metrics"), "metrics")
     _, metrics = await worker.get("/metrics")
     for number in range(PROCESSES):
         assert f'process="{number}"' in metrics
