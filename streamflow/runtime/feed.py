@@ -454,7 +454,7 @@ class DirectFeed(Feed[LogRecord]):
             return
         for tp, each in self.task.inputs.by_tp.items():
             jump = each.position_when_drained()
-            if jump is not None and jump > self._positions[tp]:
+            if jump is not None:
                 self._positions[tp] = jump
 
     # --- threads -----------------------------------------------------------------------------------------------

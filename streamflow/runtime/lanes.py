@@ -113,8 +113,8 @@ class Ledger:
         return positions
 
     def jump(self, tp: TopicPartition, position: int) -> None:
-        """Move over a hole in the offsets; only while nothing is in flight."""
-        if not len(self) and position > self._positions[tp]:
+        """Move over a hole in the offsets, or back where a topic was made anew; only while nothing is in flight."""
+        if not len(self):
             self._positions[tp] = position
 
     def wake(self) -> None:

@@ -236,8 +236,8 @@ class Task:
         return self._runs[0].feed.positions()
 
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
-        """Positions that moved since the last commit."""
-        return {tp: OffsetMark(position) for tp, position in self.positions().items() if position > self.committed[tp]}
+        """Positions that moved since the last commit; back, too, where a topic was made anew."""
+        return {tp: OffsetMark(position) for tp, position in self.positions().items() if position != self.committed[tp]}
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""

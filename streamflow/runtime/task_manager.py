@@ -269,6 +269,7 @@ class TaskManager:
         )
         if self._by_tp.get(tp) is task:
             task.inputs.by_tp[tp].move_to(position)
+            task.inputs.wake()
             self._reader.add(tp, position)
             self._reader.ask(tp)
 

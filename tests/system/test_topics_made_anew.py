@@ -1,0 +1,42 @@
+"""A topic that is deleted and made anew under a running worker: its offsets start again, and so do the group's."""
+
+import pytest
+
+from streamflow.log.api import NewTopic
+from tests.system.harness import System, numbered, until
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.kafka]
+
+
+async def test_offsets_of_the_topic_before_are_not_taken_for_those_of_the_new_one(kafka: System) -> None:
+    kafka.write_app(partitions=1)
+    await kafka.create("numbers", partitions=1)
+    await kafka.write("numbers", numbered(100))
+    worker = await kafka.started()
+    await kafka.has_committed("numbers", 100)
+
+    admin = (await kafka.log()).admin
+    name = kafka.topic("numbers")
+    await admin.delete([name])
+
+    async def is_gone() -> bool:
+        return name not in await admin.describe([name])
+
+    await until(is_gone, "the deletion")
+    await admin.create([NewTopic(name, 1)])
+    await worker.says("the topic was made anew")
+
+    async def is_back() -> bool:
+        return await kafka.committed("numbers") == {0: 0}
+
+    await until(is_back, "the offset of the new topic", 10)
+    await kafka.write("numbers", numbered(30, start=100))
+    await kafka.has("results", 130)
+    assert await worker.stops() == 0
+    assert await kafka.committed("numbers") == {0: 30}
+
+    await kafka.write("numbers", numbered(100, start=130))  # past where the old offset stood
+    again = await kafka.started()
+    await kafka.has("results", 230)
+    assert await again.stops() == 0
+    assert sorted(value for _, value in await kafka.rows("results")) == [2 * number for number in range(230)]
