@@ -18,12 +18,13 @@ import sqlite3
 import threading
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import IO, TypeVar
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.errors import ConfigurationError
-from streamflow.log.sqlite import schema
+from streamflow.log.sqlite import faults, schema
 from streamflow.log.sqlite.background import background
 from streamflow.log.sqlite.changes import Changes
 from streamflow.log.sqlite.execution import (
@@ -118,6 +119,7 @@ class FileDatabase(Database):
         self.waits = SystemClock()
         self.members = None
         self._busy_timeout_s = busy_timeout_s
+        self._identity: tuple[int, int] | None = None
         self._lease: IO[bytes] | None = None
         self._stack = AsyncExitStack()
 
@@ -193,13 +195,19 @@ class FileDatabase(Database):
                 session.write(self._create)
             session.direct(self._use_write_ahead_log)
             session.direct(lambda sql: _configure(sql, durable=True))
+            self._identity = faults.identity(self.name)
         except BaseException:
             session.close()
             raise
         return session
 
     def _connect(self, busy_timeout_s: float | None = None) -> Session:
-        return _connect(self.name, self.name, self._busy_timeout_s if busy_timeout_s is None else busy_timeout_s)
+        timeout_s = self._busy_timeout_s if busy_timeout_s is None else busy_timeout_s
+        return _connect(self.name, self.name, timeout_s, check=self._check_place)
+
+    def _check_place(self) -> None:
+        if self._identity is not None:
+            faults.check_identity(self.name, self._identity)
 
     def _is_current(self, sql: sqlite3.Connection) -> bool:
         return schema.is_current(sql, self.name)
@@ -294,11 +302,17 @@ class MemoryDatabase(Database):
                 changes.notify()
 
 
-def _connect(target: str, name: str, busy_timeout_s: float, lock: threading.RLock | None = None) -> Session:
+def _connect(
+    target: str,
+    name: str,
+    busy_timeout_s: float,
+    lock: threading.RLock | None = None,
+    check: Callable[[], None] | None = None,
+) -> Session:
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(target, timeout=0, isolation_level=None, check_same_thread=False, cached_statements=256)
 
-    return Session.opened_by(connect, name, busy_timeout_s=busy_timeout_s, lock=lock)
+    return Session.opened_by(connect, name, busy_timeout_s=busy_timeout_s, lock=lock, check=check)
 
 
 def _configure(sql: sqlite3.Connection, *, durable: bool) -> None:

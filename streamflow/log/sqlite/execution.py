@@ -45,9 +45,10 @@ class Session:
         path: The log as messages name it.
         busy_timeout_s: How long a transaction waits for the write lock.
         lock: Held during a transaction where threads share the connection (memory).
+        check: Called before each commit; what it raises rolls the transaction back.
     """
 
-    __slots__ = ("_busy_timeout_s", "_lock", "_path", "_sql", "_uncopied_bytes", "stopping")
+    __slots__ = ("_busy_timeout_s", "_check", "_lock", "_path", "_sql", "_uncopied_bytes", "stopping")
 
     def __init__(
         self,
@@ -56,8 +57,10 @@ class Session:
         *,
         busy_timeout_s: float = BUSY_TIMEOUT_S,
         lock: threading.RLock | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._sql = sql
+        self._check = check
         self._path = path
         self._busy_timeout_s = busy_timeout_s
         self._lock = lock or threading.RLock()
@@ -72,10 +75,11 @@ class Session:
         *,
         busy_timeout_s: float,
         lock: threading.RLock | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Session:
         """Open the connection and wrap it; its errors are translated like all others."""
         with translated(path):
-            return cls(connect(), path, busy_timeout_s=busy_timeout_s, lock=lock)
+            return cls(connect(), path, busy_timeout_s=busy_timeout_s, lock=lock, check=check)
 
     def write(self, work: Work[T], adds_bytes: int = 0) -> T:
         """Run `work` in one `BEGIN IMMEDIATE ... COMMIT`; it is stored whole, or (an exception) not at all.
@@ -88,6 +92,8 @@ class Session:
             self._patiently(_begin_immediate)
             try:
                 result = work(self._sql)
+                if self._check is not None:
+                    self._check()
                 self._sql.execute("COMMIT")
             except BaseException:
                 self._roll_back()

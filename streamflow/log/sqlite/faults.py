@@ -95,6 +95,35 @@ def locked_too_long(path: str, waited_s: float) -> LogUnavailableError:
     )
 
 
+def identity(path: str) -> tuple[int, int]:
+    """Which file it is that stands at a path."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def check_identity(path: str, opened: tuple[int, int]) -> None:
+    """Raise `FatalError` when another file, or none, stands where the log was opened.
+
+    SQLite goes on with a deleted file, and what it acknowledges is gone with the process.
+
+    Args:
+        path: The log.
+        opened: Its `identity` then.
+    """
+    try:
+        if identity(path) == opened:
+            return
+        what = "was replaced by another file"
+    except FileNotFoundError:
+        what = "was deleted"
+    except OSError:
+        return  # nothing is known
+    raise FatalError(
+        f"log {path}: the file {what} while it was in use, so nothing more is written. Stop all processes that use it, "
+        "put the file back if you have it (with its -wal neighbour), and start again"
+    )
+
+
 def held_by(path: str) -> str:
     """Who holds the write lock, for people: empty where the machine does not say (macOS) or nobody does."""
     try:

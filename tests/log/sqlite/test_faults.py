@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamflow.clock import SystemClock
-from streamflow.errors import ConfigurationError, LogCorruptedError, LogFullError, UnknownTopicError
+from streamflow.errors import ConfigurationError, FatalError, LogCorruptedError, LogFullError, UnknownTopicError
 from streamflow.log.api import AtomicCommit, NewTopic
 from streamflow.log.connect import connect
 from streamflow.log.sqlite import faults, schema
@@ -306,3 +306,18 @@ async def test_the_disk_is_flushed_before_a_commit_is_acknowledged(path):
     async with open_log(path) as log:
         assert await log._database.writer.read(lambda sql: sql.execute("PRAGMA synchronous").fetchone()) == (2,)
         assert await log._database.writer.read(lambda sql: sql.execute("PRAGMA journal_mode").fetchone()) == ("wal",)
+
+
+@pytest.mark.parametrize("instead", ["nothing", "another file"])
+async def test_a_file_that_goes_away_while_in_use_is_noticed(path, instead):
+    async with open_log(path) as log:
+        await log.admin.create([NewTopic("t", 1)])
+        async with log.producer() as producer:
+            await (await producer.enqueue(TP, numbered([0])))
+            for neighbour in ("", "-wal", "-shm"):
+                os.unlink(path + neighbour)
+            if instead == "another file":
+                sqlite3.connect(path).close()
+            refused = await producer.enqueue(TP, numbered([1]))
+            with pytest.raises(FatalError, match=r"was (deleted|replaced by another file) while it was in use.*back"):
+                await refused
