@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import typer
 
@@ -13,6 +14,61 @@ from streamflow.errors import RefusedError, StreamFlowError
 from streamflow.log_output import SecretFilter
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+class OutputClosedError(Exception):
+    """Whoever read our standard output is gone (`| head`): a reason to stop, and no error."""
+
+
+def say(text: str) -> None:
+    """Write to standard error; without a reader nothing is said, and the run and its exit code are as they would be.
+
+    Args:
+        text: With line ends.
+    """
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def print_out(text: str) -> None:
+    """Write to standard output, at once.
+
+    Args:
+        text: With line ends.
+
+    Raises:
+        OutputClosedError: Nobody reads it any more.
+        StreamFlowError: It cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as exc:
+        _discard(sys.stdout)
+        raise OutputClosedError from exc
+    except OSError as exc:
+        _discard(sys.stdout)
+        raise StreamFlowError(f"standard output cannot be written: {exc}") from exc
+
+
+def _discard(stream: TextIO) -> None:
+    """What is left in it must not fail in Python's last flush either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_missing_streams() -> None:
+    """Open the standard streams that whoever started us has closed: other files would take their numbers."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def run_reporting(command: Callable[[], object]) -> int:
@@ -26,17 +82,13 @@ def run_reporting(command: Callable[[], object]) -> int:
     """
     try:
         command()
-        sys.stdout.flush()
+        print_out("")
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`): no error, but Python's last flush must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except typer.Exit:
         raise
     except Exception as exc:
-        return report(exc)
+        return 0 if all(isinstance(leaf, OutputClosedError) for leaf in _leaves(exc)) else report(exc)
     return 0
 
 
@@ -51,8 +103,7 @@ def report(error: BaseException) -> int:
         text = "".join(f"error: {message}\n" for message in dict.fromkeys(str(leaf) for leaf in leaves))
     else:
         text = "".join(traceback.format_exception(error))
-    sys.stderr.write(SecretFilter(os.environ)(text))
-    sys.stderr.flush()
+    say(SecretFilter(os.environ)(text))
     return exit_code(error)
 
 

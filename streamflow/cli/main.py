@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from streamflow.cli import agents, send, tail, topics, topology, version, worker
+from streamflow.cli.errors import open_missing_streams
 from streamflow.cli.load import LoadedApp
 from streamflow.cli.options import CONNECTION, as_command
 from streamflow.config import TABLE
@@ -49,6 +50,7 @@ def build(script: LoadedApp | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    open_missing_streams()
     build()()
 
 
@@ -59,5 +61,6 @@ def main_of(app: Declarations, origin: Path) -> None:
         app: The app.
         origin: The file that made it; what counts is the script, where there is one.
     """
+    open_missing_streams()
     script = getattr(sys.modules["__main__"], "__file__", None)
     build(LoadedApp(app, Path(script).resolve() if script else origin, app.id))()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import anyio
 import msgspec
 
+from streamflow.cli.errors import print_out, say
 from streamflow.cli.options import Session
 from streamflow.hosting import address_of
 
@@ -31,7 +31,7 @@ def note(text: str) -> None:
     Args:
         text: One or more lines.
     """
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    say(text + "\n")
 
 
 def write(lines: Iterable[str]) -> None:
@@ -42,8 +42,7 @@ def write(lines: Iterable[str]) -> None:
     """
     text = "".join(line + "\n" for line in lines)
     if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print_out(text)
 
 
 def as_json(value: object) -> str:

@@ -10,6 +10,7 @@ import pytest
 from tests.cli.commands import order
 
 pytestmark = pytest.mark.system
+SEARCHED = f"{Path(sys.executable).parent}:/usr/bin:/bin"
 
 
 # --- the whole way --------------------------------------------------------------------------------------------------
@@ -259,11 +260,46 @@ def test_a_reader_that_goes_away_is_no_error(shell):
         "-c",
         "streamflow tail orders.py orders --until-end | head -n 1; exit ${PIPESTATUS[0]}",
         program="bash",
-        PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        PATH=SEARCHED,
     )
     assert pipe.wait() == 0
     assert "Traceback" not in pipe.err
     assert "Exception" not in pipe.err
+
+
+def test_a_reader_that_goes_away_from_a_tail_that_follows_is_no_error(shell):
+    shell("send", "orders.py", "orders", "-", stdin="".join(order(n) + "\n" for n in range(500)))
+    tail = shell.start(
+        "-c",
+        "streamflow tail orders.py orders | head -n 1; exit ${PIPESTATUS[0]}",
+        program="bash",
+        PATH=SEARCHED,
+    )
+    tail.wait_for("ann")
+    shell("send", "orders.py", "orders", order(500))
+    assert tail.wait() == 0
+    assert "Traceback" not in tail.err
+
+
+@pytest.mark.parametrize(
+    ("redirected", "code"),
+    [("<&-", 0), (">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 1), ("2>/dev/full", 0)],
+)
+def test_standard_streams_that_are_closed_or_full(redirected, code, shell):
+    topics = shell.start("-c", f"exec streamflow topics orders.py {redirected}", program="bash", PATH=SEARCHED)
+    assert topics.wait() == code
+    assert "Traceback" not in topics.err
+
+
+def test_a_failure_that_nobody_reads_is_still_one(shell):
+    worker = shell.start(
+        "-c",
+        "streamflow worker orders.py --broker kafka://127.0.0.1:1 --start-timeout-s 1 2>&1 | head -n 1; "
+        "exit ${PIPESTATUS[0]}",
+        program="bash",
+        PATH=SEARCHED,
+    )
+    assert worker.wait() == 1
 
 
 # --- what there is --------------------------------------------------------------------------------------------------
