@@ -105,7 +105,7 @@ class Input:
         if head is None:
             return []
         self._head = None
-        if until_ms is None and self.limit is None:
+        if until_ms is None and (self.limit is None or self._open_next_offset <= self.limit):
             records = [head, *islice(self._open, max_records - 1)]
         else:
             records = [head]
