@@ -28,6 +28,7 @@ logger = logging.getLogger("streamflow.commits")
 
 _FIRST_RETRY_S = 0.02
 _MAX_RETRY_S = 1.0
+_TELL_FROM_S = 0.25
 _SILENCE_POLL_S = 0.05
 
 Offsets = dict[TopicPartition, OffsetMark]
@@ -70,6 +71,8 @@ class Commits:
 
     async def _back_off(self, error: Exception, delay_s: float) -> float:
         self._sensors.commit_failed(type(error).__name__)
+        if _TELL_FROM_S <= delay_s < 2 * _TELL_FROM_S:  # once per commit, and not for what passes at once
+            logger.warning("commit: %s; trying again until it succeeds", error)
         await self._clock.sleep(delay_s)
         return min(delay_s * 2, _MAX_RETRY_S)
 

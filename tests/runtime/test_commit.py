@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from streamflow.clock import VirtualClock
-from streamflow.errors import FatalError, LogUnavailableError, ProductionError, TaskMigratedError
+from streamflow.errors import FatalError, LogFullError, LogUnavailableError, ProductionError, TaskMigratedError
 from streamflow.log.api import (
     AtomicCommit,
     Group,
@@ -189,6 +189,21 @@ async def test_a_failed_commit_is_repeated_as_it_was() -> None:
     assert at.producer.stored == [([b"5", b"3"], {A: 5, B: 3}, 7)]
     await at.commit()
     assert at.producer.stored[1][1] == {A: 50}
+
+
+async def test_a_commit_that_goes_on_failing_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    at = Fixture(ExactlyOnce)
+    failures = [LogFullError("log x: no room to write")] * 9
+
+    def fail(commit: AtomicCommit) -> None:
+        if failures:
+            raise failures.pop()
+
+    at.producer.decide = fail
+    await at.commit_over_time()
+    assert [record.getMessage() for record in caplog.records] == [
+        "commit: log x: no room to write; trying again until it succeeds"
+    ]
 
 
 async def test_what_a_cancelled_commit_had_sealed_comes_first_in_the_next() -> None:
