@@ -28,7 +28,7 @@ from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.record_errors import Drop, RecordErrors
 from streamflow.runtime.task_view import TaskView
-from streamflow.runtime.turn import Turn, unit_in_context
+from streamflow.runtime.turn import Turn
 
 _RUN_S = 0.004
 _SLICE_S = 0.01
@@ -321,7 +321,6 @@ class DirectFeed(Feed[LogRecord]):
                 stage.clear()
             for record in self.records:
                 self.record = record
-                unit_in_context.set(record)
                 if record.headers:
                     self.take_headers(record)
                 try:
@@ -526,7 +525,6 @@ class DirectFeed(Feed[LogRecord]):
         self.unit = unit
         self.is_plain = False
         self.record = unit[-1][1] if unit else None
-        unit_in_context.set(unit)
         return items
 
     async def _take_one(self, record: LogRecord, unit: list[tuple[TopicPartition, LogRecord]], view: View) -> Any:

@@ -26,7 +26,7 @@ from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.record_errors import Drop, RecordErrors
 from streamflow.runtime.task_view import TaskView
-from streamflow.runtime.turn import EndOfHeaders, unit_in_context
+from streamflow.runtime.turn import EndOfHeaders
 
 _IN_FLIGHT_PER_LANE = 64
 _RUN_RECORDS = 64
@@ -217,7 +217,6 @@ class LaneFeed(Feed[Entry]):
         self._entries = [entry]
         self._ledger.taken = max(self._ledger.taken, entry.number)
         record = self.record = entry.record
-        unit_in_context.set(record)
         self._taken_at_s = perf_counter()
         if record.headers and not in_unit:
             self.take_headers(record)
@@ -279,7 +278,6 @@ class LaneFeed(Feed[Entry]):
         self.unit = [(entry.tp, entry.record) for entry in unit]
         self.record = unit[-1].record if unit else None
         self.is_plain = False
-        unit_in_context.set(self.unit)
         return items
 
     async def _take_one(self, entry: Entry, unit: list[Entry], view: View) -> Any:

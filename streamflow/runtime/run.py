@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -19,7 +20,7 @@ from streamflow.processing.stream import Stream
 from streamflow.runtime.cancellation import stray
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.feed import Feed, processing_error
-from streamflow.runtime.turn import NO_HEADERS, call_in_context, unit_in_context
+from streamflow.runtime.turn import NO_HEADERS
 
 _THREAD_BATCH_RECORDS = 256
 _THREAD_BATCH_S = 0.05
@@ -45,7 +46,6 @@ class AgentRun:
         with self.scope:
             while True:
                 self.feed.call = object()
-                call_in_context.set(self.feed.call)
                 try:
                     await body()
                 except (
@@ -115,6 +115,7 @@ class AgentRun:
         async for first in feed:
             rest = feed.take_rest(_THREAD_BATCH_RECORDS)
             done, error = await anyio.to_thread.run_sync(self._work_through, function, first, rest)
+            feed.thread_id = None
             feed.finish_many(done, rest)
             if error is not None:
                 raise error
@@ -130,6 +131,7 @@ class AgentRun:
         that one is looked at on the event loop.
         """
         feed = self.feed
+        feed.thread_id = threading.get_ident()
         done: list[list[Any]] = []
         value = first
         until_s = perf_counter() + _THREAD_BATCH_S
@@ -143,7 +145,6 @@ class AgentRun:
                 except Exception:
                     break
                 feed.record = record
-                unit_in_context.set(record)
             try:
                 feed.emit(function(value))
             except (Exception, SystemExit) as exc:

@@ -6,8 +6,8 @@ dropped when the unit failed, so an output exists only with the offset that pass
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, Optional
 
 import msgspec
@@ -19,17 +19,13 @@ from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, t
 from streamflow.processing.agent import Agent
 from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
+from streamflow.runtime import births
+from streamflow.runtime.births import Unit
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged
 from streamflow.runtime.task_view import TaskView
 
 NO_HEADERS: list[tuple[str, bytes | None]] = []
-
-unit_in_context: ContextVar[object] = ContextVar("streamflow_unit", default=None)
-"""The unit a task of user code was started in: one that outlives it is noticed when it sends."""
-
-call_in_context: ContextVar[object] = ContextVar("streamflow_call", default=None)
-"""The call of the agent function it was started in: after an error the same unit comes again in another call."""
 
 
 class EndOfHeaders(OutputPartition):
@@ -81,6 +77,7 @@ class Turn:
         self.is_plain = True
         self._end_of_headers = EndOfHeaders(self)
         self.call: object = None
+        self.thread_id: int | None = None
 
     # --- what is in hand ---------------------------------------------------------------------------------------
 
@@ -124,9 +121,24 @@ class Turn:
 
     # --- sending -----------------------------------------------------------------------------------------------
 
+    def unit_in_work(self) -> Unit:
+        """See `births.Worked`: after an error the same records come again in another call."""
+        return self.call, self.unit if self.unit is not None else self.record
+
     def _check_alive(self) -> None:
-        unit = self.unit if self.unit is not None else self.record
-        if unit is None or unit_in_context.get() is not unit or call_in_context.get() is not self.call:
+        call, unit = self.unit_in_work()
+        if unit is not None and threading.get_ident() == self.thread_id:
+            return
+        caller = births.current()
+        if caller is None:
+            raise ClosedError(
+                f"agent {self.agent.name!r}: something was sent from a thread or a callback of the event loop; send "
+                "from the agent itself, or from a task it awaits"
+            )
+        if caller is self.task.owner_of(self) and unit is not None:
+            return
+        born = births.unit_of(caller)
+        if born is None or unit is None or born[0] is not call or born[1] is not unit:
             raise ClosedError(
                 f"agent {self.agent.name!r}: a task that was started while an earlier record was processed sent "
                 "something after that record was done; await it before asking for the next record"

@@ -27,6 +27,7 @@ from streamflow.processing.hooks import Crontab, Timer
 from streamflow.processing.hooks import Task as Job
 from streamflow.processing.topic import Topic
 from streamflow.runtime.assignor import TaskAssignor
+from streamflow.runtime.births import noting_births
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.hooks import call_hooks, call_start_hooks
@@ -186,7 +187,7 @@ class Worker:
         try:
             topology = self.app.topology()
             self._check_leader(bool(topology.sub_topologies))
-            with one_error():
+            with noting_births(), one_error():
                 async with AsyncExitStack() as stack:
                     log = await self._open_log(stack)
                     if log is not None:
