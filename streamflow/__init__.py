@@ -3,7 +3,8 @@
 What stands here is the public face; everything else may change.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from streamflow.app import App
 from streamflow.errors import (
@@ -31,10 +32,22 @@ from streamflow.processing.stream import Event, Stream
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import Topology
 
+if TYPE_CHECKING:
+    from streamflow import testing as testing
+    from streamflow.runtime.client import Client
+    from streamflow.runtime.worker import Worker
+
+_LATER = {
+    "Client": "streamflow.runtime.client",
+    "Worker": "streamflow.runtime.worker",
+    "testing": "streamflow.testing",
+}
+
 __all__ = [
     "Agent",
     "App",
     "AskError",
+    "Client",
     "ClosedError",
     "Codec",
     "ConfigurationError",
@@ -63,13 +76,15 @@ __all__ = [
     "TopicPartition",
     "Topology",
     "TopologyError",
+    "Worker",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`sf.testing` is imported when it is first used: no app needs it."""
-    if name == "testing":
-        import streamflow.testing as testing
+if not TYPE_CHECKING:
 
-        return testing
-    raise AttributeError(f"module 'streamflow' has no attribute {name!r}")
+    def __getattr__(name):
+        """Import what few programs need when it is first used."""
+        if name not in _LATER:
+            raise AttributeError(f"module 'streamflow' has no attribute {name!r}")
+        module = import_module(_LATER[name])
+        return module if name == "testing" else getattr(module, name)

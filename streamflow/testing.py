@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import asyncio
+import difflib
 import uuid
 from collections.abc import Generator
 from contextlib import AsyncExitStack
@@ -22,11 +23,12 @@ import anyio
 
 from streamflow.app import App
 from streamflow.clock import VirtualClock
-from streamflow.errors import ClosedError
+from streamflow.errors import ClosedError, ConfigurationError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
 from streamflow.processing.stream import Event
 from streamflow.processing.topic import Topic
+from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.observer import Observer
 from streamflow.runtime.one_error import one_error
 from streamflow.runtime.worker import Worker
@@ -223,6 +225,11 @@ class TestApp:
             Where the log put it.
         """
         name = topic if isinstance(topic, str) else topic.name
+        known = topics_of(self.app)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ConfigurationError(f"app {self.app.id!r} has no topic {name!r}; {hint}")
         at_ms = self.clock.now_ms() if timestamp_ms is None else timestamp_ms
         return await self._observing().put(name, key, value, partition=partition, timestamp_ms=at_ms, headers=headers)
 

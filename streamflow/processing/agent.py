@@ -213,6 +213,11 @@ def make_agent(
     dead_letters = dead_letter_topic(options.on_error)
     if dead_letters is not None:
         _check_owner(app, dead_letters, where, "sends its dead letters to")
+        if any(input_topic(source) is dead_letters for source in sources):
+            raise TopologyError(
+                f"{where}: on_error=sf.DeadLetter({dead_letters.name}) is the topic it reads: a record that fails "
+                "would come back for ever. Give dead letters a topic of their own"
+            )
     return Agent(
         app,
         name,

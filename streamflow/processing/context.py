@@ -6,6 +6,7 @@ the send joins the turn's stage; elsewhere it goes through the sender that the r
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,7 +86,8 @@ class Sender(Protocol):
 current_turn: ContextVar[Turn | None] = ContextVar("streamflow_turn", default=None)
 """The turn the caller is in. It is set to None inside timers and tasks."""
 
-_senders: WeakKeyDictionary[RunningApp, Sender] = WeakKeyDictionary()
+_senders: WeakKeyDictionary[RunningApp, dict[int | None, Sender]] = WeakKeyDictionary()
+"""Per app and event loop (by its id): a sender belongs to the loop it was opened on."""
 
 
 def sender_of(app: RunningApp) -> Sender:
@@ -94,10 +96,12 @@ def sender_of(app: RunningApp) -> Sender:
     Raises:
         ClosedError: It does not run; the message says what to write.
     """
-    sender = _senders.get(app)
+    senders = _senders.get(app, {})
+    sender = senders.get(_loop_id())
     if sender is None:
+        where = "runs on another event loop of this process" if senders else "is not running in this process"
         raise ClosedError(
-            f"app {app.id!r} is not running in this process: send from inside an agent, a timer or a task, "
+            f"app {app.id!r} {where}: send from inside an agent, a timer or a task, "
             "or within `async with app.client() as client:` or `async with app.running():`"
         )
     return sender
@@ -106,12 +110,20 @@ def sender_of(app: RunningApp) -> Sender:
 @contextmanager
 def registered_sender(app: RunningApp, sender: Sender) -> Generator[None]:
     """Make `sender` the app's while the block runs (the newest wins; the one before comes back after)."""
-    before = _senders.get(app)
-    _senders[app] = sender
+    senders, loop_id = _senders.setdefault(app, {}), _loop_id()
+    before = senders.get(loop_id)
+    senders[loop_id] = sender
     try:
         yield
     finally:
         if before is None:
-            _senders.pop(app, None)
+            senders.pop(loop_id, None)
         else:
-            _senders[app] = before
+            senders[loop_id] = before
+
+
+def _loop_id() -> int | None:
+    try:
+        return id(asyncio.get_running_loop())
+    except RuntimeError:
+        return None

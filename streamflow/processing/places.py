@@ -11,9 +11,15 @@ _PACKAGE = __name__.partition(".")[0]
 def calling_frame() -> FrameType | None:
     """The innermost frame that is not StreamFlow's own."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+    while frame is not None and _is_ours(frame):
         frame = frame.f_back
     return frame
+
+
+def _is_ours(frame: FrameType) -> bool:
+    module: str = frame.f_globals.get("__name__", "")
+    is_generated = frame.f_code.co_filename == "<string>" and module != "__main__"  # a dataclass's __init__
+    return is_generated or module.partition(".")[0] == _PACKAGE
 
 
 def place_of_call() -> str:

@@ -62,7 +62,7 @@ def noting_births() -> Generator[None]:
 def _factory(before: Callable[..., Any] | None) -> Any:
     def make(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> Any:
         task = asyncio.Task(coro, loop=loop, **options) if before is None else before(loop, coro, **options)
-        turn = current_turn.get()
+        turn: object = current_turn.get()
         if isinstance(turn, Worked):
             # A task started by a task of an earlier unit belongs to that one.
             _units[task] = unit_of(current()) or turn.unit_in_work()

@@ -16,6 +16,7 @@ from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
 from streamflow.runtime.internal_topics import prepare_topics, topics_of
+from streamflow.runtime.one_error import one_error
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors
@@ -52,6 +53,11 @@ class Client:
             LogUnavailableError: Nobody answers.
             TopologyError: Topics do not fit the declarations.
         """
+        with one_error():
+            await self._open()
+        return self
+
+    async def _open(self) -> None:
         async with AsyncExitStack() as stack:
             log = await stack.enter_async_context(self._log)
             descriptions = await prepare_topics(self._app, self._settings, log.admin)
@@ -62,11 +68,11 @@ class Client:
             )
             stack.enter_context(registered_sender(self._app, self._sender))
             self._stack = stack.pop_all()
-        return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
         """Send what waits, and disconnect."""
-        await self._stack.__aexit__(*exc_info)
+        with one_error():
+            await self._stack.__aexit__(*exc_info)
 
     async def send(
         self,

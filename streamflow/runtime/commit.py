@@ -69,6 +69,10 @@ class Commits:
         if offsets:
             self._sensors.committed(perf_counter() - started_s, len(offsets))
 
+    def hurry(self) -> None:
+        """Commit soon: somebody waits for an answer."""
+        self.wanted.set()
+
     async def _back_off(self, error: Exception, delay_s: float) -> float:
         self._sensors.commit_failed(type(error).__name__)
         if _TELL_FROM_S <= delay_s < 2 * _TELL_FROM_S:  # once per commit, and not for what passes at once

@@ -180,6 +180,7 @@ class Jobs:
         except Exception as exc:
             error = FatalError(f"task {task.name!r} raised {type(exc).__name__}: {exc}")
             error.__cause__ = exc
+            logger.exception("%s", error)
             self._failed(error)
 
     async def _run_leading(self, task: Task) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from time import perf_counter
 
 import anyio.abc
@@ -14,8 +15,11 @@ from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.sensors import Sensors
 
+logger = logging.getLogger("streamflow.worker")
+
 _WATCH_S = 0.1
 _STALL_S = 0.01
+_WARNED_STALL_S = 1.0
 
 
 class Loops:
@@ -89,5 +93,11 @@ class Loops:
             stalled_s = perf_counter() - before_s - _WATCH_S
             if stalled_s > _STALL_S:
                 self._sensors.loop_stalled(stalled_s)
+            if stalled_s > _WARNED_STALL_S:
+                logger.warning(
+                    "the event loop was blocked for %.1f s: nothing else ran meanwhile. Await what waits, or give work "
+                    "that blocks to a thread (a `def` agent with thread=True)",
+                    stalled_s,
+                )
             if all(task.oldest_in_flight_s() < max_poll_s for task in manager.running()):
                 self._group.report_progress()

@@ -46,6 +46,7 @@ class RecordErrors:
     def __init__(self, agent: Processor, sensors: Sensors) -> None:
         self._agent = agent
         self._sensors = sensors
+        self._told: set[type[BaseException]] = set()
 
     def decide(self, error: RecordError, attempt: int) -> Decision:
         """Decide, log and count.
@@ -76,7 +77,13 @@ class RecordErrors:
 
     def _tell(self, policy: str, done: str, error: RecordError) -> None:
         self._sensors.record_error(self._agent.name, policy)
-        logger.warning("agent %s: %s; %s", self._agent.name, error, done, exc_info=error.__cause__)
+        # One line each; the traceback of the first of a kind only (a dead letter carries its own).
+        kind = type(error.__cause__ or error)
+        is_first = kind not in self._told
+        self._told.add(kind)
+        logger.warning(
+            "agent %s: %s; %s", self._agent.name, error, done, exc_info=error.__cause__ if is_first else None
+        )
 
     def dead_letters(self, turn: Turn, topic: Topic[Any, Any], error: RecordError, attempts: int) -> list[Staged]:
         """Dead letters of the whole unit in hand."""
@@ -104,8 +111,13 @@ class RecordErrors:
 
 def way_past(agent: Processor, error: RecordError) -> str:
     """What to write so that a record which stopped the worker is passed."""
+    if not error.position:
+        return (
+            f"agent {agent.name!r} stopped the worker before it took a record: {error.message}\n"
+            f"  on_error= is about records and does not apply; the agent's own code has to be mended."
+        )
     return (
-        f"agent {agent.name!r} stopped the worker at {error.position or 'an unknown position'}: {error.message}\n"
+        f"agent {agent.name!r} stopped the worker at {error.position}: {error.message}\n"
         f"  Nothing past this record was committed; the next start meets it again. To get past it, fix its cause, or\n"
         f"  declare @app.agent(..., on_error=sf.Skip()), on_error=sf.DeadLetter(topic) or on_error=sf.Retry(3)."
     )

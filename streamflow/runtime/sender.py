@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -221,6 +222,8 @@ class DirectSender:
     def _next_partition(self, target: Target) -> int:
         if self._arrived.is_set() and target.name in self._sticky:
             return self._sticky[target.name]
-        partition = (self._sticky.get(target.name, -1) + 1) % target.partitions
+        before = self._sticky.get(target.name)
+        # A random start: short-lived senders must not all begin at partition 0.
+        partition = random.randrange(target.partitions) if before is None else (before + 1) % target.partitions
         self._sticky[target.name] = partition
         return partition

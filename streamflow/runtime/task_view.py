@@ -28,6 +28,9 @@ class Delivery(Protocol):
     async def make_room(self, task: TaskView) -> None:
         """The task holds as much unsent output as it may: wait until some of it is with the log."""
 
+    def hurry(self) -> None:
+        """Somebody waits for what is done: do not let it wait for the commit interval."""
+
 
 class TaskView(Protocol):
     """A task as its feeds and the commit see it; `task.Task` is the one implementation."""

@@ -77,6 +77,7 @@ class Turn:
         self.is_plain = True
         self._end_of_headers = EndOfHeaders(self)
         self.call: object = None
+        self.has_answered = False
         self.thread_id: int | None = None
 
     # --- what is in hand ---------------------------------------------------------------------------------------
@@ -100,6 +101,9 @@ class Turn:
 
     def forget_headers(self) -> None:
         """The unit is over."""
+        if self.has_answered:
+            self.has_answered = False
+            self.task.delivery.hurry()
         self.is_plain = True
         self.headers = NO_HEADERS
         self.replies.clear()
@@ -297,6 +301,7 @@ class Turn:
             if output is not None and 0 <= partition < output.target.partitions:
                 out = output.of_number(partition)
                 self.stage.append((out, now_ms, None, data, [(HEADER_ASK_ID, ask_id), *headers]))
+                self.has_answered = True
         self.replies.clear()
 
 

@@ -371,12 +371,18 @@ class Cluster:
             broker.kill()
 
 
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run a real Kafka broker in the foreground, for development.")
     parser.add_argument("--port", type=int, default=9092)
     parser.add_argument("--data", type=Path, help="keep the data here (default: thrown away)")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Both: a shell that is not interactive starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGTERM, _interrupted)
+    signal.signal(signal.SIGINT, _interrupted)
     with contextlib.ExitStack() as stack:
         scratch = arguments.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-kafka-")))
         try:
