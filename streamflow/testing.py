@@ -293,6 +293,14 @@ class TestApp:
 
         Returns:
             Events with keys and values decoded, by partition and offset.
+
+        Raises:
+            ConfigurationError: The app has no such topic.
         """
         name = topic if isinstance(topic, str) else topic.name
+        known = topics_of(self.app)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
+            raise ConfigurationError(f"app {self.app.id!r} has no topic {name!r}; {hint}")
         return Records(self._observing().records(name))
