@@ -64,7 +64,7 @@ class Kafka:
     metadata_max_age_ms: int = 60_000
     fetch_max_wait_ms: int = 500
     fetch_max_bytes: int = 8 << 20
-    fetch_max_partition_bytes: int = 1 << 19
+    fetch_max_partition_bytes: int = 1 << 18
     producer_buffer_bytes: int = 32 << 20
 
     def __post_init__(self) -> None:
