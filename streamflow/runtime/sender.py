@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,13 @@ import anyio
 import anyio.abc
 
 from streamflow.clock import Clock
+from streamflow.errors import ClosedError, StreamFlowError
 from streamflow.log.api import Producer
 from streamflow.log.batch import BatchBuilder
 from streamflow.model.record import Headers, RecordMetadata, TopicPartition
 from streamflow.processing.topic import Topic
 from streamflow.runtime.outputs import Target
+from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.sender")
@@ -47,7 +50,7 @@ class DirectSender:
 
     Args:
         producer: The log's producer.
-        target_of: Looks up (and where needed describes) a topic.
+        known: The topics that may be written; one that is not known yet is described.
         clock: Default timestamps.
         sensors: Metrics hooks.
     """
@@ -55,36 +58,38 @@ class DirectSender:
     def __init__(
         self,
         producer: Producer,
-        target_of: Callable[[Topic[Any, Any]], Awaitable[Target]],
+        known: KnownTargets,
         clock: Clock,
         sensors: Sensors,
     ) -> None:
         self._producer = producer
-        self._target_of = target_of
+        self._known = known
         self._clock = clock
         self._sensors = sensors
         self._batches: dict[TopicPartition, list[_Batch]] = {}
+        # Closed to further records and not yet taken by the producer, in order.
+        self._leaving: deque[tuple[TopicPartition, _Batch]] = deque()
+        self._sending = asyncio.Lock()
         self.waiting = 0
         self.abandoned = False
         self._arrived = asyncio.Event()
         self._sticky: dict[str, int] = {}
-        self._tasks: anyio.abc.TaskGroup | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[DirectSender]:
         """Run the sending task while the block runs; what waits at its end is sent."""
         async with anyio.create_task_group() as tasks:
-            self._tasks = tasks
             tasks.start_soon(self._run)
             try:
                 yield self
             finally:
                 with anyio.CancelScope(shield=True), anyio.move_on_after(0 if self.abandoned else _CLOSE_S) as closing:
                     await self._send_waiting()
-                    await self._producer.flush()
+                    with suppress(StreamFlowError):  # whoever sent what failed is told
+                        await self._producer.flush()
                 self.abandoned = closing.cancelled_caught
-                self._tasks = None
                 tasks.cancel_scope.cancel()
+                self._fail_waiting()
 
     async def _run(self) -> None:
         while True:
@@ -94,22 +99,36 @@ class DirectSender:
             await self._send_waiting()
 
     async def _send_waiting(self) -> None:
-        waiting, self._batches = self._batches, {}
-        for tp, batches in waiting.items():
-            for batch in batches:
+        async with self._sending:
+            self._close_batches()
+            while self._leaving:
+                tp, batch = self._leaving[0]
                 sealed = batch.builder.seal()
-                self._sensors.batch_out(tp.topic, sealed.num_records, sealed.size_bytes)
                 try:
                     future = await self._producer.enqueue(tp, sealed)
                 except Exception as exc:
+                    self._leaving.popleft()
                     self._settle(tp, batch, None, exc)
                 else:
+                    self._leaving.popleft()
+                    self._sensors.batch_out(tp.topic, sealed.num_records, sealed.size_bytes)
                     future.add_done_callback(partial(self._acknowledged, tp, batch))
+
+    def _close_batches(self) -> None:
+        self._leaving.extend((tp, batch) for tp, batches in self._batches.items() for batch in batches)
+        self._batches = {}
+
+    def _fail_waiting(self) -> None:
+        """The end, and the producer had no room in time: nobody may wait for what it did not take."""
+        self._close_batches()
+        while self._leaving:
+            self._settle(*self._leaving.popleft(), None, ClosedError("closed before the log took the record"))
 
     def _acknowledged(self, tp: TopicPartition, batch: _Batch, done: asyncio.Future[int]) -> None:
         if done.cancelled():
             self._settle(tp, batch, None, asyncio.CancelledError())
         elif (error := done.exception()) is not None:
+            self._producer.reset(tp)  # each send is told for itself: later ones have a chance of their own
             self._settle(tp, batch, None, error)
         else:
             self._settle(tp, batch, done.result(), None)
@@ -143,7 +162,7 @@ class DirectSender:
         headers: Headers,
     ) -> RecordMetadata:
         """See `processing.context.Sender`."""
-        target = await self._target_of(topic)
+        target = await self._known.of(topic)
         waiter: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
         self._add(target, key, value, partition, timestamp_ms, list(headers), waiter)
         return await waiter
@@ -161,20 +180,9 @@ class DirectSender:
         """See `processing.context.Sender`."""
         if self.waiting >= _MAX_WAITING_RECORDS:
             raise anyio.WouldBlock
-        target = self.known_target(topic)
-        self._add(target, key, value, partition, timestamp_ms, list(headers), None)
-
-    def known_target(self, topic: Topic[Any, Any]) -> Target:
-        """The target of a topic that has been described before."""
-        awaitable = self._target_of(topic)
-        # A target that is known is returned without waiting for anything, so its coroutine ends at the first step.
-        iterator = awaitable.__await__()
-        try:
-            next(iterator)
-        except StopIteration as done:
-            target: Target = done.value
-            return target
-        raise anyio.WouldBlock
+        if topic.name not in self._known.targets:
+            raise anyio.WouldBlock  # it has to be described first: `send` does
+        self._add(self._known.targets[topic.name], key, value, partition, timestamp_ms, list(headers), None)
 
     def _add(
         self,

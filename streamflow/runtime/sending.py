@@ -58,7 +58,7 @@ class ProcessSender:
         """
         with anyio.CancelScope() as scope:
             async with log.producer() as producer:
-                direct = DirectSender(producer, known.of, clock, sensors)
+                direct = DirectSender(producer, known, clock, sensors)
                 reply_topic = reply_topic_name(app.id)
                 partitions = descriptions[reply_topic].partitions
                 asks = Asks(log, direct, reply_topic, partitions, clock)
