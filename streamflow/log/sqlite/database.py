@@ -146,7 +146,10 @@ class FileDatabase(Database):
         if self._lease is not None:
             return True
         # The operating system gives the lock back when its process ends, however it ends.
-        lease = open(f"{self.name}-maintenance", "ab")  # noqa: SIM115
+        try:
+            lease = open(f"{self.name}-maintenance", "ab")  # noqa: SIM115
+        except OSError:
+            return False  # a full disk, or somebody else's file: another process may have more luck
         try:
             fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

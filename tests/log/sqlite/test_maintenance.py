@@ -251,6 +251,15 @@ async def test_one_process_holds_the_lease_until_it_closes(path):
         assert await other.maintain()
 
 
+async def test_without_a_place_for_the_lease_there_is_no_maintenance_here(path):
+    async with SqliteLog.at_path(path, clock=SystemClock()) as log:
+        lease = f"{path}-maintenance"
+        os.mkdir(lease)
+        assert not await log.maintain()
+        os.rmdir(lease)
+        assert await log.maintain()
+
+
 async def test_maintenance_runs_by_itself(memory, clock):
     await memory.admin.create([NewTopic("t", 1, config={"retention.ms": "1000"})])
     await write(memory, batch(b"old", timestamp_ms=0))
