@@ -12,7 +12,6 @@ Example:
 from __future__ import annotations
 
 import asyncio
-import difflib
 import uuid
 from collections.abc import Generator
 from contextlib import AsyncExitStack
@@ -23,6 +22,7 @@ import anyio
 
 from streamflow.app import App
 from streamflow.clock import VirtualClock
+from streamflow.config import nearest
 from streamflow.errors import ClosedError, ConfigurationError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
@@ -160,6 +160,12 @@ class TestApp:
             error, self._error = self._error, None
             raise error
 
+    def _name_of(self, topic: Topic[Any, Any] | str) -> str:
+        name, known = topic if isinstance(topic, str) else topic.name, topics_of(self.app)
+        if name not in known:
+            raise ConfigurationError(f"app {self.app.id!r} has no topic {name!r}{nearest(name, known)}")
+        return name
+
     # --- what a test does --------------------------------------------------------------------------------------
 
     async def send(
@@ -224,12 +230,7 @@ class TestApp:
         Returns:
             Where the log put it.
         """
-        name = topic if isinstance(topic, str) else topic.name
-        known = topics_of(self.app)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise ConfigurationError(f"app {self.app.id!r} has no topic {name!r}; {hint}")
+        name = self._name_of(topic)
         at_ms = self.clock.now_ms() if timestamp_ms is None else timestamp_ms
         return await self._observing().put(name, key, value, partition=partition, timestamp_ms=at_ms, headers=headers)
 
@@ -297,10 +298,5 @@ class TestApp:
         Raises:
             ConfigurationError: The app has no such topic.
         """
-        name = topic if isinstance(topic, str) else topic.name
-        known = topics_of(self.app)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
-            raise ConfigurationError(f"app {self.app.id!r} has no topic {name!r}; {hint}")
+        name = self._name_of(topic)
         return Records(self._observing().records(name))

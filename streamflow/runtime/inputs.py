@@ -43,7 +43,6 @@ class Input:
         # A bounded run takes nothing at or past its limit; where a written topic seems to end, units are flushed.
         self.limit: int | None = None
         self.flush_at: int | None = None
-        self.stream_time_ms = -1
         self._timestamp_of = timestamp_of
         self._batches: deque[RecordBatch] = deque()
         self._queued_bytes = 0
@@ -97,7 +96,7 @@ class Input:
         head = self.head()
         if head is None:
             return -1
-        return head.timestamp if self._timestamp_of is None else self._timestamp_of(head)
+        return self._time(head)
 
     def take(self, max_records: int, until_ms: int | None) -> list[LogRecord]:
         """Take up to `max_records` from one batch, none later than `until_ms`."""
@@ -172,7 +171,6 @@ class Inputs:
         self._idle_since: float | None = None
         self._idle_left_s: float | None = None
         self._look_again_s: float | None = None
-        self.enforced = 0
 
     def add(self, fetched: Fetched) -> None:
         """Queue what a fetch brought, and wake whoever waits."""
@@ -256,5 +254,4 @@ class Inputs:
             if left_s > _TIME_RESOLUTION_S:
                 self._idle_left_s = left_s
                 return False
-        self.enforced += 1
         return True

@@ -7,7 +7,7 @@ any moment is exactly the effect of the records below the task's position.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from streamflow.errors import ProductionError, TopologyError
@@ -214,7 +214,7 @@ class Outputs:
         self.waiting = False
         self.sealed_bytes = 0
         sealed: list[tuple[TopicPartition, SealedBatch]] = []
-        for output in self._topics.values():
+        for output in list(self._topics.values()):  # an agent in a thread may send to its first topic just now
             sealed += output.seal()
         return sealed
 
@@ -239,7 +239,3 @@ class Targets:
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
-
-    def names(self) -> Sequence[str]:
-        """Names of all of them."""
-        return tuple(self._by_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from streamflow.clock import Clock
@@ -77,7 +77,3 @@ class TaskView(Protocol):
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""
-
-
-Tasks = Iterable[TaskView]
-"""Some tasks."""

@@ -95,7 +95,6 @@ class Worker:
         self._log_is_away = False
         self.manager: TaskManager | None = None
         self.group: Group | None = None
-        self._loops: Loops | None = None
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
@@ -304,7 +303,7 @@ class Worker:
         if delivery is None:
             raise StreamFlowError("no delivery")
         async with anyio.create_task_group() as tasks:
-            self._loops = loops = Loops(self.settings, self.clock, self.sensors, group, reader, delivery)
+            loops = Loops(self.settings, self.clock, self.sensors, group, reader, delivery)
             shared = Surroundings(
                 clock=self.clock,
                 sensors=self.sensors,

@@ -81,11 +81,6 @@ class Standing:
     silent: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     settled: bool = True
 
-    @property
-    def membership_of(self) -> tuple[str, int] | None:
-        """Member id and generation, or None."""
-        return (self.member_id, self.generation) if self.member_id else None
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
