@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import anyio
-import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.errors import ClosedError, StreamFlowError
