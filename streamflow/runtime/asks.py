@@ -11,6 +11,7 @@ import random
 import uuid
 from typing import Any
 
+import anyio
 import msgspec
 
 from streamflow.clock import Clock
@@ -95,7 +96,14 @@ class Asks:
                 raise TimeoutError(f"agent {agent.name!r}: the reply topic {self._reply_to.topic!r} cannot be read")
             topic = agent.input_topics[0]
             headers = ask_headers(self._reply_to.topic, self._reply_to.partition, ask_id, agent.name)
-            await self._sender.send(topic, key, value, partition=None, timestamp_ms=None, headers=headers)
+            # In real time: no clock of ours moves while a log is away.
+            with anyio.move_on_after(max(0.0, deadline_s - self._clock.monotonic())) as sending:
+                await self._sender.send(topic, key, value, partition=None, timestamp_ms=None, headers=headers)
+            if sending.cancelled_caught:
+                raise TimeoutError(
+                    f"agent {agent.name!r}: the log did not take the question within {timeout_s:g} s; it may still "
+                    "reach the agent"
+                )
             if not await self._clock.wait(event, max(0.0, deadline_s - self._clock.monotonic())):
                 raise TimeoutError(
                     f"agent {agent.name!r} did not answer within {timeout_s:g} s: is a worker of the app running, and "

@@ -1,9 +1,12 @@
 """`agent.ask`: answers, errors, time-outs, and who may ask whom."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 import streamflow as sf
@@ -172,3 +175,22 @@ async def test_a_question_outside_a_running_app_is_refused() -> None:
         await double.ask(1)
     with pytest.raises(sf.ConfigurationError, match="above 0"):
         await double.ask(1, timeout_s=0)
+
+
+async def test_a_question_that_the_log_does_not_take_times_out(tmp_path: Path) -> None:
+    app = sf.App("locked", data_dir=tmp_path)
+
+    @app.agent
+    def same(number: int) -> int:
+        return number
+
+    async with app.running():
+        assert await same.ask(3) == 3
+        other = sqlite3.connect(tmp_path / "log.db", isolation_level=None, timeout=5)
+        other.execute("BEGIN IMMEDIATE")
+        try:
+            with anyio.fail_after(10), pytest.raises(TimeoutError, match=r"did not take the question within 0\.2 s"):
+                await same.ask(3, timeout_s=0.2)
+        finally:
+            other.execute("ROLLBACK")
+            other.close()
