@@ -37,34 +37,29 @@ class AgentRun:
     def __init__(self, agent: Processor, feed: Feed[Any]) -> None:
         self.agent = agent
         self.feed = feed
-        self.scope = anyio.CancelScope()
 
     async def run(self) -> None:
-        """Run until cancelled through `scope` (after the feed was cut, or its records were lost)."""
+        """Run until cancelled (after the feed was cut, or its records were lost)."""
         current_turn.set(self.feed)
         body = self._body()
-        with self.scope:
-            while True:
-                self.feed.call = object()
-                try:
-                    await body()
-                except (
-                    Exception,
-                    SystemExit,
-                ) as exc:  # sys.exit(0) is no success
-                    if self.feed.task.is_closing:
-                        return  # it made something of its cancellation
-                    await self._failed(exc)
-                except asyncio.CancelledError as cancelled:
-                    error = stray(cancelled)
-                    if error is None:
-                        raise
-                    error.__cause__ = cancelled
-                    await self._failed(error)
-                else:
-                    if self.feed.task.is_closing:
-                        return
-                    await self._returned()
+        while True:
+            self.feed.call = object()
+            try:
+                await body()
+            except (Exception, SystemExit) as exc:  # sys.exit(0) is no success
+                if self.feed.task.is_closing:
+                    return  # it made something of its cancellation
+                await self._failed(exc)
+            except asyncio.CancelledError as cancelled:
+                error = stray(cancelled)
+                if error is None:
+                    raise
+                error.__cause__ = cancelled
+                await self._failed(error)
+            else:
+                if self.feed.task.is_closing:
+                    return
+                await self._returned()
 
     def _body(self) -> Callable[[], Awaitable[None]]:
         agent = self.agent

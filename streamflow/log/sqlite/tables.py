@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streamflow.errors import ConfigurationError, ProductionError, UnknownTopicError
+from streamflow.log import codec
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
@@ -17,7 +17,6 @@ from streamflow.model.record import TopicPartition
 DEFAULT_MAX_BATCH_BYTES = 1_048_588
 """Kafka's default of `max.message.bytes`."""
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
-_BASE_OFFSET = struct.Struct(">q")
 
 
 def check_topic_name(name: str) -> None:
@@ -113,7 +112,7 @@ class Appender:
         if len(data) > row.max_batch_bytes:
             raise too_large(tp, batch, row.max_batch_bytes)
         base = row.end_offset
-        _BASE_OFFSET.pack_into(data, 0, base)
+        codec.set_base_offset(data, base)
         last = base + batch.num_records - 1
         self._sql.execute(
             "INSERT INTO batches "
