@@ -91,10 +91,16 @@ class Settings:
     replication: Annotated[
         int, About("Replicas of topics that StreamFlow creates; -1 leaves it to the broker.", -1, 32_767)
     ] = -1
-    standby_replicas: Annotated[int, About("Warm copies of each table partition in other workers.", 0, 100)] = 0
+    standby_replicas: Annotated[
+        int, About("Warm copies of each table partition in other workers; an app without tables has none.", 0, 100)
+    ] = 0
     memory_budget_bytes: Annotated[
         int,
-        About("Memory for buffered input and output, in bytes.", 1024 * 1024, shown_default="`268435456` (256 MiB)"),
+        About(
+            "Memory for output that is not yet sent or committed, in bytes.",
+            1024 * 1024,
+            shown_default="`268435456` (256 MiB)",
+        ),
     ] = 256 * 1024 * 1024
     web: Annotated[bool, About("Whether the worker serves HTTP: metrics, health and a status page.")] = True
     web_host: Annotated[str, About("Address the web server listens on.")] = "127.0.0.1"

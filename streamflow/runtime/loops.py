@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from time import perf_counter
 
+import anyio
 import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
-from streamflow.log.api import Group, Reader
+from streamflow.log.api import Group, GroupEvent, Reader
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.sensors import Sensors
@@ -81,8 +83,28 @@ class Loops:
             await self._delivery.linger(manager.running())
 
     async def _follow_group(self, manager: TaskManager) -> None:
-        while True:
-            await manager.handle(await self._group.next_event())
+        """Act on the group's events one after the other, but know at once of what is lost.
+
+        Acting takes time (records in hand, hooks, commits), and a partition that was lost and came back meanwhile must
+        not be committed for by the task it was lost from.
+        """
+        waiting: deque[GroupEvent] = deque()
+        arrived = asyncio.Event()
+
+        async def act() -> None:
+            while True:
+                while waiting:
+                    await manager.handle(waiting.popleft())
+                arrived.clear()
+                await arrived.wait()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(act)
+            while True:
+                event = await self._group.next_event()
+                manager.foresee(event)
+                waiting.append(event)
+                arrived.set()
 
     async def _watch(self, manager: TaskManager) -> None:
         """Measure stalls of the event loop, and report progress unless a record is stuck."""

@@ -103,6 +103,12 @@ class TaskManager:
 
     # --- events ------------------------------------------------------------------------------------------------
 
+    def foresee(self, event: GroupEvent) -> None:
+        """Note what an event means for commits that may be made before it is acted on."""
+        if isinstance(event, Lost):
+            for task in self._tasks_of(event.partitions):
+                task.lost = True
+
     async def handle(self, event: GroupEvent) -> None:
         """Act on one event of the group; events are handled one after the other."""
         self.changing = True
