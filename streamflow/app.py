@@ -41,7 +41,7 @@ class App(Declarations):
         partitions: Partitions of topics that StreamFlow creates.
         replication: Replicas of topics that StreamFlow creates; -1 leaves it to the broker.
         standby_replicas: Warm copies of each table partition in other workers.
-        memory_budget_bytes: Memory for buffered input and output.
+        memory_budget_bytes: Memory for output that is not yet sent or committed.
         web: Whether the worker serves HTTP.
         web_host: Address the web server listens on.
         web_port: Port of the web server; one that is given and taken is refused.
