@@ -1,12 +1,10 @@
-"""Every error StreamFlow raises, named by what it means for the run, and the one place that classifies them.
+"""Every error StreamFlow raises, named by what it means for the run.
 
-`disposition` is the only classifier; the runtime is the only place that acts on it. Errors of third-party libraries
+The family an error belongs to says what is done about it, and only the runtime does it. Errors of third-party libraries
 are translated once, at the edge (`log/kafka/codes.py`, `log/sqlite/faults.py`), always with `raise ... from exc`.
 """
 
 from __future__ import annotations
-
-from enum import Enum
 
 
 class StreamFlowError(Exception):
@@ -156,41 +154,3 @@ class OffsetOutOfRangeError(StreamFlowError):
 
 class AskError(StreamFlowError):
     """The agent that was asked failed on the record, or finished it without an answer."""
-
-
-class Disposition(Enum):
-    """What the runtime does about an error."""
-
-    REFUSE = "refuse"
-    POLICY = "policy"
-    RETRY = "retry"
-    MIGRATE = "migrate"
-    STOP = "stop"
-    CALLER = "caller"
-
-
-_DISPOSITIONS: tuple[tuple[type[BaseException], Disposition], ...] = (
-    (RefusedError, Disposition.REFUSE),
-    (RecordError, Disposition.POLICY),
-    (RetriableError, Disposition.RETRY),
-    (TaskMigratedError, Disposition.MIGRATE),
-    (FatalError, Disposition.STOP),
-    (ClosedError, Disposition.CALLER),
-    (OffsetOutOfRangeError, Disposition.CALLER),
-    (AskError, Disposition.CALLER),
-)
-
-
-def disposition(error: BaseException) -> Disposition:
-    """Classify an error.
-
-    Args:
-        error: Any exception.
-
-    Returns:
-        What to do about it; an exception that is not StreamFlow's own stops the worker.
-    """
-    for kind, answer in _DISPOSITIONS:
-        if isinstance(error, kind):
-            return answer
-    return Disposition.STOP
