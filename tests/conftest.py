@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +23,12 @@ pytest_plugins = ["tests.kafka.fixtures"] if find_spec("tests.kafka") and find_s
 
 hypothesis.settings.register_profile("streamflow", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("streamflow")
+
+
+def pytest_configure() -> None:
+    """Let children be interrupted: a shell starts background jobs with SIGINT ignored, and that is inherited."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @cache
