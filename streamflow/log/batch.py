@@ -15,6 +15,9 @@ from typing import Any, Protocol
 from streamflow.log import codec
 from streamflow.model.record import Headers
 
+DEFAULT_MAX_BATCH_BYTES = 1_048_588
+"""Kafka's default of `max.message.bytes`, which SQLite shares."""
+
 
 class LogRecord(Protocol):
     """One record as the codec reads it (aiokafka's `DefaultRecord`)."""

@@ -7,10 +7,9 @@ from typing import Any
 
 from streamflow.errors import UnknownTopicError
 from streamflow.log.api import Admin, TopicDescription
+from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
 from streamflow.processing.topic import Topic
 from streamflow.runtime.outputs import Target, Targets
-
-_DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
 
 
 class KnownTargets:
@@ -28,7 +27,7 @@ class KnownTargets:
 
     def add(self, topic: Topic[Any, Any], description: TopicDescription) -> Target:
         """Make a described topic known."""
-        max_bytes = int(description.config.get("max.message.bytes", _DEFAULT_MAX_MESSAGE_BYTES))
+        max_bytes = int(description.config.get("max.message.bytes", DEFAULT_MAX_BATCH_BYTES))
         target = Target(topic, description.partitions, max_bytes, self._compression)
         self.targets.add(target)
         return target

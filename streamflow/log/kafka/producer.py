@@ -30,7 +30,7 @@ from streamflow.errors import (
     UnknownTopicError,
 )
 from streamflow.log.api import Producer
-from streamflow.log.batch import SealedBatch
+from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES, SealedBatch
 from streamflow.log.kafka import codes, wire
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.hot import PRODUCE, ProducedPartition, ProduceResponse
@@ -40,7 +40,6 @@ from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
 
-DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's own default of max.message.bytes
 
 _SLOTS = 5
 _MAX_REQUEST_BYTES = 4 << 20
@@ -184,7 +183,7 @@ class KafkaProducer(Producer):
                 raise partition.failure
 
     def max_batch_bytes(self, topic: str) -> int:
-        return self._limits.get(topic, DEFAULT_MAX_MESSAGE_BYTES)
+        return self._limits.get(topic, DEFAULT_MAX_BATCH_BYTES)
 
     def reset(self, tp: TopicPartition) -> None:
         """Accept batches again for a partition that failed."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from streamflow.errors import ConfigurationError
 from streamflow.log.api import Admin, NewTopic, OffsetMark, TopicDescription
+from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
 from streamflow.log.sqlite import tables
 from streamflow.log.sqlite.database import Database
 from streamflow.model.record import TopicPartition
@@ -167,7 +168,7 @@ def check_new_topic(topic: NewTopic) -> None:
 
 
 def _create(sql: sqlite3.Connection, topic: NewTopic, uuid: str) -> None:
-    limit = int(topic.config.get("max.message.bytes", tables.DEFAULT_MAX_BATCH_BYTES))
+    limit = int(topic.config.get("max.message.bytes", DEFAULT_MAX_BATCH_BYTES))
     config = json.dumps(dict(topic.config), sort_keys=True)
     row = sql.execute(
         "INSERT OR IGNORE INTO topics (name, uuid, partitions, max_batch_bytes, config) "

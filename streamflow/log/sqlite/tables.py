@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from streamflow.errors import ConfigurationError, ProductionError, UnknownTopicError
 from streamflow.log import codec
 from streamflow.log.api import OffsetMark
-from streamflow.log.batch import SealedBatch
+from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES, SealedBatch
 from streamflow.model.record import TopicPartition
 
-DEFAULT_MAX_BATCH_BYTES = 1_048_588
 """Kafka's default of `max.message.bytes`."""
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
