@@ -19,10 +19,10 @@ from streamflow.processing.agent import (
 from streamflow.processing.hooks import (
     A,
     Action,
+    BackgroundTask,
     Crontab,
     P,
     PartitionsAction,
-    Task,
     Timer,
     check_action,
     check_crontab,
@@ -83,7 +83,7 @@ class Declarations:
         self.derived: dict[str, Derived[Any, Any]] = {}
         self.timers: list[Timer] = []
         self.crontabs: list[Crontab] = []
-        self.tasks: list[Task] = []
+        self.tasks: list[BackgroundTask] = []
         self.start_hooks: list[Action] = []
         self.stop_hooks: list[Action] = []
         self.assigned_hooks: list[PartitionsAction] = []
@@ -393,20 +393,21 @@ class Declarations:
 
         def declare(action: A) -> A:
             check_action(action, "@app.task")
-            self.tasks.append(Task(self._job_name(action, name), action, on_leader))
+            self.tasks.append(BackgroundTask(self._job_name(action, name), action, on_leader))
             return action
 
         return declare if fn is None else declare(fn)
 
     def _job_name(self, fn: Callable[..., object], name: str | None) -> str:
         chosen = check_name(name or getattr(fn, "__name__", "") or "?", "the name of a timer, crontab or task")
-        if any(job.name == chosen for job in self._jobs()):
+        if any(job.name == chosen for job in self.jobs()):
             raise TopologyError(
                 f"two timers, crontabs or tasks are called {chosen!r} ({place_of_call()}); give one a name="
             )
         return chosen
 
-    def _jobs(self) -> tuple[Job, ...]:
+    def jobs(self) -> tuple[Job, ...]:
+        """What runs besides the agents: timers, crontabs and tasks."""
         return (*self.timers, *self.crontabs, *self.tasks)
 
     # --- hooks -------------------------------------------------------------------------------------------------
@@ -443,4 +444,4 @@ class Declarations:
         Raises:
             TopologyError: The declarations do not fit together; the message names the places.
         """
-        return build_topology(self.id, topics=self.topics, agents=self.agents, derived=self.derived, jobs=self._jobs())
+        return build_topology(self.id, topics=self.topics, agents=self.agents, derived=self.derived, jobs=self.jobs())

@@ -81,7 +81,7 @@ class Crontab:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class BackgroundTask:
     """Runs once, beside the agents, from the worker's start.
 
     Attributes:

@@ -12,13 +12,13 @@ from typing import Any, Literal, TypeAlias
 from streamflow.errors import TopologyError
 from streamflow.model.schema import type_name
 from streamflow.processing.agent import Agent
-from streamflow.processing.hooks import Crontab, Task, Timer
+from streamflow.processing.hooks import BackgroundTask, Crontab, Timer
 from streamflow.processing.names import named_objects
 from streamflow.processing.policy import dead_letter_topic, policy_text
 from streamflow.processing.topic import Derived, Through, Topic
 
 EdgeKind: TypeAlias = Literal["reads", "sinks", "sends", "repartitions", "copies", "dead_letters"]
-Job: TypeAlias = Timer | Crontab | Task
+Job: TypeAlias = Timer | Crontab | BackgroundTask
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,11 @@ from streamflow.model.record import Headers
 from streamflow.processing.agent import Agent
 from streamflow.processing.context import current_turn
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.hooks import Action, Crontab, Task, Timer
+from streamflow.processing.hooks import Action, BackgroundTask, Crontab, Timer
 from streamflow.processing.topic import Topic
 from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.outputs import Staged, write
-from streamflow.runtime.task import Task as PartitionTask
+from streamflow.runtime.task import Task
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.jobs")
@@ -41,7 +41,7 @@ class LeaderTurn:
         at_once: Do not wait for the turn's end: it may never come.
     """
 
-    def __init__(self, task: PartitionTask, *, at_once: bool) -> None:
+    def __init__(self, task: Task, *, at_once: bool) -> None:
         self._task = task
         self._at_once = at_once
         self._stage: list[Staged] = []
@@ -106,7 +106,7 @@ class Jobs:
         app: Declarations,
         clock: Clock,
         sensors: Sensors,
-        leader_task: Callable[[], PartitionTask | None],
+        leader_task: Callable[[], Task | None],
         failed: Callable[[StreamFlowError], None],
     ) -> None:
         self._app = app
@@ -155,7 +155,7 @@ class Jobs:
         finally:
             self.firing -= 1
 
-    async def _turn(self, fn: Action, leader: PartitionTask | None, *, at_once: bool = False) -> None:
+    async def _turn(self, fn: Action, leader: Task | None, *, at_once: bool = False) -> None:
         if leader is None:
             current_turn.set(None)
             await call_user(fn)
@@ -168,7 +168,7 @@ class Jobs:
             current_turn.reset(token)
         turn.done()
 
-    async def _run_task(self, task: Task) -> None:
+    async def _run_task(self, task: BackgroundTask) -> None:
         while task.on_leader and self._leader_task() is None:
             await self._clock.sleep(_LEADER_POLL_S)
         try:
@@ -183,7 +183,7 @@ class Jobs:
             logger.exception("%s", error)
             self._failed(error)
 
-    async def _run_leading(self, task: Task) -> None:
+    async def _run_leading(self, task: BackgroundTask) -> None:
         """Run the task while this worker leads; when leadership comes back, it starts anew."""
         while True:
             leader = self._leader_task()
@@ -193,7 +193,7 @@ class Jobs:
             finished = False
             async with anyio.create_task_group() as group:
 
-                async def lead(leader: PartitionTask = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
+                async def lead(leader: Task = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
                     nonlocal finished
                     await self._turn(task.fn, leader, at_once=True)
                     finished = True

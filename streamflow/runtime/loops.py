@@ -12,8 +12,9 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
-from streamflow.log.api import Group, GroupEvent, Reader
-from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
+from streamflow.log.api import GroupEvent
+from streamflow.runtime.commit import AtLeastOnce
+from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.sensors import Sensors
 
@@ -31,26 +32,16 @@ class Loops:
         settings: Intervals.
         clock: Time.
         sensors: Metrics hooks.
-        group: The membership.
-        reader: The source lane.
-        delivery: Commits.
+        log: What is open of the log.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        clock: Clock,
-        sensors: Sensors,
-        group: Group,
-        reader: Reader,
-        delivery: AtLeastOnce | ExactlyOnce,
-    ) -> None:
+    def __init__(self, settings: Settings, clock: Clock, sensors: Sensors, log: OpenLog) -> None:
         self._settings = settings
         self._clock = clock
         self._sensors = sensors
-        self._group = group
-        self._reader = reader
-        self._delivery = delivery
+        self._group = log.group
+        self._reader = log.reader
+        self._delivery = log.delivery
         self.output_waits = asyncio.Event()
 
     def start(self, services: anyio.abc.TaskGroup, manager: TaskManager) -> None:

@@ -16,16 +16,17 @@ import anyio.abc
 from streamflow.clock import Clock
 from streamflow.config import Settings
 from streamflow.errors import FatalError, OffsetOutOfRangeError, RefusedError, RetriableError
-from streamflow.log.api import Admin, Assigned, Fetched, Group, GroupEvent, Lost, OffsetMark, Reader, Revoked
+from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.agent import Agent
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
-from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Copier
 from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.internal_topics import topics_of
+from streamflow.runtime.layout import Layout
+from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.sensors import Sensors
 
@@ -41,13 +42,9 @@ class TaskManager:
 
     Args:
         app: The app.
-        sub_topologies: Its sub-topologies.
-        counts: Partition count per source topic.
+        layout: How its work is cut into tasks.
         settings: Time-outs, offset reset.
-        group: The membership.
-        reader: The source lane.
-        admin: For offsets.
-        delivery: Commits what is revoked.
+        log: What is open of the log.
         shared: What tasks share.
         tasks: Task group the tasks run in.
     """
@@ -55,28 +52,24 @@ class TaskManager:
     def __init__(
         self,
         app: Declarations,
-        sub_topologies: Sequence[SubTopology],
-        counts: Callable[[str], int],
+        layout: Layout,
         settings: Settings,
-        group: Group,
-        reader: Reader,
-        admin: Admin,
-        delivery: AtLeastOnce | ExactlyOnce,
+        log: OpenLog,
         shared: Surroundings,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
         self._app = app
         self._settings = settings
-        self._group = group
-        self._reader = reader
-        self._admin = admin
-        self._delivery = delivery
+        self._group = log.group
+        self._reader = log.reader
+        self._admin = log.admin
+        self._delivery = log.delivery
         self._shared = shared
         self._task_group = tasks
-        self._counts = counts
+        self._layout = layout
         self._topics = topics_of(app)
-        self._by_topic = {topic: sub for sub in sub_topologies for topic in sub.topics}
-        self._agents = {sub.name: agents_of(app, sub) for sub in sub_topologies}
+        self._by_topic = {topic: sub for sub in layout.sub_topologies for topic in sub.topics}
+        self._agents = {sub.name: agents_of(app, sub) for sub in layout.sub_topologies}
         self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
         self._by_tp: dict[TopicPartition, Task] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
@@ -143,9 +136,8 @@ class TaskManager:
         self.assigned_once.set()
 
     def _is_complete(self, key: tuple[str, int], tps: set[TopicPartition]) -> bool:
-        name, partition = key
-        sub = next(each for each in self._by_topic.values() if each.name == name)
-        return len(tps) == sum(1 for topic in sub.topics if partition < self._counts(topic))
+        sub = self._by_topic[next(iter(tps)).topic]
+        return tps.issuperset(self._layout.of_task(sub, key[1]))
 
     def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, tuple[int, bool]]) -> None:
         sub = self._by_topic[next(iter(starts)).topic]

@@ -17,6 +17,7 @@ from streamflow.errors import RetriableError
 from streamflow.log.api import Log
 from streamflow.model.record import TopicPartition
 from streamflow.processing.topology import Topology
+from streamflow.runtime.layout import Layout
 from streamflow.runtime.status import Progress
 from streamflow.runtime.task_manager import TaskManager
 
@@ -28,8 +29,7 @@ class UntilEnd:
     """Watches a bounded run and says when it is over.
 
     Args:
-        topology: What reads and writes what.
-        counts: Partition count per source topic.
+        layout: What reads and writes what, and the partitions of the source topics.
         log: The log.
         group_id: The app's group.
         clock: For the polls.
@@ -38,8 +38,7 @@ class UntilEnd:
 
     def __init__(
         self,
-        topology: Topology,
-        counts: Mapping[str, int],
+        layout: Layout,
         log: Log,
         group_id: str,
         clock: Clock,
@@ -49,11 +48,11 @@ class UntilEnd:
         self._group_id = group_id
         self._clock = clock
         self._on_progress = on_progress
-        self._upstream = upstream_topics(topology)
+        self._upstream = upstream_topics(layout.topology)
         self._partitions = {
-            topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in counts.items()
+            topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in layout.counts.items()
         }
-        self._written = [topic for topic in counts if self._upstream[topic]]
+        self._written = [topic for topic in layout.counts if self._upstream[topic]]
         self._state: object = None
         self._still_polls = 0
         self._starts: dict[TopicPartition, int] = {}

@@ -18,14 +18,13 @@ import anyio
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
 from streamflow.errors import ConfigurationError, LogUnavailableError, RecordError, StreamFlowError, TopologyError
-from streamflow.log.api import Group, GroupSettings, Log, Reader, TopicDescription
+from streamflow.log.api import Group, GroupSettings, Log, TopicDescription
 from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.hooks import Crontab, Timer
-from streamflow.processing.hooks import Task as Job
 from streamflow.processing.topic import Topic
+from streamflow.processing.topology import Topology
 from streamflow.runtime.assignor import TaskAssignor
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
@@ -33,8 +32,10 @@ from streamflow.runtime.derived import Processor
 from streamflow.runtime.hooks import call_hooks, call_start_hooks
 from streamflow.runtime.internal_topics import prepare_topics, repartition_topics, reply_topic_name, topics_of
 from streamflow.runtime.jobs import Jobs
+from streamflow.runtime.layout import Layout
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.one_error import one_error
+from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.outputs import Staged
 from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
@@ -54,6 +55,9 @@ _CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
 _START_RETRY_S = 0.5
 _JOIN_POLL_S = 0.05
+
+_LEAST_UNSENT_BYTES = 1 << 20
+_UNSENT_SHARE = 8  # tasks may hold an eighth of the memory budget before they wait
 
 
 class Worker:
@@ -98,7 +102,7 @@ class Worker:
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
-        self._leading = ""
+        self._layout: Layout | None = None
 
     @property
     def address(self) -> str:
@@ -199,8 +203,7 @@ class Worker:
             raise self._failure
 
     def _check_leader(self, has_agents: bool) -> None:
-        jobs: list[Timer | Crontab | Job] = [*self.app.timers, *self.app.crontabs, *self.app.tasks]
-        for job in jobs:
+        for job in self.app.jobs():
             if job.on_leader and not has_agents:
                 raise TopologyError(
                     f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns "
@@ -229,7 +232,7 @@ class Worker:
                 return None
             self._log = self._connect()
 
-    async def _run_on(self, log: Log, topology: Any) -> None:
+    async def _run_on(self, log: Log, topology: Topology) -> None:
         descriptions = await prepare_topics(self.app, self.settings, log.admin)
         known = KnownTargets(log.admin, compression_number(self.settings.compression))
         known.add_all(topics_of(self.app), descriptions)
@@ -241,22 +244,20 @@ class Worker:
             stack.enter_context(registered_sender(self.app, self._sender))
             await call_start_hooks(self.app.start_hooks)
             stack.push_async_callback(self._call_stop_hooks)
-            sub_topologies = topology.sub_topologies
-            self._leading = sub_topologies[0].name if sub_topologies else ""
-            counts = {topic: descriptions[topic].partitions for sub in sub_topologies for topic in sub.topics}
-            if not counts:
+            layout = self._layout = Layout.of(topology, descriptions)
+            if not layout.counts:
                 await self._run_without_agents()
                 return
             ends: UntilEnd | None = None
             if self._until_end:
-                ends = UntilEnd(topology, counts, log, self.app.id, self.clock, self._on_progress)
+                ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress)
                 await ends.find_ends()
             self._delivery = await self._open_delivery(stack, log)
             reader = await stack.enter_async_context(log.reader("source"))
-            assignor = TaskAssignor({sub.name: sub.topics for sub in sub_topologies})
-            async with log.group(self.app.id, frozenset(counts), assignor, self._group_settings()) as group:
+            assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
+            async with log.group(self.app.id, frozenset(layout.counts), assignor, self._group_settings()) as group:
                 self.group = group
-                await self._process(log, group, reader, known, sub_topologies, counts, ends)
+                await self._process(OpenLog(group, reader, log.admin, self._delivery), known, layout, ends)
 
     async def _open_delivery(self, stack: AsyncExitStack, log: Log) -> AtLeastOnce | ExactlyOnce:
         if self.guarantee == "exactly_once":
@@ -289,65 +290,47 @@ class Worker:
                 await self._stop.wait()
             group.cancel_scope.cancel()
 
-    async def _process(
-        self,
-        log: Log,
-        group: Group,
-        reader: Reader,
-        known: KnownTargets,
-        sub_topologies: Any,
-        counts: Mapping[str, int],
-        ends: UntilEnd | None,
-    ) -> None:
-        delivery = self._delivery
-        if delivery is None:
-            raise StreamFlowError("no delivery")
+    async def _process(self, log: OpenLog, known: KnownTargets, layout: Layout, ends: UntilEnd | None) -> None:
+        """Be a member: process until a stop is asked for, then wind down."""
         async with anyio.create_task_group() as tasks:
-            loops = Loops(self.settings, self.clock, self.sensors, group, reader, delivery)
-            shared = Surroundings(
-                clock=self.clock,
-                sensors=self.sensors,
-                delivery=delivery,
-                targets=known.targets,
-                failed=self._record_failed,
-                fail=self._fail,
-                ask=reader.ask,
-                end_of=reader.end_offset,
-                output_waits=loops.output_waits.set,
-                max_task_idle_s=self.settings.max_task_idle_ms / 1000,
-                max_unsent_bytes=max(1 << 20, self.settings.memory_budget_bytes // (8 * max(1, sum(counts.values())))),
-            )
-            manager = self.manager = TaskManager(
-                self.app,
-                sub_topologies,
-                counts.__getitem__,
-                self.settings,
-                group,
-                reader,
-                log.admin,
-                delivery,
-                shared,
-                tasks,
-            )
+            loops = Loops(self.settings, self.clock, self.sensors, log)
+            shared = self._surroundings(log, known, layout, loops)
+            manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, tasks)
             if ends is not None:
                 manager.limits = ends.limits
-            tasks.start_soon(self._announce, manager, group)
+            tasks.start_soon(self._announce, manager, log.group)
+            purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
                 self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task, self._fail)
                 services.start_soon(self._jobs.run)
-                purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
                 services.start_soon(purge.run)
                 if ends is not None:
                     services.start_soon(self._stop_at_end, ends, manager)
                 await self._stop.wait()
                 self.state = "stopping"
-                await self._wind_down(manager, delivery)
+                await self._wind_down(manager, log.delivery)
                 with anyio.move_on_after(_LAST_PURGE_S):
                     await purge.purge()
                 services.cancel_scope.cancel()
             await self._closed(manager)
             tasks.cancel_scope.cancel()
+
+    def _surroundings(self, log: OpenLog, known: KnownTargets, layout: Layout, loops: Loops) -> Surroundings:
+        unsent_bytes = self.settings.memory_budget_bytes // (_UNSENT_SHARE * layout.partitions())
+        return Surroundings(
+            clock=self.clock,
+            sensors=self.sensors,
+            delivery=log.delivery,
+            targets=known.targets,
+            failed=self._record_failed,
+            fail=self._fail,
+            ask=log.reader.ask,
+            end_of=log.reader.end_offset,
+            output_waits=loops.output_waits.set,
+            max_task_idle_s=self.settings.max_task_idle_ms / 1000,
+            max_unsent_bytes=max(_LEAST_UNSENT_BYTES, unsent_bytes),
+        )
 
     async def _announce(self, manager: TaskManager, group: Group) -> None:
         """Running begins with the first assignment; to be a member without partitions is one, too."""
@@ -385,10 +368,9 @@ class Worker:
             self._open.cancel()
 
     def _leader_task(self) -> Task | None:
-        manager = self.manager
-        if manager is None:
+        if self.manager is None or self._layout is None:
             return None
-        return manager.tasks.get((self._leading, 0))
+        return self.manager.tasks.get((self._layout.leading, 0))
 
     async def _call_stop_hooks(self) -> None:
         with anyio.CancelScope(shield=self._log_is_away):

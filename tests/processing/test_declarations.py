@@ -7,7 +7,7 @@ import pytest
 from streamflow.errors import ConfigurationError, RefusedError, TopologyError
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.hooks import Crontab, Task, Timer
+from streamflow.processing.hooks import BackgroundTask, Crontab, Timer
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_tasks_with_and_without_parentheses(app):
     @app.task(on_leader=True, name="leader")
     def led(): ...
 
-    assert app.tasks == [Task("once", once, False), Task("leader", led, True)]
+    assert app.tasks == [BackgroundTask("once", once, False), BackgroundTask("leader", led, True)]
 
 
 def test_hooks_leave_the_function_as_it_is(app):

@@ -10,6 +10,7 @@ from streamflow.config import Settings
 from streamflow.log.api import Assigned, Group, GroupEvent, Lost
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.loops import Loops
+from streamflow.runtime.open_log import OpenLog
 from streamflow.sensors import Sensors
 from tests.runtime.test_commit import FakeGroup
 
@@ -46,7 +47,7 @@ async def test_what_is_lost_is_known_while_an_earlier_event_is_acted_on() -> Non
     manager = BusyManager()
     group = cast(Group, SpeakingGroup(list(events)))
     nothing: Any = None
-    loops = Loops(Settings(), VirtualClock(), Sensors(), group, nothing, nothing)
+    loops = Loops(Settings(), VirtualClock(), Sensors(), OpenLog(group, nothing, nothing, nothing))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(loops._follow_group, manager)
         for _ in range(10):
