@@ -93,6 +93,10 @@ class LogFullError(RetriableError):
     """The log has no room (disk full); what was acknowledged is safe, nothing new is accepted until there is room."""
 
 
+class IndeterminateCommitError(StreamFlowError):
+    """An atomic commit may have been stored: the log did not say. A new producer with the same id settles it."""
+
+
 # --- migrate: another worker has the partitions ------------------------------------------------------------------
 
 
@@ -105,6 +109,10 @@ class TaskMigratedError(StreamFlowError):
 
 class FatalError(StreamFlowError):
     """The worker cannot go on; the message says why."""
+
+
+class ProducerFencedError(FatalError):
+    """A later producer has this one's transactional id; it commits nothing any more."""
 
 
 class AuthorizationError(FatalError):

@@ -182,12 +182,18 @@ class TransactionalProducer(ABC):
     """Writes outputs and offsets as one atomic commit (exactly-once)."""
 
     @abstractmethod
-    async def commit(self, commit: AtomicCommit) -> None:
+    async def commit(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
         """Store all of it or nothing.
+
+        Returns:
+            Per output partition the offset after its last record (markers come after it).
 
         Raises:
             TaskMigratedError: The membership lost a partition; nothing was stored.
             RetriableError: Nothing was stored; the same commit may be repeated.
+            IndeterminateCommitError: It may have been stored. Close this producer and open one with the same id, which
+                settles it either way; then the stable committed offsets tell which.
+            ProducerFencedError: A later producer has this one's id; nothing was stored.
 
         Cancellation: not cancellable while the log decides; the outcome is known when it returns or raises.
         """

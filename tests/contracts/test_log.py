@@ -10,6 +10,7 @@ import pytest
 from streamflow.errors import (
     ConfigurationError,
     OffsetOutOfRangeError,
+    ProducerFencedError,
     ProductionError,
     RefusedError,
     TaskMigratedError,
@@ -590,9 +591,9 @@ async def test_a_later_producer_of_the_same_id_fences_the_earlier_one(open_log, 
         async with commits.join(log) as group, Watched(group) as member:
             await until(lambda: member.owned)
             async with log.transactional_producer(commits.transactional_id) as old:
-                await old.commit(commits.commit(0, group.membership))
+                assert await old.commit(commits.commit(0, group.membership)) == dict.fromkeys(commits.outputs, 1)
                 async with other.transactional_producer(commits.transactional_id) as new:
-                    with pytest.raises(TaskMigratedError):
+                    with pytest.raises(ProducerFencedError):
                         await old.commit(commits.commit(1, group.membership))
                     await new.commit(commits.commit(1, group.membership))
         async with log.reader("source") as reader:

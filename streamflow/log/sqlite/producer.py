@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -14,6 +14,7 @@ from streamflow.errors import (
     ClosedError,
     InternalError,
     LogUnavailableError,
+    ProducerFencedError,
     RetriableError,
     StreamFlowError,
     TaskMigratedError,
@@ -262,22 +263,25 @@ class SqliteTransactionalProducer(TransactionalProducer):
 
         self._epoch = await self._database.writer.write(work)
 
-    async def commit(self, commit: AtomicCommit) -> None:
-        def work(sql: sqlite3.Connection) -> None:
+    async def commit(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
+        def work(sql: sqlite3.Connection) -> dict[TopicPartition, int]:
             self._check_epoch(sql)
             if commit.membership is not None:
                 check_membership(sql, commit.membership, commit.offsets)
             elif commit.offsets:
                 raise TaskMigratedError("a commit of offsets needs the membership under which they are owned")
             appender = tables.Appender(sql, self._database.name, self._database.clock.now_ms())
+            ends: dict[TopicPartition, int] = {}
             for tp, batch in commit.outputs:
-                appender.append(tp, batch)
+                ends[tp] = appender.append(tp, batch) + batch.num_records
             appender.finish()
             if commit.membership is not None:
                 tables.store_offsets(sql, commit.membership.group_id, commit.offsets)
+            return ends
 
-        await self._database.writer.write(work, adds_bytes=sum(batch.size_bytes for _, batch in commit.outputs))
+        ends = await self._database.writer.write(work, adds_bytes=sum(batch.size_bytes for _, batch in commit.outputs))
         self._database.wrote()
+        return ends
 
     def max_batch_bytes(self, topic: str) -> int:
         return self._limits.of(topic)
@@ -285,7 +289,7 @@ class SqliteTransactionalProducer(TransactionalProducer):
     def _check_epoch(self, sql: sqlite3.Connection) -> None:
         row = sql.execute("SELECT epoch FROM transactional_ids WHERE id = ?", (self._id,)).fetchone()
         if row is None or row[0] != self._epoch:
-            raise TaskMigratedError(
+            raise ProducerFencedError(
                 f"transactional id {self._id!r} was taken over by a later producer (epoch {row[0] if row else None}, "
                 f"ours {self._epoch}): another worker has this one's slot; nothing was stored"
             )
