@@ -202,7 +202,8 @@ class Stream(Generic[V, K]):
         Args:
             max_records: Greatest length of a list, >= 1.
             within_s: Seconds after its first record at which a shorter list is handed out, > 0. None waits for
-                `max_records`; at the end of a bounded run the rest comes as it is.
+                `max_records`; at the end of a bounded run the rest comes as it is. Beside other agents on the same
+                source, a list is handed out short as well when 65 536 records (or 64 MiB) of a task are held for it.
 
         Raises:
             ConfigurationError: A limit is out of range, or the agent has `concurrency` > 1.

@@ -189,6 +189,17 @@ class Inputs:
         if each.wants_more:
             self._ask(each.tp)
 
+    def has_head(self, topic: str) -> bool:
+        """Whether an input of a topic has a record in hand."""
+        found = False
+        for each in self.by_tp.values():
+            if each.tp.topic == topic:
+                found = each.head() is not None
+                self.ask_more(each)  # to look may have opened a batch
+                if found:
+                    break
+        return found
+
     @property
     def waits_for_time(self) -> bool:
         """Whether records are held back because another input is waited for."""

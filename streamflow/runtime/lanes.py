@@ -6,6 +6,9 @@ move. So a commit never passes a record in flight, whatever order the hands fini
 
 A record goes to a lane of each agent by its key, so records of one key are processed in order. A record without key
 goes to the lane with the least to do.
+
+What is in flight is bounded. A unit of `take` that waits for more than that is given what it lacks, and no more; the
+other agents go on meanwhile as long as they keep up. That has a limit, too, at which such a unit is handed out short.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from streamflow.runtime.turn import EndOfHeaders
 
 _IN_FLIGHT_PER_LANE = 64
 _RUN_RECORDS = 64
+_MAX_IN_FLIGHT = 65_536
+_MAX_BEYOND_BYTES = 64 << 20
 
 
 class Entry:
@@ -71,6 +76,8 @@ class Ledger:
         # Number of the latest entry that an agent has had in its hands.
         self.taken = -1
         self._moved = asyncio.Event()
+        # Whether the dispatcher waits for input since a unit does, so that lanes which run dry have to say so.
+        self.unit_waits = False
 
     def __len__(self) -> int:
         return len(self._held) + len(self._entries)
@@ -117,12 +124,15 @@ class Ledger:
         if not len(self):
             self._positions[tp] = position
 
-    def wake(self) -> None:
-        """Wake who waits for an entry to leave."""
-        self._moved.set()
+    def ran_dry(self, lacking: int) -> None:
+        """A lane has nothing left; for a unit that waits, `lacking` is how many records it still wants."""
+        if lacking:
+            self._moved.set()
+        if self.unit_waits:
+            self._drained()
 
     async def wait_moved(self) -> None:
-        """Wait until an entry has left, or `wake`."""
+        """Wait until an entry has left, or a unit begins to wait."""
         self._moved.clear()
         await self._moved.wait()
 
@@ -143,8 +153,9 @@ class LaneFeed(Feed[Entry]):
         self.queue: deque[Entry] = deque()
         self._arrived = asyncio.Event()
         self._entries: list[Entry] = []
-        # Whether a unit waits for more than is in flight.
-        self.is_hungry = False
+        # How many records a unit that waits still lacks; 0 while none waits.
+        self.lacking = 0
+        self._is_cut_short = False
         self._taken_at_s = 0.0
 
     def push(self, entry: Entry) -> None:
@@ -154,6 +165,12 @@ class LaneFeed(Feed[Entry]):
 
     def wake(self) -> None:
         """Look again: the input has ended."""
+        self._arrived.set()
+
+    def cut_short(self) -> None:
+        """Hand out the unit that waits as it is: no more can be held."""
+        self.lacking = 0
+        self._is_cut_short = True
         self._arrived.set()
 
     def cut(self) -> None:
@@ -187,21 +204,20 @@ class LaneFeed(Feed[Entry]):
             if entry is not None:
                 return entry
 
-    async def _entry_within(self, timeout_s: float | None, *, in_unit: bool = False) -> Entry | None:
-        """The next entry; None when the time is over, or the input has ended and a unit waits for more."""
+    async def _entry_within(self, timeout_s: float | None, *, lacking: int = 0) -> Entry | None:
+        """The next entry; None when the time is over, or a unit waits for `lacking` more and they do not come."""
         if self.stopping and not self._is_overtaken():
             await self.park()
         if not self.queue:
             self._arrived.clear()
             self.waits_for_time = bool(self._entries)
-            if in_unit and self._entries:
-                self.is_hungry = True
-                self._ledger.wake()
+            self.lacking = lacking if self._entries else 0
+            self._ledger.ran_dry(self.lacking)
             if timeout_s is None:
                 await self._arrived.wait()
             else:
                 await self.task.clock.wait(self._arrived, timeout_s)
-            self.waits_for_time = self.is_hungry = False
+            self.waits_for_time, self.lacking = False, 0
             self._slice_started_s = perf_counter()
         if self.stopping and not self._is_overtaken():
             await self.park()
@@ -258,13 +274,14 @@ class LaneFeed(Feed[Entry]):
         unit: list[Entry] = []
         items: list[Any] = []
         deadline_s: float | None = None
+        self._is_cut_short = False
         while len(items) < max_records:
             left_s = None if deadline_s is None else deadline_s - self.task.clock.monotonic()
             if left_s is not None and left_s <= 0 and not self.queue:
                 break
-            entry = await self._entry_within(left_s, in_unit=True)
+            entry = await self._entry_within(left_s, lacking=max_records - len(items))
             if entry is None:
-                if unit and (deadline_s is not None or self.task.input_ended()):
+                if unit and (deadline_s is not None or self._is_cut_short or self.task.input_ended()):
                     break
                 continue
             item = await self._take_one(entry, unit, view)
@@ -313,6 +330,8 @@ class Dispatcher:
         self._ledger = ledger
         self._lanes = lanes
         self._max_in_flight = _IN_FLIGHT_PER_LANE * max(len(each) for each in lanes)
+        # Size of what was handed out since there was more in flight than that.
+        self._beyond_bytes = 0
         self.stopping = False
 
     def has_more(self) -> bool:
@@ -323,8 +342,8 @@ class Dispatcher:
         """Run until cancelled."""
         task, ledger = self._task, self._ledger
         while True:
-            room = self._max_in_flight - len(ledger)
-            if room <= 0 and not self._is_hungry():
+            waiting = self._waiting_units()
+            if len(ledger) >= self._max_in_flight and not waiting:
                 await ledger.wait_moved()
                 continue
             if task.outputs.sealed_bytes >= task.max_unsent_bytes:
@@ -332,19 +351,49 @@ class Dispatcher:
                 continue
             if self.stopping:
                 return
-            run = task.inputs.next_run(min(_RUN_RECORDS, room) if room > 0 else _RUN_RECORDS)
+            room = self._room(waiting)
+            run = task.inputs.next_run(min(_RUN_RECORDS, room)) if room > 0 else None
             if run is None:
+                ledger.unit_waits = bool(waiting)
                 await self._wait()
+                ledger.unit_waits = False
                 continue
             source, records = run
             task.sensors.records_in(source.tp.topic, len(records))
             readers = self._readers(source.tp)
             for record in records:
                 self._dispatch(Entry(source.tp, record, len(readers)), readers)
+            if len(ledger) > self._max_in_flight:
+                self._beyond_bytes += sum(len(each.key or b"") + len(each.value or b"") for each in records)
             await asyncio.sleep(0)
 
-    def _is_hungry(self) -> bool:
-        return any(lane.is_hungry for lanes in self._lanes for lane in lanes)
+    def _waiting_units(self) -> list[LaneFeed]:
+        """The lanes whose unit waits for more, while that is more than is in flight; at the limit they wait no more."""
+        ledger = self._ledger
+        if len(ledger) < self._max_in_flight:
+            self._beyond_bytes = 0
+            return []
+        waiting = [lane for lanes in self._lanes for lane in lanes if lane.lacking]
+        if len(ledger) < _MAX_IN_FLIGHT and self._beyond_bytes < _MAX_BEYOND_BYTES:
+            return waiting
+        for lane in waiting:
+            lane.cut_short()
+        return []
+
+    def _room(self, waiting: list[LaneFeed]) -> int:
+        """How many records may be taken now.
+
+        For units that wait it is what they lack, where there is any of it; or else what the slowest agent has room for.
+        """
+        if not waiting:
+            return self._max_in_flight - len(self._ledger)
+        lacking = [lane.lacking for lane in waiting if not lane.queue and self._is_there(lane)]
+        backlog = max(len(lane.queue) for lanes in self._lanes for lane in lanes)
+        return min(max([*lacking, _IN_FLIGHT_PER_LANE - backlog]), _MAX_IN_FLIGHT - len(self._ledger))
+
+    def _is_there(self, lane: LaneFeed) -> bool:
+        """Whether a topic of the lane's agent has a record to hand out."""
+        return any(self._task.inputs.has_head(topic.name) for topic in lane.agent.input_topics)
 
     async def _wait(self) -> None:
         for tp, each in self._task.inputs.by_tp.items():
