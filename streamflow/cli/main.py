@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,12 +17,12 @@ from streamflow.config import TABLE
 from streamflow.processing.declarations import Declarations
 
 _COMMANDS = (
-    ("worker", worker.worker, tuple(TABLE)),
-    ("send", send.send, CONNECTION),
-    ("tail", tail.tail, CONNECTION),
-    ("topics", topics.topics, CONNECTION),
-    ("agents", agents.agents, CONNECTION),
-    ("topology", topology.topology, CONNECTION),
+    ("worker", worker.worker, tuple(TABLE), None),
+    ("send", send.send, CONNECTION, send.SendCommand),
+    ("tail", tail.tail, CONNECTION, None),
+    ("topics", topics.topics, CONNECTION, None),
+    ("agents", agents.agents, CONNECTION, None),
+    ("topology", topology.topology, CONNECTION, None),
 )
 
 
@@ -42,10 +43,22 @@ def build(script: LoadedApp | None = None) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         add_completion=script is None,
     )
-    for name, function, names in _COMMANDS:
-        line.command(name)(as_command(function, names=names, environ=os.environ, script=script))
+    line.callback()(_before_commands)
+    for name, function, names, kind in _COMMANDS:
+        line.command(name, cls=kind)(as_command(function, names=names, environ=os.environ, script=script))
     line.command("version")(version.version)
     return line
+
+
+def _before_commands(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=version.print_version, is_eager=True, help="Print StreamFlow's version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command; an option of its own kind acts by its callback."""
 
 
 def main() -> None:

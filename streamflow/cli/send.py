@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from streamflow.cli.lines import Lines, opened
 from streamflow.cli.names import topic_names
@@ -19,6 +20,20 @@ from streamflow.errors import ConfigurationError, StreamFlowError
 from streamflow.model.record import RecordMetadata
 from streamflow.processing.topic import Topic
 from streamflow.runtime.client import Client
+
+
+class SendCommand(typer.core.TyperCommand):
+    """Says how to send a value that begins with a dash, where the command line took it for an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as exc:
+            # click's NoSuchOption, which typer has under another name in each of its versions.
+            if type(exc).__name__ == "NoSuchOption" and not getattr(exc, "possibilities", None):
+                vars(exc)["message"] += " (a value that begins with a dash goes last, behind --: `-- -5`)"
+            raise
 
 
 def send(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from streamflow.cli.errors import run_reporting
 from streamflow.cli.output import as_json, write
 from streamflow.metrics import package_version
 
@@ -24,3 +25,13 @@ def version(
         "platform": platform.platform(),
     }
     write([as_json(versions)] if json else [f"{name} {text}" for name, text in versions.items()])
+
+
+def print_version(asked: bool) -> None:
+    """Print StreamFlow's version, as `--version` does, and exit.
+
+    Args:
+        asked: Whether the flag was given.
+    """
+    if asked:
+        raise typer.Exit(run_reporting(lambda: write([f"streamflow {package_version()}"])))
