@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -166,6 +167,43 @@ async def test_bytes_are_sent_as_they_are_and_read_back_when_asked_for() -> None
         assert [event.value for event in test.records(out)] == [2]
         with pytest.raises(sf.DeserializationError, match="numbers-0-0"):
             test.records(numbers)
+
+
+class Registry:
+    """A serializer that knows no schema until one is loaded, and cannot load number 9."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+
+    def bind(self, type: Any, *, topic: str, part: str) -> "Registry":
+        return self
+
+    def encode(self, value: str, headers: Any) -> bytes:
+        return b"\x01" + value.encode()
+
+    def decode(self, data: bytes, headers: Any) -> str:
+        if data[0] not in self.known:
+            raise sf.NeedSchema(data[0])
+        return data[1:].decode()
+
+    async def load_schema(self, id: int | str) -> None:
+        if id == 9:
+            raise LookupError("no schema 9")
+        self.known.add(int(id))
+
+
+async def test_schemas_are_loaded_for_records_that_no_agent_read() -> None:
+    app = sf.App("schemas")
+    names = app.topic("names", value_type=str, partitions=1, key_serializer=Registry(), value_serializer=Registry())
+    async with TestApp(app) as test:
+        await test.send(names, "ann", key="k")
+        await test.send_bytes(names, b"\x02bob", key=b"\x03k")
+        await test.settle()
+        assert [(event.key, event.value) for event in test.records(names)] == [("k", "ann"), ("k", "bob")]
+        await test.send_bytes(names, b"\x09cid")
+        await test.settle()
+        with pytest.raises(sf.DeserializationError, match=r"no schema 9.*names-0-2"):
+            test.records(names)
 
 
 async def test_every_run_has_a_log_of_its_own_and_settings_may_be_given() -> None:

@@ -80,7 +80,7 @@ class _Follower:
                 return [TopicPartition(self._name, number) for number in range(found[self._name].partitions)]
             if self._declared is None:
                 # Not our own, and not there either: waiting for a misspelt name would be waiting for ever.
-                known = [*self._topics, *await log.admin.topics()]
+                known = list(dict.fromkeys([*self._topics, *await log.admin.topics()]))
                 raise ConfigurationError(f"there is no topic {self._name!r}{nearest(self._name, known)}")
             if self._until_end:
                 note(f"topic {self._name!r} does not exist yet")
@@ -119,30 +119,21 @@ class _Follower:
                 if self._left <= 0:
                     break
                 self._left -= 1
-                lines.append(
-                    self._line(fetched.tp, record.offset, record.timestamp, record.key, record.value, record.headers)
-                )
+                place = {
+                    "topic": fetched.tp.topic,
+                    "partition": fetched.tp.partition,
+                    "offset": record.offset,
+                    "timestamp_ms": record.timestamp,
+                }
+                lines.append(await self._line(place, record.key, record.value, record.headers))
         write(lines)
 
-    def _line(
-        self,
-        tp: TopicPartition,
-        offset: int,
-        timestamp_ms: int,
-        key: bytes | None,
-        value: bytes | None,
-        headers: Headers,
-    ) -> str:
-        line: dict[str, Any] = {
-            "topic": tp.topic,
-            "partition": tp.partition,
-            "offset": offset,
-            "timestamp_ms": timestamp_ms,
-        }
+    async def _line(self, place: Mapping[str, Any], key: bytes | None, value: bytes | None, headers: Headers) -> str:
+        line = dict(place)
         errors = []
         for part, data in (("key", key), ("value", value)):
             try:
-                line[part] = shown(self._codecs.get(part), data, headers)
+                line[part] = await shown(self._codecs.get(part), data, headers)
             except DeserializationError as exc:
                 line[part] = None if data is None else plain(data)
                 errors.append(exc.message)

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from streamflow.errors import ConfigurationError, DeserializationError, RecordError
+from streamflow.errors import ConfigurationError, RecordError
 from streamflow.model.record import Headers
-from streamflow.model.serde import BoundCodec, NeedSchema
+from streamflow.model.serde import BoundCodec
 
 
 def reader_of(codec: BoundCodec[Any]) -> Callable[[str], Any]:
@@ -59,7 +59,7 @@ def _shortened(text: str) -> str:
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def shown(codec: BoundCodec[Any] | None, data: bytes | None, headers: Headers) -> Any:
+async def shown(codec: BoundCodec[Any] | None, data: bytes | None, headers: Headers) -> Any:
     """A key or value of a record as JSON has it.
 
     Args:
@@ -74,10 +74,7 @@ def shown(codec: BoundCodec[Any] | None, data: bytes | None, headers: Headers) -
         return None
     if codec is None:
         return plain(data)
-    try:
-        return plain(codec.decode(data, headers))
-    except NeedSchema as exc:
-        raise DeserializationError(f"the {codec.part} of topic {codec.topic!r}: {exc}") from exc
+    return plain(await codec.decode_loading(data, headers))
 
 
 def plain(value: Any) -> Any:

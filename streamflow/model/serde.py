@@ -200,6 +200,32 @@ class BoundCodec(Generic[T]):
         except Exception as exc:
             raise self.explain(exc, data) from exc
 
+    async def decode_loading(self, data: bytes | None, headers: Headers = ()) -> T | None:
+        """Read a value, and load a schema that its codec has not got.
+
+        Args:
+            data: The bytes, None for null.
+            headers: The record's headers.
+
+        Raises:
+            DeserializationError: They do not decode as the type, or the schema cannot be loaded.
+        """
+        try:
+            try:
+                return self.decode(data, headers)
+            except NeedSchema as need:
+                if self.load_schema is None:
+                    raise DeserializationError(
+                        f"{self._place} needs schema {need.id}, which its serializer cannot load: give the codec an "
+                        "async method load_schema(id)"
+                    ) from need
+                await self.load_schema(need.id)
+                return self.decode(data, headers)
+        except DeserializationError:
+            raise
+        except Exception as exc:
+            raise self.explain(exc, data or b"") from exc
+
     def explain(self, exc: Exception, data: bytes) -> DeserializationError:
         """Translate what `fast_decode` raised.
 

@@ -19,10 +19,9 @@ from operator import itemgetter, length_hint
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from streamflow.errors import ClosedError, ConfigurationError, DeserializationError, ProcessingError, RecordError
+from streamflow.errors import ClosedError, ConfigurationError, ProcessingError, RecordError
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
-from streamflow.model.serde import BoundCodec
 from streamflow.processing.stream import Event, View
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import Staged, write
@@ -235,19 +234,11 @@ class Feed(Turn, Generic[T]):
         return item is not Drop, item
 
     async def _decode_fully(self, record: LogRecord, view: View) -> Any:
-        value = await self._decode_part(self.codec, record.value, record)
+        value = await self.codec.decode_loading(record.value, record.headers)
         if view == "values":
             return value
-        await self._decode_part(self.source.key_codec, record.key, record)
+        await self.source.key_codec.decode_loading(record.key, record.headers)
         return self.as_view(value, view)
-
-    async def _decode_part(self, codec: BoundCodec[Any], data: bytes | None, record: LogRecord) -> Any:
-        try:
-            return await self.task.decode(codec, data, record.headers)
-        except DeserializationError:
-            raise
-        except Exception as exc:
-            raise codec.explain(exc, data or b"") from exc
 
     async def settle(self, error: RecordError, attempt: int) -> bool:
         """Let the policy act on the unit in hand after its `attempt`-th failure.

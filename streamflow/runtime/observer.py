@@ -14,6 +14,7 @@ from streamflow.log.codec import COMPRESSIONS
 from streamflow.log.connect import connect
 from streamflow.model.partitioner import partition_for
 from streamflow.model.record import Headers, RecordMetadata, TopicPartition
+from streamflow.model.serde import BoundCodec
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.stream import Event
 from streamflow.runtime.internal_topics import topics_of
@@ -33,6 +34,7 @@ class Observer:
         self._log = connect(settings.broker, clock=clock, client_id=f"streamflow-{app.id}-observer")
         self._positions: dict[TopicPartition, int] = {}
         self._records: dict[TopicPartition, list[LogRecord]] = {}
+        self._unreadable: dict[tuple[TopicPartition, int], DeserializationError] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Observer:
@@ -96,23 +98,42 @@ class Observer:
                 reader.ask(tp)
             while left:
                 for fetched in await reader.receive():
-                    self._keep(fetched.tp, fetched.batches)
+                    await self._keep(fetched.tp, fetched.batches)
                     self._positions[fetched.tp] = fetched.next_offset
                     if fetched.next_offset >= left[fetched.tp]:
                         del left[fetched.tp]
                     else:
                         reader.ask(fetched.tp)
 
-    def _keep(self, tp: TopicPartition, batches: Sequence[RecordBatch]) -> None:
+    async def _keep(self, tp: TopicPartition, batches: Sequence[RecordBatch]) -> None:
         kept = self._records.setdefault(tp, [])
+        codecs = self._codecs(tp.topic)
         for batch in batches:
-            kept.extend(batch.open())
+            records = list(batch.open())
+            kept.extend(records)
+            if any(codec.fast_decode is None for codec in codecs):
+                for record in records:
+                    await self._load_schemas(tp, record)
+
+    def _codecs(self, topic: str) -> tuple[BoundCodec[Any], BoundCodec[Any]]:
+        found = topics_of(self._app)[topic]
+        return found.key_codec, found.value_codec
+
+    async def _load_schemas(self, tp: TopicPartition, record: LogRecord) -> None:
+        """Schemas are loaded here, as a worker does, since `records` cannot wait; what fails, it raises."""
+        try:
+            for codec, data in zip(self._codecs(tp.topic), (record.key, record.value), strict=True):
+                await codec.decode_loading(data, record.headers)
+        except DeserializationError as error:
+            self._unreadable[tp, record.offset] = error
 
     def _event(self, tp: TopicPartition, record: LogRecord) -> Event[Any, Any]:
-        topic = topics_of(self._app)[tp.topic]
+        key_codec, value_codec = self._codecs(tp.topic)
         try:
-            key = topic.key_codec.decode(record.key, record.headers)
-            value = topic.value_codec.decode(record.value, record.headers)
+            if (tp, record.offset) in self._unreadable:
+                raise self._unreadable[tp, record.offset]
+            key = key_codec.decode(record.key, record.headers)
+            value = value_codec.decode(record.value, record.headers)
         except DeserializationError as error:
             error.at(tp.topic, tp.partition, record.offset)
             raise

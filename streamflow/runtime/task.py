@@ -14,11 +14,11 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import DeserializationError, RecordError, StreamFlowError
+from streamflow.errors import RecordError, StreamFlowError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
-from streamflow.model.record import Headers, TopicPartition
-from streamflow.model.serde import BoundCodec, NeedSchema
+from streamflow.model.record import TopicPartition
+from streamflow.model.serde import BoundCodec
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.derived import Processor
@@ -169,19 +169,6 @@ class Task:
             if tp in self.inputs.by_tp and self.inputs.by_tp[tp].flush_at != end:
                 self.inputs.by_tp[tp].flush_at = end
                 self.inputs.wake()
-
-    async def decode(self, codec: BoundCodec[Any], data: bytes | None, headers: Headers) -> Any:
-        """Decode a key or value, loading a schema that is not known yet (off the record's turn)."""
-        try:
-            return codec.decode(data, headers)
-        except NeedSchema as need:
-            if codec.load_schema is None:
-                raise DeserializationError(
-                    f"the {codec.part} needs schema {need.id}, which its serializer cannot load: give the codec an "
-                    "async method load_schema(id)"
-                ) from need
-            await codec.load_schema(need.id)
-            return codec.decode(data, headers)
 
     # --- life --------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from streamflow.clock import Clock
 from streamflow.errors import RecordError
 from streamflow.log.api import OffsetMark
-from streamflow.model.record import Headers, TopicPartition
-from streamflow.model.serde import BoundCodec
+from streamflow.model.record import TopicPartition
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.derived import Processor
@@ -67,9 +66,6 @@ class TaskView(Protocol):
     def input_ended(self) -> bool:
         """Whether a bounded run has taken everything there is to take."""
         ...
-
-    async def decode(self, codec: BoundCodec[Any], data: bytes | None, headers: Headers) -> Any:
-        """Decode a key or value, loading a schema that is not known yet."""
 
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit."""

@@ -129,6 +129,8 @@ def test_a_failing_record_is_exit_code_1(shell):
         ),
         (["send", "orders.py", "orders", order(1), "--key-field", "usr"], "has no field 'usr'"),
         (["send", "orders.py", "orders", "--file", "none.jsonl"], "none.jsonl"),
+        (["send", "orders.py", "orders", "-5"], "a value that begins with a dash goes last, behind --: `-- -5`"),
+        (["send", "orders.py", "orders", "--kye", "a"], "No such option: --kye (Possible options: --broker, --key)"),
         (["tail", "orders.py", "invoicse"], "there is no topic 'invoicse'; did you mean 'invoices'?"),
         (["tial", "orders.py", "orders"], "No such command 'tial'"),
     ],
@@ -206,7 +208,51 @@ def test_a_tombstone_a_partition_and_no_key(shell):
     assert (line["partition"], line["key"], line["value"]) == (3, None, None)
 
 
+def test_a_value_that_begins_with_a_dash_goes_behind_two(shell):
+    shell.write(
+        "numbers.py",
+        "import streamflow as sf\napp = sf.App('numbers')\nn = app.topic('n', key_type=int, value_type=int)\n",
+    )
+    assert shell("send", "numbers.py", "n", "--key", "-7", "--", "-5").code == 0
+    (line,) = shell("tail", "numbers.py", "n", "--until-end", "--json").lines
+    assert (line["key"], line["value"]) == (-7, -5)
+
+
 # --- tail -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_topic_is_told_the_known_ones_once(shell):
+    shell("worker", "orders.py", "--until-end", "--no-web")
+    assert "'none'; known: orders, invoices, orders-replies\n" in shell("tail", "orders.py", "none").err
+
+
+SCHEMAS = """
+import streamflow as sf
+
+class Numbered:
+    known = set()
+    def bind(self, type, *, topic, part): return self
+    def encode(self, value, headers): return b"\\x01" + value.encode()
+    def decode(self, data, headers):
+        if data[0] not in self.known:
+            raise sf.NeedSchema(data[0])
+        return data[1:].decode()
+    async def load_schema(self, id): self.known.add(id)
+
+app = sf.App("schemas")
+names = app.topic("names", value_type=str, value_serializer=Numbered())
+"""
+
+
+def test_tail_loads_schemas(shell):
+    shell.write(
+        "writes.py", "import streamflow as sf\napp = sf.App('w')\nnames = app.topic('names', value_type=bytes)\n"
+    )
+    shell.write("schemas.py", SCHEMAS)
+    assert shell("send", "writes.py", "names", "\x01ann").code == 0
+    (line,) = shell("tail", "schemas.py", "names", "--until-end", "--json").lines
+    assert "error" not in line
+    assert line["value"] == "ann"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -328,6 +374,8 @@ def test_version(shell):
     (versions,) = shell("version", "--json").lines
     assert versions["streamflow"]
     assert shell("version").out.startswith(f"streamflow {versions['streamflow']}\n")
+    asked = shell("--version")
+    assert (asked.code, asked.out, asked.err) == (0, f"streamflow {versions['streamflow']}\n", "")
 
 
 def test_help(shell):

@@ -64,13 +64,13 @@ def test_text_that_does_not_fit_is_refused_with_the_path(form, serializer, text,
     assert "orders" in str(caught.value)
 
 
-def test_what_was_stored_is_shown():
+async def test_what_was_stored_is_shown():
     item = codec(Item)
-    assert shown(item, item.encode(Item("a", 2)), ()) == {"sku": "a", "count": 2}
-    assert shown(item, None, ()) is None
-    assert shown(None, b"abc", ()) == "abc"
+    assert await shown(item, item.encode(Item("a", 2)), ()) == {"sku": "a", "count": 2}
+    assert await shown(item, None, ()) is None
+    assert await shown(None, b"abc", ()) == "abc"
     with pytest.raises(DeserializationError):
-        shown(item, b"abc", ())
+        await shown(item, b"abc", ())
 
 
 def test_anything_can_be_shown():
