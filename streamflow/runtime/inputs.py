@@ -49,6 +49,7 @@ class Input:
         self._open: Iterator[LogRecord] = _EMPTY
         self._open_next_offset = position
         self._head: LogRecord | None = None
+        self._head_ms: int | None = None  # its event time, once that was asked for
         self._jump: int | None = None
 
     def add(self, fetched: Fetched) -> None:
@@ -96,14 +97,16 @@ class Input:
         head = self.head()
         if head is None:
             return -1
-        return self._time(head)
+        if self._head_ms is None:
+            self._head_ms = self._time(head)
+        return self._head_ms
 
     def take(self, max_records: int, until_ms: int | None) -> list[LogRecord]:
         """Take up to `max_records` from one batch, none later than `until_ms`."""
         head = self.head()
         if head is None:
             return []
-        self._head = None
+        self._head = self._head_ms = None
         if until_ms is None and (self.limit is None or self._open_next_offset <= self.limit):
             records = [head, *islice(self._open, max_records - 1)]
         else:
@@ -115,8 +118,8 @@ class Input:
                 if self.limit_reached_by(record.offset):
                     self._drop_rest()
                     break
-                if until_ms is not None and self._time(record) > until_ms:
-                    self._head = record
+                if until_ms is not None and (time_ms := self._time(record)) > until_ms:
+                    self._head, self._head_ms = record, time_ms
                     break
                 records.append(record)
         return records

@@ -79,6 +79,9 @@ class Turn:
         self.call: object = None
         self.has_answered = False
         self.thread_id: int | None = None
+        # The record whose event time was read last, and that time: to read it is to decode the value once more.
+        self._timed: LogRecord | None = None
+        self._timed_ms = 0
 
     # --- what is in hand ---------------------------------------------------------------------------------------
 
@@ -116,12 +119,15 @@ class Turn:
         extract = self.source.timestamp_ms_of
         if extract is None:
             return record.timestamp
-        try:
-            return extract(self.source.value_codec.decode(record.value, record.headers))
-        except Exception as exc:
-            raise ProcessingError(
-                f"timestamp= of topic {self.source.name!r} raised {type(exc).__name__}: {exc}"
-            ) from exc
+        if record is not self._timed:
+            try:
+                self._timed_ms = extract(self.source.value_codec.decode(record.value, record.headers))
+            except Exception as exc:
+                raise ProcessingError(
+                    f"timestamp= of topic {self.source.name!r} raised {type(exc).__name__}: {exc}"
+                ) from exc
+            self._timed = record
+        return self._timed_ms
 
     # --- sending -----------------------------------------------------------------------------------------------
 

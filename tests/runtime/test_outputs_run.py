@@ -9,6 +9,7 @@ import pytest
 
 import streamflow as sf
 from streamflow.testing import TestApp
+from tests.runtime.machine import Machine
 
 
 def numbers_app(name: str, **out: Any) -> tuple[sf.App, "sf.Topic[str, int]", "sf.Topic[str, int]"]:
@@ -203,6 +204,62 @@ async def test_a_timestamp_out_of_the_value_is_the_time_of_events_and_outputs() 
             await test.send(readings, Reading(at), key="k", timestamp_ms=1)
         await test.settle()
         assert [(event.value, event.timestamp_ms) for event in test.records(out)] == [(50, 50), (60, 60)]
+
+
+async def test_a_timestamp_out_of_the_value_is_read_once_per_record() -> None:
+    read: list[int] = []
+
+    def at(value: int) -> int:
+        read.append(value)
+        return value * 1000
+
+    app = sf.App("times-once")
+    readings = app.topic("readings", key_type=str, value_type=int, partitions=1, timestamp=at)
+    out = app.topic("out", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(readings, sink=out)
+    async def work(stream: sf.Stream[int]) -> AsyncIterator[int]:
+        async for event in stream.events():
+            await out.send(key="k", value=-event.value)
+            for number in range(3):
+                yield event.value * 10 + number
+
+    async with TestApp(app) as test:
+        for number in (1, 2):
+            await test.send(readings, number, key="k")
+        await test.settle()
+        assert read == [1, 2]
+        outputs = [(event.value, event.timestamp_ms) for event in test.records(out)]
+        assert outputs == [
+            (value, ms) for n, ms in ((1, 1000), (2, 2000)) for value in (-n, *range(n * 10, n * 10 + 3))
+        ]
+
+
+async def test_a_head_that_waits_for_other_topics_has_its_timestamp_read_once_to_merge_them() -> None:
+    read: list[int] = []
+
+    def at(value: int) -> int:
+        read.append(value)
+        return value
+
+    app = sf.App("times-merged")
+    late = app.topic("late", key_type=str, value_type=int, partitions=1, timestamp=at)
+    early = app.topic("early", key_type=str, value_type=int, partitions=1)
+    seen: list[int] = []
+
+    @app.agent([late, early])
+    def work(value: int) -> None:
+        seen.append(value)
+
+    async with Machine(app) as machine:
+        for number in (1000, 1001):
+            await machine.send(late, number, key="k")
+        for number in range(50):
+            await machine.send(early, number, key="k", timestamp_ms=number)
+        await machine.start()
+        await machine.settle()
+        assert seen == [*range(50), 1000, 1001]
+        assert read == [1000, 1001]
 
 
 async def test_sends_in_a_gather_inside_the_turn_join_it() -> None:
