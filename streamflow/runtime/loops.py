@@ -54,9 +54,10 @@ class Loops:
             services.start_soon(self._linger, manager)
 
     async def _fetch(self, manager: TaskManager) -> None:
-        while True:
-            for fetched in await self._reader.receive():
-                await manager.fetched(fetched)
+        async with anyio.create_task_group() as resets:
+            while True:
+                for fetched in await self._reader.receive():
+                    manager.fetched(fetched, resets)
 
     async def _commit(self, manager: TaskManager) -> None:
         interval_s = self._settings.commit_interval_ms / 1000

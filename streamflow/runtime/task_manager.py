@@ -75,6 +75,8 @@ class TaskManager:
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
         self._finishing = False
+        # Partitions whose start is being looked for, for which task.
+        self._resetting: dict[TopicPartition, Task] = {}
         self.assigned_once = anyio.Event()
         self.limits: dict[TopicPartition, int] = {}
 
@@ -235,13 +237,20 @@ class TaskManager:
             starts.update(await self._admin.end_offsets(external))
         return starts
 
-    async def fetched(self, fetched: Fetched) -> None:
-        """Give a fetch to its task."""
+    def fetched(self, fetched: Fetched, resets: anyio.abc.TaskGroup) -> None:
+        """Give a fetch to its task.
+
+        Args:
+            fetched: What came.
+            resets: Task group in which the start of a partition is looked for, so that no other one waits for it.
+        """
         task = self._by_tp.get(fetched.tp)
         if task is None:
             return
         if isinstance(fetched.error, OffsetOutOfRangeError):
-            await self._out_of_range(task, fetched.tp, fetched.error)
+            if self._resetting.get(fetched.tp) is not task:
+                self._resetting[fetched.tp] = task
+                resets.start_soon(self._out_of_range, task, fetched.tp, fetched.error)
         elif fetched.error is not None:
             raise fetched.error if isinstance(fetched.error, FatalError) else FatalError(str(fetched.error))
         else:
@@ -251,13 +260,11 @@ class TaskManager:
 
     async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
         """Records were deleted before they were read: go on as for a partition without offset, and say so."""
-        while True:
-            try:
-                position = (await self._reset([tp]))[tp]
-                break
-            except RetriableError as unanswered:
-                logger.warning("looking for the start of %s: %s; trying again", tp, unanswered)
-                await self._clock.sleep(_RETRY_S)
+        position = await self._new_start(task, tp)
+        if self._resetting.get(tp) is task:
+            del self._resetting[tp]
+        if position is None or self._by_tp.get(tp) is not task:
+            return  # it has gone to another worker, who finds out as well
         logger.error(
             "%s; going on at %d as auto_offset_reset=%s says: records in between were deleted before this app read "
             "them, or the topic was made anew",
@@ -265,11 +272,20 @@ class TaskManager:
             position,
             self._settings.auto_offset_reset,
         )
-        if self._by_tp.get(tp) is task:
-            task.inputs.by_tp[tp].move_to(position)
-            task.inputs.wake()
-            self._reader.add(tp, position)
-            self._reader.ask(tp)
+        task.inputs.by_tp[tp].move_to(position)
+        task.inputs.wake()
+        self._reader.add(tp, position)
+        self._reader.ask(tp)
+
+    async def _new_start(self, task: Task, tp: TopicPartition) -> int | None:
+        """Ask until the log answers; None when the task has let the partition go meanwhile."""
+        while self._by_tp.get(tp) is task:
+            try:
+                return (await self._reset([tp]))[tp]
+            except RetriableError as unanswered:
+                logger.warning("looking for the start of %s: %s; trying again", tp, unanswered)
+                await self._clock.sleep(_RETRY_S)
+        return None
 
     # --- stop --------------------------------------------------------------------------------------------------
 

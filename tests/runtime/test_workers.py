@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -11,6 +11,7 @@ import pytest
 import streamflow as sf
 from streamflow.errors import LogUnavailableError
 from streamflow.log.api import AtomicCommit
+from streamflow.log.sqlite.admin import SqliteAdmin
 from streamflow.log.sqlite.producer import SqliteTransactionalProducer
 from tests.runtime.machine import Machine
 from tests.runtime.waiting import until
@@ -268,6 +269,54 @@ async def test_a_unit_that_waits_for_more_is_not_stuck() -> None:
         assert running.worker.status().live
         await machine.stop(running)
         assert await machine.committed() == {sf.TopicPartition("numbers", 0): 0}
+
+
+async def test_a_partition_whose_records_were_deleted_holds_up_no_other_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = sf.App("deleted")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=2)
+    gone, fine = (sf.TopicPartition("numbers", number) for number in range(2))
+    seen: list[int] = []
+
+    @app.agent(numbers)
+    def work(number: int) -> None:
+        seen.append(number)
+
+    asked: list[sf.TopicPartition] = []
+    answer = asyncio.Event()
+    start_offsets = SqliteAdmin.start_offsets
+
+    async def slow(self: SqliteAdmin, partitions: Sequence[sf.TopicPartition]) -> Mapping[sf.TopicPartition, int]:
+        asked.extend(partitions)
+        if len(asked) == 1:
+            raise LogUnavailableError("away")
+        await answer.wait()
+        return await start_offsets(self, partitions)
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await machine.settle()
+        await machine.stop(running)
+        for number in range(3):
+            await machine.send(numbers, number, key="k", partition=0)
+        await machine.log.admin.delete_records({gone: 2})
+        monkeypatch.setattr(SqliteAdmin, "start_offsets", slow)
+        running = await machine.start()
+        await until(lambda: asked == [gone])
+        for number in range(10, 13):
+            await machine.send(numbers, number, key="k", partition=1)
+            await until(lambda number=number: number in seen)
+        machine.clock.advance(1)
+        await until(lambda: len(asked) == 2)
+        await machine.send(numbers, 13, key="k", partition=1)
+        await until(lambda: seen == [10, 11, 12, 13])
+        assert asked == [gone, gone]
+        answer.set()
+        await machine.settle()
+        assert seen == [10, 11, 12, 13, 2]
+        assert "going on at 2 as auto_offset_reset=earliest says" in caplog.text
+        assert await machine.committed() == {gone: 3, fine: 4}
 
 
 async def test_a_worker_without_partitions_is_ready() -> None:
