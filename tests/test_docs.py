@@ -289,6 +289,7 @@ def test_every_public_name_has_a_docstring():
 def test_the_settings_page_has_the_table_of_the_code():
     table = config.markdown_table()
     assert table in (ROOT / "docs" / "settings.md").read_text(), f"docs/settings.md must contain:\n{table}"
+    assert (ROOT / "docs" / "settings.md").read_text().count(table.splitlines()[0]) == 1
 
 
 def test_every_page_is_in_the_navigation():
