@@ -113,7 +113,12 @@ class Settings:
             shown_default=f"`{DEFAULT_WEB_PORT}`, or a free one when it is taken",
         ),
     ] = None
-    log_level: Annotated[LogLevel, About("Least severity that is logged.")] = "INFO"
+    log_level: Annotated[
+        LogLevel,
+        About(
+            "Least severity that is logged by StreamFlow and your code; other libraries are heard from `WARNING` on."
+        ),
+    ] = "INFO"
     log_format: Annotated[LogFormat, About("How log lines look.")] = "console"
     session_timeout_ms: Annotated[
         int,

@@ -1,7 +1,8 @@
 """How log lines look on the command line. Only the commands set this up; the library just uses `logging`.
 
 Two formats: `console` for people (one compact line, coloured on a terminal), `json` for machines (an object a line).
-Values of secret variables never appear in either.
+Values of secret variables never appear in either. The level is for StreamFlow and the user's own code, told by where a
+line comes from, since loggers have any name; other distributions are heard from `WARNING` on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import msgspec
 
@@ -19,8 +21,8 @@ from streamflow.config import KAFKA_PREFIX, LogFormat, LogLevel
 
 _SECRET_WORDS = ("PASSWORD", "SECRET", "TOKEN", "PASSPHRASE")
 _COLOURS = {"DEBUG": "2", "INFO": "36", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
-# These tell of every reconnection and retry, which the runtime tells better.
-_NOISY = ("aiokafka", "asyncio", "uvicorn", "kafka")
+_INSTALLED = ("site-packages", "dist-packages")
+_STANDARD_LIBRARY = Path(logging.__file__).resolve().parents[1]
 
 _encode_json = msgspec.json.Encoder().encode
 
@@ -125,11 +127,61 @@ class _StandardError(logging.Handler):
             self.handleError(record)
 
 
+class OwnLines(logging.Filter):
+    """Lets through what StreamFlow and the user's code say, and of others' lines those from `WARNING` on.
+
+    A logger that was given a level of its own (`logging.getLogger("httpx").setLevel(logging.INFO)`) is heard from that.
+
+    Args:
+        origin: The app's file: with its whole package it is the user's, even where it is installed.
+    """
+
+    def __init__(self, origin: Path) -> None:
+        super().__init__()
+        self._own_folder = _package_of(origin)
+        self._known: dict[str, bool] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING or record.name.partition(".")[0] == "streamflow":
+            return True
+        return self._is_own(record.pathname) or _has_own_level(record.name)
+
+    def _is_own(self, pathname: str) -> bool:
+        known = self._known.get(pathname)
+        if known is None:
+            path = Path(pathname).resolve()
+            known = self._own_folder == path or self._own_folder in path.parents or not _is_installed(path)
+            self._known[pathname] = known
+        return known
+
+
+def _package_of(origin: Path) -> Path:
+    """The folder of the outermost package that a file is in, or the file itself."""
+    found = origin.resolve()
+    while (found.parent / "__init__.py").is_file():
+        found = found.parent
+    return found
+
+
+def _is_installed(path: Path) -> bool:
+    return any(part in _INSTALLED for part in path.parts) or _STANDARD_LIBRARY in path.parents
+
+
+def _has_own_level(name: str) -> bool:
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None and logger.parent is not None:
+        if logger.level != logging.NOTSET:
+            return True
+        logger = logger.parent
+    return False
+
+
 def configure(
     level: LogLevel,
     log_format: LogFormat,
     *,
     app: str,
+    origin: Path,
     process_index: int | None = None,
     secrets: Sequence[str] = (),
     handler: logging.Handler | None = None,
@@ -137,9 +189,10 @@ def configure(
     """Send the whole process's logging to one place.
 
     Args:
-        level: Least severity.
+        level: Least severity, for StreamFlow and the user's code (see `OwnLines`).
         log_format: `console` or `json`.
         app: The app's id.
+        origin: The app's file.
         process_index: Which of several worker processes this is; None for the only one.
         secrets: What must never be printed, besides what the environment has.
         handler: Where to; standard error by default.
@@ -151,7 +204,6 @@ def configure(
     else:
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         handler.setFormatter(ConsoleFormatter(process_index, colour=colour, redact=redact))
+    handler.addFilter(OwnLines(origin))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.DEBUG if level == "DEBUG" else logging.WARNING)

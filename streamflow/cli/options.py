@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,12 +26,14 @@ class Session:
 
     Attributes:
         app: The app's declarations.
+        origin: Its file.
         settings: Resolved.
         name: APP as it was written.
         warnings: About unknown environment variables; to be told once logging is set up.
     """
 
     app: Declarations
+    origin: Path
     settings: Settings
     name: str
     warnings: Sequence[str]
@@ -49,7 +52,7 @@ def open_session(loaded: LoadedApp, flags: Mapping[str, object], environ: Mappin
     """
     warnings: list[str] = []
     settings = settings_of(loaded.app.options, origin=loaded.origin, flags=flags, environ=environ, warn=warnings.append)
-    return Session(loaded.app, settings, loaded.name, warnings)
+    return Session(loaded.app, loaded.origin, settings, loaded.name, warnings)
 
 
 def as_command(

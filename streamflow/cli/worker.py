@@ -51,6 +51,7 @@ def worker(
         settings.log_level,
         settings.log_format,
         app=session.app.id,
+        origin=session.origin,
         process_index=None if me is None else me.index,
         secrets=secrets_of(settings),
     )
