@@ -97,6 +97,29 @@ class IndeterminateCommitError(StreamFlowError):
     """An atomic commit may have been stored: the log did not say. A new producer with the same id settles it."""
 
 
+# --- state: a task's local store, of which the log keeps the truth -----------------------------------------------
+
+
+class StateError(StreamFlowError):
+    """A task's local state cannot be used as it is."""
+
+
+class StateCorruptedError(StateError):
+    """Stored bytes are not what was written: set the store aside and restore the task from its changelogs."""
+
+
+class StateFullError(StateError, RetriableError):
+    """No room for state (disk full); the store is as it was before the write, which may be repeated."""
+
+
+class StateRefusedError(StateError, RefusedError):
+    """The directory of the state cannot be used; the message says why and what to do."""
+
+
+class StateLockedError(StateRefusedError):
+    """A live process has the store open."""
+
+
 # --- migrate: another worker has the partitions ------------------------------------------------------------------
 
 
