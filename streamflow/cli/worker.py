@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import socket
+import time
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from streamflow.cli import child
 from streamflow.cli.banner import announce
 from streamflow.cli.child import Child
+from streamflow.cli.conclusion import conclude
 from streamflow.cli.errors import exit_code, report
 from streamflow.cli.options import Session
 from streamflow.cli.output import run_async
@@ -43,6 +45,9 @@ def worker(
     processes: Annotated[
         int | None, typer.Option("--processes", min=1, help="Run so many worker processes and watch over them.")
     ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="With --until-end: print how it went, as one JSON object.")
+    ] = False,
 ) -> None:
     """Run the app's agents until SIGTERM or Ctrl-C (a second one stops at once)."""
     settings = session.settings
@@ -59,11 +64,13 @@ def worker(
         for warning in session.warnings:
             logger.warning("%s", warning)
     try:
+        if json and not until_end:
+            raise ConfigurationError("--json says how a bounded run went: it goes with --until-end")
         if me is None and processes is not None:
             _check_processes(session)
             code = supervise(session, processes)
         else:
-            code = _run(session, me, until_end=until_end)
+            code = _run(session, me, until_end=until_end, json=json)
     except Exception as exc:
         # Into the structured log, or with the process's index; a lone worker on a terminal tells people instead.
         if me is None and settings.log_format == "console":
@@ -79,7 +86,7 @@ def _check_processes(session: Session) -> None:
         raise ConfigurationError("--processes: memory:// lives inside one process; use sqlite:///PATH or kafka://")
 
 
-def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
+def _run(session: Session, me: Child | None, *, until_end: bool, json: bool) -> int:
     settings = session.settings
     listener = _listener(session, me)
     web = "off" if listener is None else address_of(listener)
@@ -111,7 +118,12 @@ def _run(session: Session, me: Child | None, *, until_end: bool) -> int:
             me.watch_parent(running.request_stop, settings.shutdown_timeout_s)
         with progress("processing", quiet=quiet) as reporter:
             reporters.append(reporter)
+            started_s = time.monotonic()
             run_async(run)
+    # One of several processes speaks for all: the group's offsets are counted.
+    if (outcome := running.outcome()) is not None and index in {None, 0}:
+        as_log = index is not None or settings.log_format == "json"
+        conclude(outcome, time.monotonic() - started_s, as_json_line=json, as_log=as_log)
     return 0
 
 

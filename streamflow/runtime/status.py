@@ -83,3 +83,31 @@ class Progress:
 
     done: int
     total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopicOutcome:
+    """What a bounded run did with one topic that the app reads; counted by offsets, all workers together.
+
+    Attributes:
+        topic: Topic.
+        processed: Records that were processed and committed since the worker started.
+        left: Records below its end that were not.
+    """
+
+    topic: str
+    processed: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a bounded run ended.
+
+    Attributes:
+        finished: Whether everything was processed; else it was stopped before.
+        topics: The topics that the app reads, those it writes itself included.
+    """
+
+    finished: bool
+    topics: tuple[TopicOutcome, ...]

@@ -18,7 +18,7 @@ from streamflow.log.api import Log
 from streamflow.model.record import TopicPartition
 from streamflow.processing.topology import Topology
 from streamflow.runtime.layout import Layout
-from streamflow.runtime.status import Progress
+from streamflow.runtime.status import Outcome, Progress, TopicOutcome
 from streamflow.runtime.task_manager import TaskManager
 
 _POLL_S = 0.05
@@ -34,6 +34,7 @@ class UntilEnd:
         group_id: The app's group.
         clock: For the polls.
         on_progress: Told how far the run is.
+        from_end: Whether a partition without a committed offset starts at its end.
     """
 
     def __init__(
@@ -43,11 +44,14 @@ class UntilEnd:
         group_id: str,
         clock: Clock,
         on_progress: Callable[[Progress], None],
+        *,
+        from_end: bool = False,
     ) -> None:
         self._log = log
         self._group_id = group_id
         self._clock = clock
         self._on_progress = on_progress
+        self._from_end = from_end
         self._upstream = upstream_topics(layout.topology)
         self._partitions = {
             topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in layout.counts.items()
@@ -56,16 +60,21 @@ class UntilEnd:
         self._state: object = None
         self._still_polls = 0
         self._starts: dict[TopicPartition, int] = {}
+        self._committed: dict[TopicPartition, int] = {}
+        self._written_ends: Mapping[TopicPartition, int] = {}
+        self._finished = False
         self.limits: dict[TopicPartition, int] = {}
 
     async def find_ends(self) -> None:
         """Note where the external topics end now; called before the group is joined."""
-        external = [tp for topic in self._partitions if not self._upstream[topic] for tp in self._partitions[topic]]
+        every = [tp for tps in self._partitions.values() for tp in tps]
+        external = [tp for tp in every if not self._upstream[tp.topic]]
         committed = await self._log.admin.group_offsets(self._group_id)
-        starts = await self._log.admin.start_offsets(external)
-        self.limits = dict(await self._log.admin.end_offsets(external))
-        for tp in external:
-            self._starts[tp] = max(committed[tp].offset if tp in committed else 0, starts[tp])
+        starts, ends = await self._log.admin.start_offsets(every), await self._log.admin.end_offsets(every)
+        self.limits = {tp: ends[tp] for tp in external}
+        for tp in every:
+            without = ends[tp] if self._from_end else starts[tp]
+            self._starts[tp] = max(committed[tp].offset, starts[tp]) if tp in committed else without
 
     async def wait(self, manager: TaskManager) -> None:
         """Return when the run is over; tells tasks where written topics end as it learns it."""
@@ -73,15 +82,16 @@ class UntilEnd:
         while True:
             try:
                 if await self._step(manager, external):
+                    self._finished = True
                     return
             except RetriableError:
                 pass  # the log is away: it is waited for
             await self._clock.sleep(_POLL_S)
 
     async def _step(self, manager: TaskManager, external: Sequence[TopicPartition]) -> bool:
-        committed = {tp: mark.offset for tp, mark in (await self._log.admin.group_offsets(self._group_id)).items()}
-        written = [tp for topic in self._partitions if self._upstream[topic] for tp in self._partitions[topic]]
-        ends = await self._log.admin.end_offsets(written) if written else {}
+        await self.look()
+        committed, ends = self._committed, self._written_ends
+        written = list(ends)
         self._tell(committed, external)
         drained = {tp for tp in external if committed.get(tp, -1) >= self.limits[tp]}
         drained |= {tp for tp in written if committed.get(tp, -1) >= ends[tp]}
@@ -93,6 +103,29 @@ class UntilEnd:
             for task in manager.running():
                 task.flush_inputs_at({tp: ends[tp] for tp in self._partitions[topic]})
         return False
+
+    async def look(self) -> None:
+        """See how far the group is: first what is committed, then where the written topics end; not after the end."""
+        if self._finished:
+            return
+        written = [tp for topic in self._written for tp in self._partitions[topic]]
+        committed = await self._log.admin.group_offsets(self._group_id)
+        self._written_ends = await self._log.admin.end_offsets(written) if written else {}
+        self._committed = {tp: mark.offset for tp, mark in committed.items()}
+
+    def outcome(self) -> Outcome:
+        """How far the group was at the last look."""
+        topics: list[TopicOutcome] = []
+        for topic, partitions in self._partitions.items():
+            processed = left = 0
+            for tp in partitions:
+                start = self._starts[tp]
+                end = max(start, self.limits.get(tp, 0), self._written_ends.get(tp, 0))
+                reached = min(max(start, self._committed.get(tp, 0)), end)
+                processed += reached - start
+                left += end - reached
+            topics.append(TopicOutcome(topic, processed, left))
+        return Outcome(self._finished, tuple(topics))
 
     def _stood_still(self, state: object) -> bool:
         """Whether nothing has been committed or written for a while, so that units wait for records of one another."""

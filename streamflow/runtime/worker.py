@@ -7,6 +7,7 @@ the group, close. Every task of the event loop belongs to a task group here or b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -17,7 +18,14 @@ import anyio
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
-from streamflow.errors import ConfigurationError, LogUnavailableError, RecordError, StreamFlowError, TopologyError
+from streamflow.errors import (
+    ConfigurationError,
+    LogUnavailableError,
+    RecordError,
+    RetriableError,
+    StreamFlowError,
+    TopologyError,
+)
 from streamflow.log.api import Group, GroupSettings, Log, TopicDescription
 from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
@@ -40,7 +48,7 @@ from streamflow.runtime.outputs import Staged
 from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
 from streamflow.runtime.sending import ProcessSender
-from streamflow.runtime.status import Progress, WorkerStatus
+from streamflow.runtime.status import Outcome, Progress, WorkerStatus
 from streamflow.runtime.supervision import snapshot
 from streamflow.runtime.targets import KnownTargets
 from streamflow.runtime.task import Surroundings, Task
@@ -53,6 +61,7 @@ logger = logging.getLogger("streamflow.worker")
 _FINAL_COMMIT_S = 3.0
 _CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
+_LAST_LOOK_S = 1.0
 _START_RETRY_S = 0.5
 _JOIN_POLL_S = 0.05
 
@@ -103,6 +112,7 @@ class Worker:
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
         self._layout: Layout | None = None
+        self._ends: UntilEnd | None = None
 
     @property
     def address(self) -> str:
@@ -173,6 +183,10 @@ class Worker:
             and (owner.awaits_fetch(tp, end) if owner.waits_for_time() else owner.positions().get(tp, 0) < end)
         ]
         return f"records of {', '.join(behind)} are on their way" if behind else ""
+
+    def outcome(self) -> Outcome | None:
+        """How a bounded run went; None for another one, and before it is known where the topics end."""
+        return None if self._ends is None else self._ends.outcome()
 
     # --- the run -----------------------------------------------------------------------------------------------
 
@@ -248,16 +262,17 @@ class Worker:
             if not layout.counts:
                 await self._run_without_agents()
                 return
-            ends: UntilEnd | None = None
             if self._until_end:
-                ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress)
+                from_end = self.settings.auto_offset_reset == "latest"
+                ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress, from_end=from_end)
                 await ends.find_ends()
+                self._ends = ends
             self._delivery = await self._open_delivery(stack, log)
             reader = await stack.enter_async_context(log.reader("source"))
             assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
             async with log.group(self.app.id, frozenset(layout.counts), assignor, self._group_settings()) as group:
                 self.group = group
-                await self._process(OpenLog(group, reader, log.admin, self._delivery), known, layout, ends)
+                await self._process(OpenLog(group, reader, log.admin, self._delivery), known, layout)
 
     async def _open_delivery(self, stack: AsyncExitStack, log: Log) -> AtLeastOnce | ExactlyOnce:
         if self.guarantee == "exactly_once":
@@ -290,8 +305,9 @@ class Worker:
                 await self._stop.wait()
             group.cancel_scope.cancel()
 
-    async def _process(self, log: OpenLog, known: KnownTargets, layout: Layout, ends: UntilEnd | None) -> None:
+    async def _process(self, log: OpenLog, known: KnownTargets, layout: Layout) -> None:
         """Be a member: process until a stop is asked for, then wind down."""
+        ends = self._ends
         async with anyio.create_task_group() as tasks:
             loops = Loops(self.settings, self.clock, self.sensors, log)
             shared = self._surroundings(log, known, layout, loops)
@@ -358,6 +374,9 @@ class Worker:
         if committing.cancelled_caught:
             logger.warning("the log did not answer the last commit; what it held is processed again")
             self._log_is_away = True
+        elif self._ends is not None:
+            with anyio.move_on_after(_LAST_LOOK_S), contextlib.suppress(RetriableError):
+                await self._ends.look()
 
     async def _closed(self, manager: TaskManager) -> None:
         with anyio.move_on_after(_CLOSE_S):

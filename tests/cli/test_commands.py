@@ -1,6 +1,7 @@
 """Every command in a real process, on the embedded log."""
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -101,6 +102,49 @@ def test_the_second_signal_stops_at_once_though_user_code_blocks_the_loop(number
     assert worker.wait() == 128 + number
 
 
+def test_a_bounded_run_says_how_it_went(shell):
+    shell("send", "orders.py", "orders", "-", "--key", "ann", stdin="".join(order(n) + "\n" for n in range(3)))
+    worked = shell("worker", "orders.py", "--until-end", "--no-web", "--json")
+    assert re.search(r"^done: 3 records processed in \d+\.\d s$", worked.err, re.MULTILINE)
+    (said,) = worked.lines
+    assert said.pop("seconds") > 0
+    assert said == {"finished": True, "topics": [{"topic": "orders", "processed": 3, "left": 0}]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_bounded_run_that_is_stopped_says_what_is_left(number, shell):
+    shell.write("held.py", HELD)
+    shell("send", "held.py", "orders", "-", stdin="".join(f"{n}\n" for n in range(5)))
+    worker = shell.start("worker", "held.py", "--until-end", "--no-web", "--json")
+    worker.wait_for("holding 2")
+    worker.signal(number)
+    worker.wait_for("finishing the records in hand")
+    (shell.folder / "go").touch()
+    assert worker.wait() == 0
+    said = worker.wait_for(r"stopped before the end: (\d) records? processed in \S+ s; not processed: orders (\d)\.")
+    assert (said[1], said[2]) == ("3", "2")
+    object_line = json.loads(worker.out.splitlines()[-1])
+    assert object_line["finished"] is False
+    assert object_line["topics"] == [{"topic": "orders", "processed": 3, "left": 2}]
+
+
+HELD = """
+import asyncio
+from pathlib import Path
+import streamflow as sf
+
+app = sf.App("held")
+orders = app.topic("orders", value_type=int, partitions=1)
+
+@app.agent(orders)
+async def hold(number: int) -> None:
+    if number == 2:
+        print("holding 2", flush=True)
+        while not Path("go").exists():
+            await asyncio.sleep(0.01)
+"""
+
+
 def test_a_failing_record_is_exit_code_1(shell):
     shell("send", "orders.py", "orders", order(1, "bad"))
     failed = shell("worker", "orders.py", "--until-end", "--no-web")
@@ -119,6 +163,7 @@ def test_a_failing_record_is_exit_code_1(shell):
         (["worker", "orders.py", "--broker", "redis://x"], "redis://x"),
         (["worker", "orders.py", "--broker", "memory://", "--processes", "2"], "memory:// lives inside one process"),
         (["worker", "orders.py", "--processes", "0"], "--processes"),
+        (["worker", "orders.py", "--json"], "it goes with --until-end"),
         (["send", "orders.py", "order", "{}"], "has no topic 'order'; did you mean 'orders'?"),
         (["send", "orders.py", "orders", '{"order_id":1,"user":"a","amount":"x"}'], "`$.amount`"),
         (["send", "orders.py", "orders"], "give one of VALUE"),

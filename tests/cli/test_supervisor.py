@@ -117,6 +117,7 @@ def test_until_end(shell):
     )
     done = shell("worker", "orders.py", "--processes", "2", "--until-end", "--no-web")
     assert done.code == 0, done.err
+    assert re.findall(r"^(\[.\]) .* worker: done: (\d+) records processed", done.err, re.MULTILINE) == [("[0]", "50")]
     assert len(shell("tail", "orders.py", "invoices", "--until-end").out.splitlines()) == 50
 
 

@@ -90,6 +90,85 @@ async def test_progress_is_told_and_reaches_the_total() -> None:
     assert told[-1] == Progress(50, 50)
 
 
+async def test_the_outcome_counts_every_topic_that_is_read() -> None:
+    app = chained()
+    async with Machine(app, commit_interval_ms=100) as machine:
+        await send_numbers(machine)
+        for count in (50, 0):
+            running = await machine.start(until_end=True)
+            await ended(machine, running)
+            outcome = running.worker.outcome()
+            assert outcome is not None
+            assert outcome.finished
+            assert {(topic.topic, topic.processed, topic.left) for topic in outcome.topics} == {
+                (name, count, 0) for name in ("numbers", "squares", "chained-by-rest-repartition")
+            }
+
+
+async def test_what_latest_passes_over_is_not_counted() -> None:
+    told: list[Progress] = []
+    app = chained()
+    async with Machine(app, commit_interval_ms=100, auto_offset_reset="latest") as machine:
+        await send_numbers(machine)
+        running = await machine.start(until_end=True, on_progress=told.append)
+        await ended(machine, running)
+        outcome = running.worker.outcome()
+    assert told[-1] == Progress(0, 0)
+    assert outcome is not None
+    assert [(topic.processed, topic.left) for topic in outcome.topics] == [(0, 0)] * 3
+
+
+async def test_the_outcome_of_a_run_that_was_stopped_says_what_is_left() -> None:
+    app = sf.App("stopped")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    doubled = app.topic("doubled", key_type=str, value_type=int, partitions=1)
+    at_seven, at_three = asyncio.Event(), asyncio.Event()
+
+    @app.agent(numbers, sink=doubled)
+    async def double(number: int) -> int:
+        if number == 7:
+            at_seven.set()
+            await at_three.wait()
+        return 2 * number
+
+    @app.agent(doubled)
+    async def take(number: int) -> None:
+        if number == 6:
+            at_three.set()
+            await asyncio.Event().wait()
+
+    async with Machine(app, commit_interval_ms=100, shutdown_timeout_s=0.2) as machine:
+        for number in range(10):
+            await machine.send(numbers, number, key="k")
+        running = await machine.start(until_end=True)
+        assert running.worker.outcome() is not None
+        await machine.until(lambda: _told(at_seven))
+        await machine.until(lambda: _told(at_three))
+        await machine.until(lambda: _reached(machine, numbers, 8))
+        running.worker.request_stop()
+        await ended(machine, running)
+        outcome = running.worker.outcome()
+        committed = await machine.committed()
+        await machine.look()
+        written = len(machine.values(doubled))
+    assert outcome is not None
+    assert not outcome.finished
+    done = committed[sf.TopicPartition("numbers", 0)]
+    assert done >= 8
+    assert {(topic.topic, topic.processed, topic.left) for topic in outcome.topics} == {
+        ("numbers", done, 10 - done),
+        ("doubled", 3, written - 3),
+    }
+
+
+async def _told(event: asyncio.Event) -> bool:
+    return event.is_set()
+
+
+async def _reached(machine: Machine, topic: "sf.Topic[Any, Any]", offset: int) -> bool:
+    return (await machine.committed()).get(sf.TopicPartition(topic.name, 0), 0) >= offset
+
+
 async def test_empty_topics_end_at_once() -> None:
     async def nothing(machine: Machine) -> None: ...
 
