@@ -10,11 +10,14 @@ import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 from streamflow.errors import ClosedError
 from streamflow.model.record import Headers, RecordMetadata
+
+Outgoing: TypeAlias = tuple[Any, Any, Any, int | None, int | None, Headers]
+"""A record to send as user code gives it: topic, key, value, partition, timestamp, headers (see `Topic.send`)."""
 
 
 class RunningApp(Protocol):
@@ -26,16 +29,7 @@ class RunningApp(Protocol):
 class Turn(Protocol):
     """The turn of one record (or one `take` batch) in one agent."""
 
-    def send(
-        self,
-        topic: Any,
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> None:
+    def send(self, outgoing: Outgoing) -> None:
         """Add an output to the turn's stage.
 
         Raises:
@@ -50,33 +44,15 @@ class Turn(Protocol):
 class Sender(Protocol):
     """Sends at once, outside any record's turn."""
 
-    async def send(
-        self,
-        topic: Any,
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> RecordMetadata:
-        """Send and wait for the log."""
+    async def send(self, outgoing: Outgoing) -> RecordMetadata:
+        """Send and wait for the log, and before that for room where too much is on its way."""
         ...
 
-    def send_nowait(
-        self,
-        topic: Any,
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> None:
+    def send_nowait(self, outgoing: Outgoing) -> None:
         """Send without waiting; a failure is logged and counted.
 
         Raises:
-            WouldBlock: (anyio's) Its buffer is full.
+            WouldBlock: (anyio's) Too much is on its way, or the topic was not described yet: `send` waits.
         """
 
     async def ask(self, agent: Any, value: Any, *, key: Any, timeout_s: float) -> Any:

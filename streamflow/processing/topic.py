@@ -183,7 +183,8 @@ class Topic(Generic[K, V]):
         """Send a record.
 
         Inside a record's turn it joins the turn's outputs: it becomes visible with the record's commit, or not at all.
-        Elsewhere (timers, tasks, `app.client()`, `app.running()`) it leaves at once and is waited for.
+        Elsewhere (timers, tasks, `app.client()`, `app.running()`) it leaves at once and is waited for; while too much
+        is on its way (an eighth of `memory_budget_bytes`), the call first waits for room.
 
         Args:
             key: Of the topic's key type; None is a null key.
@@ -202,12 +203,11 @@ class Topic(Generic[K, V]):
 
         Cancellation: the record may or may not have been written.
         """
+        outgoing = (self, key, value, partition, timestamp_ms, headers)
         turn = current_turn.get()
         if turn is None:
-            return await sender_of(cast(Any, self.app)).send(
-                self, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
-            )
-        turn.send(self, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+            return await sender_of(cast(Any, self.app)).send(outgoing)
+        turn.send(outgoing)
         return None
 
     def send_nowait(
@@ -226,11 +226,12 @@ class Topic(Generic[K, V]):
         Raises:
             ProductionError: It cannot be encoded or is too large.
             ClosedError: The app does not run in this process, or the turn is over.
-            WouldBlock: (anyio's) Too much waits to be sent.
+            WouldBlock: (anyio's) Outside a turn: an eighth of `memory_budget_bytes` is on its way already, or the
+                topic was not described yet. Nothing was sent; `await send(...)` waits instead.
         """
         turn = current_turn.get()
         send = sender_of(cast(Any, self.app)).send_nowait if turn is None else turn.send
-        send(self, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+        send((self, key, value, partition, timestamp_ms, headers))
 
     @overload
     def group_by(self, field: str, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...

@@ -20,6 +20,7 @@ from streamflow.log.api import Log
 from streamflow.model.record import TopicPartition
 from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, ask_headers
 from streamflow.processing.agent import Agent
+from streamflow.runtime.outputs import Target
 from streamflow.runtime.sender import DirectSender
 
 _RETRY_S = 0.2
@@ -31,22 +32,14 @@ class Asks:
     Args:
         log: The log.
         sender: Sends the questions.
-        reply_topic: Name of the reply topic.
-        reply_partitions: Its partition count.
+        replies: The reply topic.
         clock: For the time-outs.
     """
 
-    def __init__(
-        self,
-        log: Log,
-        sender: DirectSender,
-        reply_topic: str,
-        reply_partitions: int,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, log: Log, sender: DirectSender, replies: Target, clock: Clock) -> None:
         self._log = log
         self._sender = sender
-        self._reply_to = TopicPartition(reply_topic, random.randrange(reply_partitions))
+        self._reply_to = TopicPartition(replies.name, random.randrange(replies.partitions))
         self._clock = clock
         self._waiting: dict[bytes, tuple[asyncio.Event, list[Any]]] = {}
         self._needed = asyncio.Event()
@@ -98,7 +91,7 @@ class Asks:
             headers = ask_headers(self._reply_to.topic, self._reply_to.partition, ask_id, agent.name)
             # In real time: no clock of ours moves while a log is away.
             with anyio.move_on_after(max(0.0, deadline_s - self._clock.monotonic())) as sending:
-                await self._sender.send(topic, key, value, partition=None, timestamp_ms=None, headers=headers)
+                await self._sender.send((topic, key, value, None, None, headers))
             if sending.cancelled_caught:
                 raise TimeoutError(
                     f"agent {agent.name!r}: the log did not take the question within {timeout_s:g} s; it may still "

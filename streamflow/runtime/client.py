@@ -15,7 +15,7 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
-from streamflow.runtime.internal_topics import prepare_topics, topics_of
+from streamflow.runtime.internal_topics import prepare_topics
 from streamflow.runtime.one_error import one_error
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.targets import KnownTargets
@@ -62,15 +62,16 @@ class Client:
             log = await stack.enter_async_context(self._log)
             descriptions = await prepare_topics(self._app, self._settings, log.admin)
             known = KnownTargets(log.admin, compression_number(self._settings.compression))
-            known.add_all(topics_of(self._app), descriptions)
+            known.add_all(self._app, descriptions)
             self._sender = await stack.enter_async_context(
-                ProcessSender.open(self._app, log, known, descriptions, self._clock, Sensors())
+                ProcessSender.open(self._app, self._settings, log, known, self._clock, Sensors())
             )
             stack.enter_context(registered_sender(self._app, self._sender))
             self._stack = stack.pop_all()
 
     async def __aexit__(self, *exc_info: Any) -> None:
         """Send what waits, and disconnect."""
+        self._sender = None
         with one_error():
             await self._stack.__aexit__(*exc_info)
 
@@ -104,9 +105,7 @@ class Client:
         Delivery: durable when it returns.
         Cancellation: the record may or may not be written.
         """
-        return await self._opened().send(
-            self._topic(topic), key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
-        )
+        return await self._opened().send((self._topic(topic), key, value, partition, timestamp_ms, headers))
 
     async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any = None, timeout_s: float = 30.0) -> Any:
         """Send a value to an agent and wait for its first answer.

@@ -17,12 +17,10 @@ import anyio
 
 from streamflow.clock import Clock
 from streamflow.errors import ClosedError, FatalError, StreamFlowError
-from streamflow.model.record import Headers
 from streamflow.processing.agent import Agent
-from streamflow.processing.context import current_turn
+from streamflow.processing.context import Outgoing, current_turn
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.hooks import Action, BackgroundTask, Crontab, Timer
-from streamflow.processing.topic import Topic
 from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.task import Task
@@ -47,26 +45,16 @@ class LeaderTurn:
         self._stage: list[Staged] = []
         self._open = True
 
-    def send(
-        self,
-        topic: Topic[Any, Any],
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> None:
+    def send(self, outgoing: Outgoing) -> None:
         """See `processing.context.Turn.send`."""
         if not self._open:
             raise ClosedError("a leader's turn is over; await everything before the function returns")
         self._check_held()
-        output = self._task.outputs.to(topic)
-        key_bytes, data = topic.key_codec.encode(key, headers), topic.value_codec.encode(value, headers)
-        output.target.check_size(key_bytes, data, headers)
-        out = output.of_key(key_bytes) if partition is None else output.of_number(partition)
+        topic, key, value, partition, timestamp_ms, headers = outgoing
         at_ms = self._task.clock.now_ms() if timestamp_ms is None else timestamp_ms
-        self._stage.append((out, at_ms, key_bytes, data, list(headers)))
+        headers = list(headers)
+        key_bytes = topic.key_codec.encode(key, headers)
+        self._stage.append(self._task.outputs.to(topic).encode(key_bytes, value, partition, at_ms, headers))
         if self._at_once:
             write(self._stage)
             self._stage.clear()

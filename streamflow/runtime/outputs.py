@@ -7,14 +7,17 @@ any moment is exactly the effect of the records below the task's position.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from streamflow.errors import ProductionError, TopologyError
 from streamflow.log.batch import BatchBuilder, SealedBatch
 from streamflow.model.partitioner import partition_for
 from streamflow.model.record import Headers, TopicPartition
 from streamflow.processing.topic import Topic
+
+P = TypeVar("P")
 
 _BATCH_BYTES = 512 * 1024
 _RECORD_OVERHEAD_BYTES = 61 + 32
@@ -58,7 +61,7 @@ class Target:
         """Raise `ProductionError` if the record could not be stored (uncompressed size, as Kafka's own producer)."""
         size = len(key or b"") + len(value or b"")
         if headers:
-            size += sum(len(name) + len(content or b"") + 6 for name, content in headers)
+            size += size_of(headers)
         if size > self.max_record_bytes:
             raise ProductionError(
                 f"a record of {size:,} bytes is too large for topic {self.name!r}, which takes "
@@ -66,8 +69,68 @@ class Target:
             )
 
 
-Staged: TypeAlias = "tuple[OutputPartition, int, bytes | None, bytes | None, Headers]"
-"""An encoded output of a turn that is not done yet: where to, timestamp, key, value, headers."""
+def size_of(headers: Headers) -> int:
+    """Bytes of headers as they are stored, about."""
+    return sum(len(name) + len(content or b"") + 6 for name, content in headers)
+
+
+Encoded: TypeAlias = tuple[P, int, bytes | None, bytes | None, Headers]
+"""An encoded record and where it goes: partition, timestamp, key, value, headers."""
+
+
+class Destination(ABC, Generic[P]):
+    """A topic on the way there: encodes what is to be sent, checks it and chooses its partition.
+
+    Args:
+        target: The topic.
+    """
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @abstractmethod
+    def of_key(self, key: bytes | None) -> P:
+        """The partition of an encoded key, or of a record without one."""
+
+    @abstractmethod
+    def of_number(self, partition: int) -> P:
+        """A partition by its number.
+
+        Raises:
+            ProductionError: There is none of that number.
+        """
+
+    def encode(
+        self,
+        key: bytes | None,
+        value: Any,
+        partition: int | None,
+        timestamp_ms: int,
+        headers: list[tuple[str, bytes | None]],
+    ) -> Encoded[P]:
+        """Make a record of what user code gave.
+
+        Args:
+            key: Its key, encoded.
+            value: Its value.
+            partition: Where to; None lets the key decide.
+            timestamp_ms: Its time.
+            headers: All its headers.
+
+        Raises:
+            ProductionError: It cannot be encoded, is too large, or goes to a partition that is not there.
+        """
+        target = self.target
+        data = target.topic.value_codec.encode(value, headers)
+        target.check_size(key, data, headers)
+        place = self.of_key(key) if partition is None else self.of_number(partition)
+        return place, timestamp_ms, key, data, headers
+
+
+Staged: TypeAlias = "Encoded[OutputPartition]"
+"""An encoded output of a turn that is not done yet."""
 
 
 def write(stage: Iterable[Staged]) -> None:
@@ -133,7 +196,7 @@ def _not_open(_: int, __: int, ___: bytes | None, ____: bytes | None, _____: Any
     """Stands in for a batch that is not open."""
 
 
-class OutputTopic:
+class OutputTopic(Destination[OutputPartition]):
     """One task's unsent records for one topic.
 
     Args:
@@ -141,10 +204,10 @@ class OutputTopic:
         outputs: The task's outputs, of which this is a part.
     """
 
-    __slots__ = ("_null", "by_key", "name", "outputs", "partitions", "target")
+    __slots__ = ("_null", "by_key", "name", "outputs", "partitions")
 
     def __init__(self, target: Target, outputs: Outputs) -> None:
-        self.target = target
+        super().__init__(target)
         self.name = target.name
         self.outputs = outputs
         self.partitions = [OutputPartition(self, number) for number in range(target.partitions)]
@@ -167,11 +230,7 @@ class OutputTopic:
         return found
 
     def of_number(self, partition: int) -> OutputPartition:
-        """A partition by its number.
-
-        Raises:
-            ProductionError: There is none of that number.
-        """
+        """See `Destination.of_number`."""
         self.target.check_partition(partition)
         return self.partitions[partition]
 

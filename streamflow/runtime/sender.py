@@ -2,6 +2,9 @@
 
 What is sent while an earlier batch is under way goes out together in the next one, so many concurrent sends cost few
 requests and a single one waits for nobody.
+
+Records count against a bound in bytes from the call until the log has them (or failed). Beyond it `send` waits for
+room, in the order of the calls, and `send_nowait` raises.
 """
 
 from __future__ import annotations
@@ -9,11 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
-from collections.abc import AsyncGenerator
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
 
 import anyio
 
@@ -21,27 +23,60 @@ from streamflow.clock import Clock
 from streamflow.errors import ClosedError, StreamFlowError
 from streamflow.log.api import Producer
 from streamflow.log.batch import BatchBuilder
-from streamflow.model.record import Headers, RecordMetadata, TopicPartition
-from streamflow.processing.topic import Topic
-from streamflow.runtime.outputs import Target
+from streamflow.model.record import RecordMetadata, TopicPartition
+from streamflow.processing.context import Outgoing
+from streamflow.runtime.outputs import Destination, Encoded, Target, size_of
 from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.sender")
 
-_MAX_WAITING_RECORDS = 100_000
 _CLOSE_S = 5.0
+_RECORD_COST_BYTES = 200  # what a record on its way takes beside its own bytes: who waits for it, its time
 
 
 class _Batch:
     """Records for one partition that wait, and who waits for them."""
 
-    __slots__ = ("builder", "timestamps_ms", "waiters")
+    __slots__ = ("builder", "cost_bytes", "timestamps_ms", "waiters")
 
     def __init__(self, target: Target) -> None:
         self.builder = BatchBuilder(target.compression, target.batch_bytes)
         self.waiters: list[asyncio.Future[RecordMetadata] | None] = []
         self.timestamps_ms: list[int] = []
+        self.cost_bytes = 0
+
+
+class _DirectTopic(Destination[TopicPartition]):
+    """A topic that is sent to.
+
+    Args:
+        target: The topic.
+        burst: Set while something waits to be sent: records without a key then share a partition.
+    """
+
+    __slots__ = ("_burst", "_sticky")
+
+    def __init__(self, target: Target, burst: asyncio.Event) -> None:
+        super().__init__(target)
+        self._burst = burst
+        self._sticky: int | None = None
+
+    def of_key(self, key: bytes | None) -> TopicPartition:
+        """See `Destination.of_key`."""
+        return TopicPartition(self.target.name, self._next() if key is None else self.target.partition_of(key))
+
+    def of_number(self, partition: int) -> TopicPartition:
+        """See `Destination.of_number`."""
+        self.target.check_partition(partition)
+        return TopicPartition(self.target.name, partition)
+
+    def _next(self) -> int:
+        if self._sticky is None:  # a random start: short-lived senders must not all begin at partition 0
+            self._sticky = random.randrange(self.target.partitions)
+        elif not self._burst.is_set():
+            self._sticky = (self._sticky + 1) % self.target.partitions
+        return self._sticky
 
 
 class DirectSender:
@@ -52,27 +87,38 @@ class DirectSender:
         known: The topics that may be written; one that is not known yet is described.
         clock: Default timestamps.
         sensors: Metrics hooks.
+        max_bytes: How much may be on its way at once, about.
     """
 
     def __init__(
-        self,
-        producer: Producer,
-        known: KnownTargets,
-        clock: Clock,
-        sensors: Sensors,
+        self, producer: Producer, known: KnownTargets, clock: Clock, sensors: Sensors, *, max_bytes: int
     ) -> None:
         self._producer = producer
         self._known = known
         self._clock = clock
         self._sensors = sensors
+        self._max_bytes = max_bytes
+        self._topics: dict[str, _DirectTopic] = {}
         self._batches: dict[TopicPartition, list[_Batch]] = {}
         # Closed to further records and not yet taken by the producer, in order.
         self._leaving: deque[tuple[TopicPartition, _Batch]] = deque()
         self._sending = asyncio.Lock()
-        self.waiting = 0
+        self._held_bytes = 0
+        self._held_records = 0
+        # What found no room, in order. Ordered for its first one: a plain dict looks at all that was taken from it.
+        self._held_back: OrderedDict[int, tuple[Encoded[TopicPartition], asyncio.Future[RecordMetadata] | None]] = (
+            OrderedDict()
+        )
+        self._numbers = 0
+        self._room_changed = asyncio.Event()
+        self._closed = False
         self.abandoned = False
         self._arrived = asyncio.Event()
-        self._sticky: dict[str, int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Records that were sent and that the log has not yet."""
+        return self._held_records + len(self._held_back)
 
     @asynccontextmanager
     async def open(self) -> AsyncGenerator[DirectSender]:
@@ -83,7 +129,7 @@ class DirectSender:
                 yield self
             finally:
                 with anyio.CancelScope(shield=True), anyio.move_on_after(0 if self.abandoned else _CLOSE_S) as closing:
-                    await self._send_waiting()
+                    await self._send_all()
                     with suppress(StreamFlowError):  # whoever sent what failed is told
                         await self._producer.flush()
                 self.abandoned = closing.cancelled_caught
@@ -96,6 +142,15 @@ class DirectSender:
             self._arrived.clear()
             await asyncio.sleep(0)
             await self._send_waiting()
+
+    async def _send_all(self) -> None:
+        while True:
+            self._room_changed.clear()
+            await self._send_waiting()
+            if not self._batches:
+                if not self._held_back:
+                    return
+                await self._room_changed.wait()
 
     async def _send_waiting(self) -> None:
         async with self._sending:
@@ -119,9 +174,14 @@ class DirectSender:
 
     def _fail_waiting(self) -> None:
         """The end, and the producer had no room in time: nobody may wait for what it did not take."""
+        self._closed = True
+        error = ClosedError("closed before the log took the record")
+        while self._held_back:
+            _, (record, waiter) = self._held_back.popitem(last=False)
+            self._fail(record[0], [waiter], error)
         self._close_batches()
         while self._leaving:
-            self._settle(*self._leaving.popleft(), None, ClosedError("closed before the log took the record"))
+            self._settle(*self._leaving.popleft(), None, error)
 
     def _acknowledged(self, tp: TopicPartition, batch: _Batch, done: asyncio.Future[int]) -> None:
         if done.cancelled():
@@ -133,14 +193,26 @@ class DirectSender:
             self._settle(tp, batch, done.result(), None)
 
     def _settle(self, tp: TopicPartition, batch: _Batch, base_offset: int | None, error: BaseException | None) -> None:
-        self.waiting -= len(batch.waiters)
-        if base_offset is None and (lost := batch.waiters.count(None)):
-            logger.error("%d record(s) sent to %s with send_nowait() were lost: %s", lost, tp, error)
-        for number, (waiter, timestamp_ms) in enumerate(zip(batch.waiters, batch.timestamps_ms, strict=True)):
-            if base_offset is not None:
+        self._held_records -= len(batch.waiters)
+        self._held_bytes -= batch.cost_bytes
+        if base_offset is None:
+            self._fail(tp, batch.waiters, error)
+        else:
+            for number, (waiter, timestamp_ms) in enumerate(zip(batch.waiters, batch.timestamps_ms, strict=True)):
                 if waiter is not None and not waiter.done():
                     waiter.set_result(RecordMetadata(tp.topic, tp.partition, base_offset + number, timestamp_ms))
-            elif waiter is None:
+        self._admit()
+
+    def _fail(
+        self,
+        tp: TopicPartition,
+        waiters: Sequence[asyncio.Future[RecordMetadata] | None],
+        error: BaseException | None,
+    ) -> None:
+        if lost := waiters.count(None):
+            logger.error("%d record(s) sent to %s with send_nowait() were lost: %s", lost, tp, error)
+        for waiter in waiters:
+            if waiter is None:
                 self._sensors.record_error("send_nowait", "lost")
             elif not waiter.done():
                 if isinstance(error, asyncio.CancelledError) or error is None:
@@ -150,87 +222,82 @@ class DirectSender:
 
     # --- sending -----------------------------------------------------------------------------------------------
 
-    async def send(
-        self,
-        topic: Topic[Any, Any],
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> RecordMetadata:
+    async def send(self, outgoing: Outgoing) -> RecordMetadata:
         """See `processing.context.Sender`."""
-        target = await self._known.of(topic)
+        record = self._encoded(await self._known.of(outgoing[0]), outgoing)
         waiter: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
-        self._add(target, key, value, partition, timestamp_ms, list(headers), waiter)
-        return await waiter
+        number = self._take(record, waiter)
+        try:
+            return await waiter
+        finally:
+            self._held_back.pop(number, None)  # cancelled before there was room: it is not sent
 
-    def send_nowait(
-        self,
-        topic: Topic[Any, Any],
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> None:
+    def send_nowait(self, outgoing: Outgoing) -> None:
         """See `processing.context.Sender`."""
-        if self.waiting >= _MAX_WAITING_RECORDS:
-            raise anyio.WouldBlock
-        if topic.name not in self._known.targets:
-            raise anyio.WouldBlock  # it has to be described first: `send` does
-        self._add(self._known.targets[topic.name], key, value, partition, timestamp_ms, list(headers), None)
+        name = outgoing[0].name
+        if name not in self._known.targets:
+            raise anyio.WouldBlock(f"topic {name!r} was not described yet; `await topic.send(...)` once does that")
+        record = self._encoded(self._known.targets[name], outgoing)
+        if self._held_back or not self._has_room(_cost_of(record)):
+            raise anyio.WouldBlock(
+                f"{self._held_bytes:,} bytes are on their way to the log, of {self._max_bytes:,} (an eighth of "
+                "memory_budget_bytes); `await topic.send(...)` waits for room"
+            )
+        self._take(record, None)
 
-    def _add(
-        self,
-        target: Target,
-        key: Any,
-        value: Any,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: list[tuple[str, bytes | None]],
-        waiter: asyncio.Future[RecordMetadata] | None,
-    ) -> None:
-        topic = target.topic
-        key_bytes = topic.key_codec.encode(key, headers)
-        data = topic.value_codec.encode(value, headers)
-        self.add_encoded(target, key_bytes, data, partition, timestamp_ms, headers, waiter)
+    def send_encoded(self, record: Encoded[TopicPartition]) -> None:
+        """Send what is encoded without waiting; where there is no room, it leaves as soon as there is."""
+        self._take(record, None)
 
-    def add_encoded(
-        self,
-        target: Target,
-        key: bytes | None,
-        value: bytes | None,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-        waiter: asyncio.Future[RecordMetadata] | None,
-    ) -> None:
-        """Queue a record whose key and value are encoded."""
-        target.check_size(key, value, headers)
-        if partition is not None:
-            target.check_partition(partition)
-        elif key is not None:
-            partition = target.partition_of(key)
+    def _encoded(self, target: Target, outgoing: Outgoing) -> Encoded[TopicPartition]:
+        topic = self._topics.get(target.name)
+        if topic is None:
+            topic = self._topics[target.name] = _DirectTopic(target, self._arrived)
+        _, key, value, partition, timestamp_ms, headers = outgoing
+        at_ms = self._clock.now_ms() if timestamp_ms is None else timestamp_ms
+        headers = list(headers)
+        return topic.encode(target.topic.key_codec.encode(key, headers), value, partition, at_ms, headers)
+
+    def _has_room(self, cost_bytes: int) -> bool:
+        """Whether a record may join those on their way; one that is larger than the bound goes alone."""
+        return not self._held_bytes or self._held_bytes + cost_bytes <= self._max_bytes
+
+    def _take(self, record: Encoded[TopicPartition], waiter: asyncio.Future[RecordMetadata] | None) -> int:
+        """Send a record, now or when there is room: in the order of the calls. Returns its number while it is held."""
+        if self._closed:
+            raise ClosedError(f"a record for topic {record[0].topic!r} came after everything was sent and closed")
+        self._numbers += 1
+        if self._held_back or not self._has_room(_cost_of(record)):
+            self._held_back[self._numbers] = (record, waiter)
         else:
-            partition = self._next_partition(target)
-        timestamp_ms = self._clock.now_ms() if timestamp_ms is None else timestamp_ms
-        batches = self._batches.setdefault(TopicPartition(target.name, partition), [])
+            self._add(record, waiter)
+        return self._numbers
+
+    def _admit(self) -> None:
+        """Let go what found no room, as far as there is room now."""
+        while self._held_back:
+            number, (record, waiter) = next(iter(self._held_back.items()))
+            if not self._has_room(_cost_of(record)):
+                break
+            del self._held_back[number]
+            self._add(record, waiter)
+        self._room_changed.set()
+
+    def _add(self, record: Encoded[TopicPartition], waiter: asyncio.Future[RecordMetadata] | None) -> None:
+        tp, timestamp_ms, key, value, headers = record
+        batches = self._batches.setdefault(tp, [])
         if not batches or not batches[-1].builder.append(timestamp_ms, key, value, headers):
-            batches.append(_Batch(target))
+            batches.append(_Batch(self._known.targets[tp.topic]))
             batches[-1].builder.append(timestamp_ms, key, value, headers)
+        cost_bytes = _cost_of(record)
         batches[-1].waiters.append(waiter)
         batches[-1].timestamps_ms.append(timestamp_ms)
-        self.waiting += 1
+        batches[-1].cost_bytes += cost_bytes
+        self._held_bytes += cost_bytes
+        self._held_records += 1
         self._arrived.set()
 
-    def _next_partition(self, target: Target) -> int:
-        if self._arrived.is_set() and target.name in self._sticky:
-            return self._sticky[target.name]
-        before = self._sticky.get(target.name)
-        # A random start: short-lived senders must not all begin at partition 0.
-        partition = random.randrange(target.partitions) if before is None else (before + 1) % target.partitions
-        self._sticky[target.name] = partition
-        return partition
+
+def _cost_of(record: Encoded[TopicPartition]) -> int:
+    _, _, key, value, headers = record
+    return len(key or b"") + len(value or b"") + size_of(headers) + _RECORD_COST_BYTES

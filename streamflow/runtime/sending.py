@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,17 +10,20 @@ import anyio
 import anyio.lowlevel
 
 from streamflow.clock import Clock
-from streamflow.log.api import Log, TopicDescription
-from streamflow.model.record import Headers, RecordMetadata
+from streamflow.config import Settings
+from streamflow.log.api import Log
+from streamflow.model.record import RecordMetadata
 from streamflow.processing.agent import Agent
+from streamflow.processing.context import Outgoing
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.topic import Topic
 from streamflow.runtime.asks import Asks
 from streamflow.runtime.internal_topics import reply_topic_name
 from streamflow.runtime.outputs import Staged
 from streamflow.runtime.sender import DirectSender
 from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors
+
+_SHARE = 8  # sends outside of turns may hold an eighth of the memory budget before they wait
 
 
 class ProcessSender:
@@ -40,9 +43,9 @@ class ProcessSender:
     async def open(
         cls,
         app: Declarations,
+        settings: Settings,
         log: Log,
         known: KnownTargets,
-        descriptions: Mapping[str, TopicDescription],
         clock: Clock,
         sensors: Sensors,
     ) -> AsyncGenerator[ProcessSender]:
@@ -50,18 +53,17 @@ class ProcessSender:
 
         Args:
             app: The app.
+            settings: Its memory budget.
             log: An open log.
-            known: Its targets.
-            descriptions: Its topics, the reply topic among them.
+            known: Its targets, the reply topic among them.
             clock: Time.
             sensors: Metrics hooks.
         """
         with anyio.CancelScope() as scope:
             async with log.producer() as producer:
-                direct = DirectSender(producer, known, clock, sensors)
-                reply_topic = reply_topic_name(app.id)
-                partitions = descriptions[reply_topic].partitions
-                asks = Asks(log, direct, reply_topic, partitions, clock)
+                max_bytes = settings.memory_budget_bytes // _SHARE
+                direct = DirectSender(producer, known, clock, sensors, max_bytes=max_bytes)
+                asks = Asks(log, direct, known.targets[reply_topic_name(app.id)], clock)
                 async with direct.open(), anyio.create_task_group() as tasks:
                     tasks.start_soon(asks.run)
                     try:
@@ -81,33 +83,13 @@ class ProcessSender:
         """Records that were sent and are not yet acknowledged."""
         return self._direct.waiting
 
-    async def send(
-        self,
-        topic: Topic[Any, Any],
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> RecordMetadata:
+    async def send(self, outgoing: Outgoing) -> RecordMetadata:
         """See `processing.context.Sender`."""
-        return await self._direct.send(
-            topic, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
-        )
+        return await self._direct.send(outgoing)
 
-    def send_nowait(
-        self,
-        topic: Topic[Any, Any],
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> None:
+    def send_nowait(self, outgoing: Outgoing) -> None:
         """See `processing.context.Sender`."""
-        self._direct.send_nowait(topic, key, value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+        self._direct.send_nowait(outgoing)
 
     async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any, timeout_s: float) -> Any:
         """See `processing.context.Sender`."""
@@ -116,4 +98,4 @@ class ProcessSender:
     def send_answers(self, answers: Iterable[Staged]) -> None:
         """Send answers of a record that stops the worker: outside any commit, since its record is not committed."""
         for out, timestamp_ms, key, value, headers in answers:
-            self._direct.add_encoded(out.target, key, value, out.tp.partition, timestamp_ms, headers, None)
+            self._direct.send_encoded((out.tp, timestamp_ms, key, value, headers))

@@ -8,7 +8,9 @@ from typing import Any
 from streamflow.errors import UnknownTopicError
 from streamflow.log.api import Admin, TopicDescription
 from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
+from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
+from streamflow.runtime.internal_topics import reply_topic_name, topics_of
 from streamflow.runtime.outputs import Target, Targets
 
 
@@ -32,11 +34,11 @@ class KnownTargets:
         self.targets.add(target)
         return target
 
-    def add_all(self, topics: Mapping[str, Topic[Any, Any]], descriptions: Mapping[str, TopicDescription]) -> None:
-        """Make all declared topics known that exist."""
-        for name, topic in topics.items():
-            if name in descriptions:
-                self.add(topic, descriptions[name])
+    def add_all(self, app: Declarations, descriptions: Mapping[str, TopicDescription]) -> None:
+        """Make all topics of an app known that exist: those declared, those of its steps, its reply topic."""
+        for topic in (*topics_of(app).values(), Topic[Any, Any](app, reply_topic_name(app.id), internal=True)):
+            if topic.name in descriptions:
+                self.add(topic, descriptions[topic.name])
 
     async def of(self, topic: Topic[Any, Any]) -> Target:
         """The target of a topic, described now if it is not known.

@@ -14,9 +14,10 @@ import msgspec
 
 from streamflow.errors import ClosedError, ProcessingError, ProductionError, TopologyError
 from streamflow.log.batch import LogRecord
-from streamflow.model.record import Headers, TopicPartition
+from streamflow.model.record import TopicPartition
 from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, trace_headers
 from streamflow.processing.agent import Agent
+from streamflow.processing.context import Outgoing
 from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
 from streamflow.runtime import births
@@ -154,21 +155,14 @@ class Turn:
                 "something after that record was done; await it before asking for the next record"
             )
 
-    def send(
-        self,
-        topic: Topic[Any, Any],
-        key: Any,
-        value: Any,
-        *,
-        partition: int | None,
-        timestamp_ms: int | None,
-        headers: Headers,
-    ) -> None:
+    def send(self, outgoing: Outgoing) -> None:
         """See `processing.context.Turn.send`."""
         self._check_alive()
+        topic, key, value, partition, timestamp_ms, headers = outgoing
+        at_ms = self.timestamp_ms() if timestamp_ms is None else timestamp_ms
+        headers = [*self.headers, *headers]
         key_bytes = topic.key_codec.encode(key, headers)
-        timestamp_ms = self.timestamp_ms() if timestamp_ms is None else timestamp_ms
-        self._stage(topic, key_bytes, value, partition, timestamp_ms, [*self.headers, *headers])
+        self.stage.append(self.task.outputs.to(topic).encode(key_bytes, value, partition, at_ms, headers))
 
     def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
         """See `processing.context.Turn.refuse_ask`."""
@@ -178,21 +172,6 @@ class Turn:
                 f"agent {self.agent.name!r} asks {agent.name!r}, which is of the same sub-topology: it could be asking "
                 "the very task that waits for the answer. Call its function, or give it a topic of its own"
             )
-
-    def _stage(
-        self,
-        topic: Topic[Any, Any],
-        key: bytes | None,
-        value: Any,
-        partition: int | None,
-        timestamp_ms: int,
-        headers: list[tuple[str, bytes | None]],
-    ) -> None:
-        output = self.task.outputs.to(topic)
-        data = topic.value_codec.encode(value, headers)
-        output.target.check_size(key, data, headers)
-        out = output.of_key(key) if partition is None else output.of_number(partition)
-        self.stage.append((out, timestamp_ms, key, data, headers))
 
     def record_key(self) -> bytes | None:
         """Encoded key of the record in hand."""
@@ -249,7 +228,8 @@ class Turn:
             )
         else:
             key = record.key
-        self._stage(topic, key, out.value, out.partition, timestamp_ms, headers)
+        output = self.task.outputs.to(topic)
+        self.stage.append(output.encode(key, out.value, out.partition, timestamp_ms, headers))
 
     def _fast_emitter(self, topic: Topic[Any, Any]) -> Callable[[Any], None]:
         output = self.task.outputs.to(topic)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
@@ -26,19 +26,18 @@ from streamflow.errors import (
     StreamFlowError,
     TopologyError,
 )
-from streamflow.log.api import Group, GroupSettings, Log, TopicDescription
+from streamflow.log.api import Group, GroupSettings, Log
 from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.topic import Topic
 from streamflow.processing.topology import Topology
 from streamflow.runtime.assignor import TaskAssignor
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.hooks import call_hooks, call_start_hooks
-from streamflow.runtime.internal_topics import prepare_topics, repartition_topics, reply_topic_name, topics_of
+from streamflow.runtime.internal_topics import prepare_topics, repartition_topics
 from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.loops import Loops
@@ -249,11 +248,10 @@ class Worker:
     async def _run_on(self, log: Log, topology: Topology) -> None:
         descriptions = await prepare_topics(self.app, self.settings, log.admin)
         known = KnownTargets(log.admin, compression_number(self.settings.compression))
-        known.add_all(topics_of(self.app), descriptions)
-        known.add(*_reply_topic(self.app, descriptions))
+        known.add_all(self.app, descriptions)
         async with AsyncExitStack() as stack:
             self._sender = await stack.enter_async_context(
-                ProcessSender.open(self.app, log, known, descriptions, self.clock, self.sensors)
+                ProcessSender.open(self.app, self.settings, log, known, self.clock, self.sensors)
             )
             stack.enter_context(registered_sender(self.app, self._sender))
             await call_start_hooks(self.app.start_hooks)
@@ -409,14 +407,6 @@ class Worker:
         if self._sender is not None:
             self._sender.send_answers(answers)
         self._stop.set()
-
-
-def _reply_topic(
-    app: Declarations, descriptions: Mapping[str, TopicDescription]
-) -> tuple[Topic[Any, Any], TopicDescription]:
-    name = reply_topic_name(app.id)
-    topic: Topic[Any, Any] = Topic(app, name, internal=True)
-    return topic, descriptions[name]
 
 
 def _is_idle(group: Group) -> bool:

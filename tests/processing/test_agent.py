@@ -378,12 +378,13 @@ class Sender:
     def __init__(self):
         self.sent = []
 
-    async def send(self, topic, key, value, *, partition, timestamp_ms, headers):
-        self.sent.append((topic.name, key, value, partition, timestamp_ms, headers))
-        return RecordMetadata(topic.name, 0, 0, 0)
+    async def send(self, outgoing):
+        self.send_nowait(outgoing)
+        return RecordMetadata(outgoing[0].name, 0, 0, 0)
 
-    def send_nowait(self, topic, key, value, *, partition, timestamp_ms, headers):
-        self.sent.append((topic.name, key, value, partition, timestamp_ms, headers))
+    def send_nowait(self, outgoing):
+        topic, *what = outgoing
+        self.sent.append((topic.name, *what))
 
     async def ask(self, agent, value, *, key, timeout_s):
         self.sent.append((agent.name, key, value, timeout_s))

@@ -141,17 +141,17 @@ class Recorder:
     def __init__(self):
         self.sent = []
 
-    def send(self, topic, key, value, **more):
-        self.sent.append((topic.name, key, value, more))
+    def send(self, outgoing):
+        self.sent.append(outgoing)
 
 
 class RecordingSender(Recorder):
-    async def send(self, topic, key, value, **more):
-        super().send(topic, key, value, **more)
-        return RecordMetadata(topic.name, 0, 1, 2)
+    async def send(self, outgoing):
+        super().send(outgoing)
+        return RecordMetadata(outgoing[0].name, 0, 1, 2)
 
-    def send_nowait(self, topic, key, value, **more):
-        super().send(topic, key, value, **more)
+    def send_nowait(self, outgoing):
+        super().send(outgoing)
 
 
 MORE = {"partition": 1, "timestamp_ms": 2, "headers": [("a", b"b")]}
@@ -166,8 +166,8 @@ async def test_inside_a_turn_a_send_joins_it(app):
     finally:
         current_turn.reset(token)
     assert turn.sent == [
-        ("orders", "k", Order("a", 1.0), MORE),
-        ("orders", None, None, {"partition": None, "timestamp_ms": None, "headers": ()}),
+        (topic, "k", Order("a", 1.0), 1, 2, [("a", b"b")]),
+        (topic, None, None, None, None, ()),
     ]
 
 
