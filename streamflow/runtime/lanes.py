@@ -1,22 +1,17 @@
 """Records of one task in several hands at once: `concurrency=N`, and several agents on one source.
 
-Each record that is taken gets an entry in the ledger. An entry is done when every agent is done with its record;
-entries leave the ledger strictly from its head, and only then do their stages join the outputs and does the position
-move. So a commit never passes a record in flight, whatever order the hands finish in.
-
 A record goes to a lane of each agent by its key, so records of one key are processed in order. A record without key
-goes to the lane with the least to do.
+goes to the lane with the least to do. What is in flight is in the task's ledger.
 
-What is in flight is bounded. A unit of `take` that waits for more than that is given what it lacks, and no more; the
-other agents go on meanwhile as long as they keep up. That has a limit, too, at which such a unit is handed out short.
+That is bounded. A unit of `take` that waits for more is given what it lacks, and no more; the other agents go on
+meanwhile as long as they keep up. This has a limit, too, at which such a unit is handed out short.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 from zlib import crc32
@@ -26,7 +21,7 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.stream import View
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
-from streamflow.runtime.outputs import Staged, write
+from streamflow.runtime.ledger import Entry, Ledger
 from streamflow.runtime.record_errors import Drop, RecordErrors
 from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn import EndOfHeaders
@@ -35,106 +30,6 @@ _IN_FLIGHT_PER_LANE = 64
 _RUN_RECORDS = 64
 _MAX_IN_FLIGHT = 65_536
 _MAX_BEYOND_BYTES = 64 << 20
-
-
-class Entry:
-    """One record in the ledger.
-
-    Args:
-        tp: Its partition.
-        record: The record.
-        agents: How many agents have to finish it.
-    """
-
-    __slots__ = ("number", "pending", "record", "stages", "tp", "until")
-
-    def __init__(self, tp: TopicPartition, record: LogRecord, agents: int) -> None:
-        self.tp = tp
-        self.record = record
-        self.pending = agents
-        self.stages: list[list[Staged]] = []
-        # Its place in the ledger, and inside a unit of take() that of the last one: they leave together.
-        self.number = self.until = -1
-
-
-class Ledger:
-    """The records of one task that were taken and are not yet merged, in the order they were taken.
-
-    Args:
-        positions: Next offset per partition at the start.
-        drained: Told when nothing is in flight.
-    """
-
-    def __init__(self, positions: dict[TopicPartition, int], drained: Callable[[], None]) -> None:
-        self._positions = positions
-        self._drained = drained
-        self._entries: deque[Entry] = deque()
-        # Done, but held by a unit whose last record is not.
-        self._held: deque[Entry] = deque()
-        self._until = -1
-        self._opened = 0
-        # Number of the latest entry that an agent has had in its hands.
-        self.taken = -1
-        self._moved = asyncio.Event()
-        # Whether the dispatcher waits for input since a unit does, so that lanes which run dry have to say so.
-        self.unit_waits = False
-
-    def __len__(self) -> int:
-        return len(self._held) + len(self._entries)
-
-    def open(self, entry: Entry) -> None:
-        """Add the record taken last."""
-        entry.number = entry.until = self._opened
-        self._opened += 1
-        self._entries.append(entry)
-
-    def finish(self, entries: Sequence[Entry], stage: list[Staged]) -> None:
-        """One agent is done with a record, or with the records of a unit."""
-        last = entries[-1]
-        if stage:
-            last.stages.append(stage)
-        for entry in entries:
-            entry.pending -= 1
-            entry.until = max(entry.until, last.number)
-        while self._entries and self._entries[0].pending == 0:
-            entry = self._entries.popleft()
-            self._held.append(entry)
-            self._until = max(self._until, entry.until)
-            if entry.number >= self._until:
-                while self._held:
-                    self._leave(self._held.popleft())
-        if not self._entries:
-            self._drained()
-
-    def _leave(self, entry: Entry) -> None:
-        for stage in entry.stages:
-            write(stage)
-        self._positions[entry.tp] = entry.record.offset + 1
-        self._moved.set()
-
-    def positions(self) -> Mapping[TopicPartition, int]:
-        """Next offset per partition: the oldest unfinished record of it, or what comes after the last."""
-        positions = dict(self._positions)
-        for entry in chain(reversed(self._entries), reversed(self._held)):
-            positions[entry.tp] = entry.record.offset
-        return positions
-
-    def jump(self, tp: TopicPartition, position: int) -> None:
-        """Move over a hole in the offsets, or back where a topic was made anew; only while nothing is in flight."""
-        if not len(self):
-            self._positions[tp] = position
-
-    def ran_dry(self, lacking: int) -> None:
-        """A lane has nothing left; for a unit that waits, `lacking` is how many records it still wants."""
-        if lacking:
-            self._moved.set()
-        if self.unit_waits:
-            self._drained()
-
-    async def wait_moved(self) -> None:
-        """Wait until an entry has left, or a unit begins to wait."""
-        self._moved.clear()
-        await self._moved.wait()
 
 
 class LaneFeed(Feed[Entry]):
@@ -284,10 +179,15 @@ class LaneFeed(Feed[Entry]):
                 if unit and (deadline_s is not None or self._is_cut_short or self.task.input_ended()):
                     break
                 continue
-            item = await self._take_one(entry, unit, view)
+            record = self._hold(entry, in_unit=True)
+            item = self.decode_for_unit(record, view, not unit)
+            if item is END_UNIT and not unit:
+                item = await self.resolve_for_unit(record, view)
             if item is END_UNIT:
+                self.queue.appendleft(entry)
                 break
             if item is not Drop:
+                unit.append(entry)
                 items.append(item)
             if items and deadline_s is None and within_s is not None:
                 deadline_s = self.task.clock.monotonic() + within_s
@@ -296,24 +196,6 @@ class LaneFeed(Feed[Entry]):
         self.record = unit[-1].record if unit else None
         self.is_plain = False
         return items
-
-    async def _take_one(self, entry: Entry, unit: list[Entry], view: View) -> Any:
-        record = self._hold(entry, in_unit=True)
-        try:
-            item = self.as_view(self.decode(record.value), view)
-        except Exception:
-            if unit:
-                self.queue.appendleft(entry)
-                return END_UNIT
-            item = await self.decode_or_resolve(record, view)
-            if item is Drop:
-                return Drop
-        if record.headers:
-            if not unit:
-                self.forget_headers()
-            self.take_headers(record)
-        unit.append(entry)
-        return item
 
 
 class Dispatcher:

@@ -22,9 +22,11 @@ from streamflow.model.serde import BoundCodec
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.derived import Processor
-from streamflow.runtime.feed import DirectFeed, Feed
+from streamflow.runtime.direct import DirectFeed
+from streamflow.runtime.feed import Feed
 from streamflow.runtime.inputs import Input, Inputs
-from streamflow.runtime.lanes import Dispatcher, LaneFeed, Ledger
+from streamflow.runtime.lanes import Dispatcher, LaneFeed
+from streamflow.runtime.ledger import Ledger
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
 from streamflow.runtime.record_errors import RecordErrors
 from streamflow.runtime.run import AgentRun

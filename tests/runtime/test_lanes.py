@@ -7,7 +7,7 @@ import pytest
 
 import streamflow as sf
 from streamflow.runtime import lanes
-from streamflow.runtime.lanes import Ledger
+from streamflow.runtime.ledger import Ledger
 from tests.runtime.machine import Machine, Running
 from tests.runtime.waiting import until
 
