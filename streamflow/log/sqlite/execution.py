@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import random
 import sqlite3
@@ -20,7 +21,7 @@ from typing import TypeVar, cast
 import anyio
 import anyio.lowlevel
 
-from streamflow.errors import ClosedError, StreamFlowError
+from streamflow.errors import ClosedError, LogUnavailableError, StreamFlowError
 from streamflow.log.sqlite.faults import locked_too_long, translated
 
 T = TypeVar("T")
@@ -32,9 +33,43 @@ CHECKPOINT_BYTES = 8 * 1024 * 1024
 """The write-ahead log is copied into the database after so much; about 20 ms under the write lock."""
 _ROWS_BYTES = 16 * 1024
 """What a transaction puts into the write-ahead log for its rows and index entries: a few pages."""
+_TELL_FROM_S = 0.25
+"""A write that waited less for the lock before it was given up waited for nobody in particular."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.005
 
 logger = logging.getLogger(__name__)
+
+
+class Order:
+    """A write that waits, or has begun: either its transaction begins, or it is given up, never both.
+
+    Attributes:
+        waits_since: Since when it has waited for the write lock, as `time.monotonic` says; None before its turn.
+    """
+
+    __slots__ = ("_begun", "_given_up", "_lock", "waits_since")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = self._given_up = False
+        self.waits_since: float | None = None
+
+    @property
+    def given_up(self) -> bool:
+        """Whether nobody wants it any more."""
+        return self._given_up
+
+    def begin(self) -> bool:
+        """The write lock is held; returns False when it was given up before that."""
+        with self._lock:
+            self._begun = not self._given_up
+            return self._begun
+
+    def give_up(self) -> bool:
+        """Have it not done; returns False when it has begun: then its outcome is near."""
+        with self._lock:
+            self._given_up = not self._begun
+            return self._given_up
 
 
 class Session:
@@ -48,7 +83,7 @@ class Session:
         check: Called before each commit; what it raises rolls the transaction back.
     """
 
-    __slots__ = ("_busy_timeout_s", "_check", "_lock", "_path", "_sql", "_uncopied_bytes", "stopping")
+    __slots__ = ("_busy_timeout_s", "_check", "_lock", "_sql", "_uncopied_bytes", "path", "stopping")
 
     def __init__(
         self,
@@ -61,7 +96,7 @@ class Session:
     ) -> None:
         self._sql = sql
         self._check = check
-        self._path = path
+        self.path = path
         self._busy_timeout_s = busy_timeout_s
         self._lock = lock or threading.RLock()
         self._uncopied_bytes = 0
@@ -81,16 +116,19 @@ class Session:
         with translated(path):
             return cls(connect(), path, busy_timeout_s=busy_timeout_s, lock=lock, check=check)
 
-    def write(self, work: Work[T], adds_bytes: int = 0) -> T:
+    def write(self, work: Work[T], adds_bytes: int = 0, order: Order | None = None) -> T:
         """Run `work` in one `BEGIN IMMEDIATE ... COMMIT`; it is stored whole, or (an exception) not at all.
 
         Args:
             work: What to do.
             adds_bytes: About how much it stores beside a few rows.
+            order: Lets it be given up until it holds the write lock; it then raises `LogUnavailableError`.
         """
-        with self._lock, translated(self._path):
-            self._patiently(_begin_immediate)
+        with self._lock, translated(self.path):
+            self._patiently(_begin_immediate, order)
             try:
+                if order is not None and not order.begin():
+                    raise LogUnavailableError(f"log {self.path}: a write was given up before it began")
                 result = work(self._sql)
                 if self._check is not None:
                     self._check()
@@ -103,12 +141,12 @@ class Session:
 
     def read(self, work: Work[T]) -> T:
         """Run `work` on one snapshot, which is closed before this returns; it may run more than once."""
-        with self._lock, translated(self._path):
+        with self._lock, translated(self.path):
             return self._patiently(lambda sql: self._on_snapshot(work))
 
     def direct(self, work: Work[T]) -> T:
         """Run `work` outside any transaction (pragmas, checkpoints); it may run more than once."""
-        with self._lock, translated(self._path):
+        with self._lock, translated(self.path):
             return self._patiently(work)
 
     def is_checkpoint_due(self) -> bool:
@@ -123,10 +161,10 @@ class Session:
         So no connection of ours checkpoints by itself (`wal_autocheckpoint` is 0): it is done here, by a second
         connection while this one holds the write lock, so that nobody can commit meanwhile.
         """
-        with self._lock, translated(self._path):
+        with self._lock, translated(self.path):
             _begin_immediate(self._sql)
             try:
-                second = sqlite3.connect(self._path, timeout=0, isolation_level=None)
+                second = sqlite3.connect(self.path, timeout=0, isolation_level=None)
                 try:
                     second.execute("PRAGMA checkpoint_fullfsync = ON")  # of use on macOS only
                     _, frames, copied = second.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -139,7 +177,7 @@ class Session:
 
     def close(self) -> None:
         """Close the connection."""
-        with self._lock, translated(self._path):
+        with self._lock, translated(self.path):
             self._sql.close()
 
     def _on_snapshot(self, work: Work[T]) -> T:
@@ -149,11 +187,13 @@ class Session:
         finally:
             self._roll_back()
 
-    def _patiently(self, work: Work[T]) -> T:
+    def _patiently(self, work: Work[T], order: Order | None = None) -> T:
         # SQLite's own busy handler sleeps up to 100 ms a time and cannot be told to stop; writers here hold the lock
         # for a fraction of a millisecond as a rule. A reader meets a lock only while a crashed writer's log is
         # recovered.
         started = time.monotonic()
+        if order is not None:
+            order.waits_since = started
         pause = _FIRST_PAUSE_S
         while True:
             try:
@@ -162,8 +202,8 @@ class Session:
                 if (exc.sqlite_errorcode & 0xFF) != sqlite3.SQLITE_BUSY:
                     raise
                 waited = time.monotonic() - started
-                if waited >= self._busy_timeout_s or self.stopping:
-                    raise locked_too_long(self._path, waited) from exc
+                if waited >= self._busy_timeout_s or self.stopping or (order is not None and order.given_up):
+                    raise locked_too_long(self.path, waited) from exc
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(_LONGEST_PAUSE_S, pause * 1.3)
 
@@ -190,7 +230,8 @@ class Runner(ABC):
     async def write(self, work: Work[T], *, adds_bytes: int = 0) -> T:
         """Run `work` as one write transaction that stores about `adds_bytes` beside a few rows.
 
-        Cancellation: waits for the outcome first, so that it is always known.
+        Cancellation: while it waits for its turn or for the write lock, it is given up and nothing is stored; once it
+        has begun, its outcome is waited for, and the cancellation is seen by what is awaited next.
         """
 
     @abstractmethod
@@ -266,9 +307,17 @@ class ThreadRunner(Runner):
         return cast("T", await self._submit(lambda session: session.read(work)))
 
     async def write(self, work: Work[T], *, adds_bytes: int = 0) -> T:
-        done = self._submit(lambda session: session.write(work, adds_bytes))
-        with anyio.CancelScope(shield=True):
+        order = Order()
+        done = self._submit(lambda session: session.write(work, adds_bytes, order))
+        try:
             await asyncio.wait([done])
+        except asyncio.CancelledError:
+            if order.give_up():
+                self._tell_why(order)
+                raise
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([done])
+            _cancel_again()
         return cast("T", done.result())
 
     async def checkpoint(self) -> None:
@@ -288,6 +337,12 @@ class ThreadRunner(Runner):
             self._thread.join()
         else:
             logger.error("thread %s hangs in the file system; it is left behind", self._thread.name)
+
+    def _tell_why(self, order: Order) -> None:
+        """Say who kept a write waiting that was given up: whoever gave it up knows only that it took too long."""
+        waited_s = 0.0 if order.waits_since is None else time.monotonic() - order.waits_since
+        if waited_s >= _TELL_FROM_S and self._session is not None:
+            logger.warning("%s", locked_too_long(self._session.path, waited_s))
 
     def _submit(self, work: Callable[[Session], object]) -> asyncio.Future[object]:
         if self._closed:
@@ -327,6 +382,14 @@ class ThreadRunner(Runner):
             self._loop.call_soon_threadsafe(_settle, future, result, error)
         except RuntimeError:  # the loop is closed: its owner left without closing the log
             self._closed = True
+
+
+def _cancel_again() -> None:
+    """Have the cancellation that was caught raised by the next await; a scope's comes again by itself."""
+    task = asyncio.current_task()
+    if task is not None and anyio.current_effective_deadline() != -math.inf:
+        task.uncancel()
+        task.cancel()
 
 
 def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:

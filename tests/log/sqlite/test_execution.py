@@ -1,0 +1,112 @@
+"""Writes that are cancelled: not begun, they are not done; begun, their outcome is known."""
+
+import asyncio
+import sqlite3
+import threading
+
+import anyio
+import pytest
+
+from streamflow.log.api import NewTopic
+
+
+@pytest.fixture
+def blocker(path, log):
+    sql = sqlite3.connect(path, isolation_level=None)
+    yield sql
+    sql.close()
+
+
+def add(name):
+    return lambda sql: sql.execute("INSERT INTO groups (id) VALUES (?)", (name,)).rowcount
+
+
+async def names(log):
+    return set(await log.admin.groups())
+
+
+async def test_a_write_that_waits_for_the_lock_is_given_up_at_once(log, blocker, caplog):
+    blocker.execute("BEGIN IMMEDIATE")
+    with anyio.move_on_after(0.4) as scope:
+        await log._database.writer.write(add("given up"))
+    assert scope.cancelled_caught
+    blocker.execute("ROLLBACK")
+    await log._database.writer.write(add("later"))
+    assert await names(log) == {"later"}
+    (warning,) = (record.message for record in caplog.records)
+    assert "another process has kept it locked" in warning
+
+
+async def test_a_write_that_waits_for_its_turn_is_given_up_at_once(log, blocker, caplog):
+    blocker.execute("BEGIN IMMEDIATE")
+    first = asyncio.create_task(log._database.writer.write(add("first")))
+    second = asyncio.create_task(log._database.writer.write(add("second")))
+    await asyncio.sleep(0.05)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert not first.done()
+    blocker.execute("ROLLBACK")
+    assert await first == 1
+    await log.admin.create([NewTopic("t", 1)])  # after the one that was given up
+    assert await names(log) == {"first"}
+    assert not caplog.records
+
+
+class Held:
+    """Work that begins and goes on until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, sql):
+        self.begun.set()
+        assert self.go.wait(20)
+        return add("stored")(sql)
+
+
+async def begun_and_let_go(held, cancel):
+    """Cancels when the work has begun, and lets it go a little later."""
+    await asyncio.to_thread(held.begun.wait, 20)
+    cancel()
+    await asyncio.sleep(0.05)
+    held.go.set()
+
+
+async def test_a_begun_write_is_waited_for_by_a_cancelled_scope(log):
+    held, answers = Held(), []
+    async with anyio.create_task_group() as tasks:
+        with anyio.CancelScope() as scope:
+            tasks.start_soon(begun_and_let_go, held, scope.cancel)
+            answers.append(await log._database.writer.write(held))
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert answers == [1]
+    assert await names(log) == {"stored"}
+
+
+async def test_a_begun_write_is_waited_for_by_a_cancelled_task(log):
+    held, answers = Held(), []
+
+    async def write():
+        answers.append(await log._database.writer.write(held))
+        await asyncio.sleep(3600)
+
+    task = asyncio.create_task(write())
+    await begun_and_let_go(held, task.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert answers == [1]
+    assert await names(log) == {"stored"}
+
+
+async def test_a_begun_write_is_waited_for_by_a_timeout(log):
+    held, answers = Held(), []
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as timeout:
+            passing = asyncio.create_task(begun_and_let_go(held, lambda: timeout.reschedule(0)))
+            answers.append(await log._database.writer.write(held))
+            await asyncio.sleep(3600)
+    await passing
+    assert answers == [1]
+    assert await names(log) == {"stored"}
