@@ -144,7 +144,8 @@ class App(Declarations):
 
         Raises:
             RefusedError: The worker will not start like this.
-            StreamFlowError: It failed.
+            StreamFlowError: It failed. Where the block fails, too, its own error comes out, and the worker's is a note
+                of it (`__notes__`).
         """
         async with hosted(self, self.settings(overrides), web=overrides.get("web") is True) as worker:
             yield worker

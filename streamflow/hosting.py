@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from streamflow.config import KAFKA_PREFIX, Settings, close_to, resolve_for
+from streamflow.error_groups import main_error
 from streamflow.log.kafka.options import Kafka
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncGe
 
     sensors = PrometheusSensors()
     worker = Worker(app, settings, sensors=sensors)
+    own: BaseException | None = None
     try:
         async with contextlib.AsyncExitStack() as stack:
             if web:
@@ -155,12 +157,17 @@ async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncGe
                 listener = listen(settings.web_host, settings.web_port)
                 await stack.enter_async_context(served(worker, app, settings, sensors, listener))
             await stack.enter_async_context(_running(worker))
-            yield worker
+            try:
+                yield worker
+            except BaseException as error:
+                own = error
+                raise
     except BaseExceptionGroup as group:
-        # The task groups are ours and not the caller's business: one error comes out as itself.
-        if (only := _only_error(group)) is not None:
-            raise only from only.__cause__
-        raise
+        # The task groups are ours and not the caller's business; what the block raised is what its caller catches.
+        if group is own:
+            raise
+        main = main_error(group, own)
+        raise main from main.__cause__
 
 
 @asynccontextmanager
@@ -193,12 +200,3 @@ async def _running(worker: Worker) -> AsyncGenerator[None]:
             worker.request_stop()
             with anyio.CancelScope(shield=True):
                 await finished.wait()
-
-
-def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException | None:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        if len(error.exceptions) != 1:
-            return None
-        error = error.exceptions[0]
-    return error

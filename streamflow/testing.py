@@ -23,6 +23,7 @@ import anyio
 from streamflow.app import App
 from streamflow.clock import VirtualClock
 from streamflow.config import nearest
+from streamflow.error_groups import one_error
 from streamflow.errors import ClosedError, ConfigurationError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
@@ -30,7 +31,6 @@ from streamflow.processing.stream import Event
 from streamflow.processing.topic import Topic
 from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.observer import Observer
-from streamflow.runtime.one_error import one_error
 from streamflow.runtime.worker import Worker
 from streamflow.sensors import Sensors
 

@@ -129,6 +129,22 @@ async def test_an_error_in_the_block_comes_out_as_itself(app):
     assert worker.status().state == "stopped"
 
 
+async def test_of_two_errors_the_blocks_own_comes_out_and_the_other_is_its_note(app):
+    doubling(app)
+
+    @app.on_stop
+    async def fail() -> None:
+        raise sf.StreamFlowError("no clean end")
+
+    async def host() -> None:
+        async with app.running():
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        await host()
+    assert [note for note in caught.value.__notes__ if "no clean end" in note]
+
+
 @pytest.mark.parametrize("native", [True, False])
 async def test_a_cancelled_block_still_commits(app, native):
     seen = doubling(app)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TextIO
 
 import typer
 
+from streamflow.error_groups import leaves
 from streamflow.errors import RefusedError, StreamFlowError
 from streamflow.log_output import SecretFilter
 
@@ -88,7 +89,7 @@ def run_reporting(command: Callable[[], object]) -> int:
     except typer.Exit:
         raise
     except Exception as exc:
-        return 0 if all(isinstance(leaf, OutputClosedError) for leaf in _leaves(exc)) else report(exc)
+        return 0 if all(isinstance(leaf, OutputClosedError) for leaf in leaves(exc)) else report(exc)
     return 0
 
 
@@ -98,9 +99,10 @@ def report(error: BaseException) -> int:
     Args:
         error: One of StreamFlow's own is told by its message, anything else with its traceback.
     """
-    leaves = list(_leaves(error))
-    if all(isinstance(leaf, StreamFlowError) for leaf in leaves):
-        text = "".join(f"error: {message}\n" for message in dict.fromkeys(str(leaf) for leaf in leaves))
+    found = list(leaves(error))
+    if all(isinstance(leaf, StreamFlowError) for leaf in found):
+        messages = [message for leaf in found for message in (str(leaf), *getattr(leaf, "__notes__", ()))]
+        text = "".join(f"error: {message}\n" for message in dict.fromkeys(messages))
     else:
         text = "".join(traceback.format_exception(error))
     say(SecretFilter(os.environ)(text))
@@ -113,13 +115,4 @@ def exit_code(error: BaseException) -> int:
     Args:
         error: What ended the command.
     """
-    return REFUSED if all(isinstance(leaf, RefusedError) for leaf in _leaves(error)) else FAILED
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """What really happened, inside the groups that task groups make of it."""
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
+    return REFUSED if all(isinstance(leaf, RefusedError) for leaf in leaves(error)) else FAILED

@@ -158,10 +158,6 @@ class Producer(ABC):
     def reset(self, tp: TopicPartition) -> None:
         """Accept batches of a partition again after one of it failed; without a failure this changes nothing."""
 
-    @abstractmethod
-    def max_batch_bytes(self, topic: str) -> int:
-        """The topic's `max.message.bytes`: no encoded batch, so no record, may be larger."""
-
 
 @dataclass(frozen=True, slots=True)
 class AtomicCommit:
@@ -197,10 +193,6 @@ class TransactionalProducer(ABC):
 
         Cancellation: not cancellable while the log decides; the outcome is known when it returns or raises.
         """
-
-    @abstractmethod
-    def max_batch_bytes(self, topic: str) -> int:
-        """As `Producer.max_batch_bytes`."""
 
 
 # --- groups ------------------------------------------------------------------------------------------------------

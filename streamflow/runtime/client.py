@@ -7,6 +7,7 @@ from typing import Any
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
+from streamflow.error_groups import one_error
 from streamflow.errors import ConfigurationError
 from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
@@ -16,7 +17,6 @@ from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
 from streamflow.runtime.internal_topics import prepare_topics
-from streamflow.runtime.one_error import one_error
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors

@@ -18,6 +18,7 @@ import anyio
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
+from streamflow.error_groups import one_error
 from streamflow.errors import (
     ConfigurationError,
     LogUnavailableError,
@@ -41,7 +42,6 @@ from streamflow.runtime.internal_topics import prepare_topics, repartition_topic
 from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.loops import Loops
-from streamflow.runtime.one_error import one_error
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.outputs import Staged
 from streamflow.runtime.purge import Purge

@@ -14,6 +14,7 @@ from streamflow.cli.lines import Lines, opened
 from streamflow.cli.output import as_json, table
 from streamflow.cli.progress import progress
 from streamflow.cli.signals import Requests, stopping
+from streamflow.error_groups import main_error
 from streamflow.errors import ConfigurationError, LogUnavailableError, StreamFlowError
 from streamflow.web.overview import AgentLine, Overview
 
@@ -41,6 +42,11 @@ def test_json_of_anything():
             "error: no\n",
         ),
         (ExceptionGroup("", [ConfigurationError("no"), StreamFlowError("x")]), 1, "error: no\nerror: x\n"),
+        (
+            main_error(ExceptionGroup("", [StreamFlowError("x"), OSError("y")])),
+            1,
+            "error: x\nerror: and also: OSError: y\n",
+        ),
     ],
 )
 def test_errors_of_our_own_are_one_line(error, code, text, capsys):

@@ -410,7 +410,6 @@ async def test_too_large_a_batch_is_refused_and_other_partitions_go_on(open_log,
     async with open_log() as log:
         await log.admin.create([topic])
         async with log.producer() as producer:
-            assert producer.max_batch_bytes(topic.name) == 2000
             stored = await producer.enqueue(narrow, batch(bytes(3000)))
             with pytest.raises(ProductionError, match=r"2000"):
                 await stored
@@ -440,11 +439,14 @@ async def test_a_failed_batch_fails_the_later_ones_of_its_partition_and_flush_sa
 
 
 async def test_the_limit_of_a_batch_is_kafkas_unless_the_topic_says_otherwise(open_log, name):
-    topic = name("t")
+    tp = TopicPartition(name("t"), 0)
     async with open_log() as log:
-        await log.admin.create([NewTopic(topic, 1)])
+        await log.admin.create([NewTopic(tp.topic, 1)])
+        room = 1_048_588 - batch(bytes(1_000_000)).size_bytes
         async with log.producer() as producer:
-            assert producer.max_batch_bytes(topic) == 1_048_588
+            assert await (await producer.enqueue(tp, batch(bytes(1_000_000 + room)))) == 0
+            with pytest.raises(ProductionError, match="1048588"):
+                await (await producer.enqueue(tp, batch(bytes(1_000_001 + room))))
 
 
 # --- atomic commits --------------------------------------------------------------------------------------------------
@@ -614,7 +616,6 @@ async def test_an_output_that_cannot_be_written_refuses_the_whole_commit(open_lo
             Watched(group) as member,
         ):
             await until(lambda: member.owned)
-            assert producer.max_batch_bytes(commits.outputs[0].topic) == 1_048_588
             good = commits.commit(0, group.membership)
             bad = AtomicCommit(
                 [*good.outputs, (commits.outputs[1], batch(bytes(1_100_000)))], good.offsets, good.membership

@@ -34,7 +34,7 @@ from streamflow.log.kafka.hot import FETCH, FetchedPartition, FetchResponse
 from streamflow.log.kafka.offsets import EARLIEST, LATEST, list_offsets
 from streamflow.log.kafka.records import open_records
 from streamflow.log.kafka.slots import Slots
-from streamflow.log.kafka.tasks import TaskOwner
+from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
@@ -88,7 +88,7 @@ class KafkaReader(Reader):
         self._closed = False
         self._short_polls: set[int] = set()
         self._timers: set[asyncio.TimerHandle] = set()
-        self._tasks = TaskOwner(f"kafka reader {lane}", self._on_bug)
+        self._tasks = TaskOwner(f"kafka reader {lane}", on_bug=self._on_bug)
 
     async def __aenter__(self) -> KafkaReader:
         self._loop = asyncio.get_running_loop()

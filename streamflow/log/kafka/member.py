@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import anyio
 
+from streamflow.error_groups import main_error
 from streamflow.errors import FatalError, RetriableError, StreamFlowError
 from streamflow.log.api import Assigned, Assignor, GroupEvent, GroupSettings, GroupStatistics, Lost, Membership, Revoked
 from streamflow.log.kafka import codes, wire
@@ -115,7 +116,7 @@ class GroupMember:
                         await self._take_part()
                     await self._sit_out()
         except* StreamFlowError as group:
-            self._host.failed(_first(group))
+            self._host.failed(cast("StreamFlowError", main_error(group)))
         finally:
             with anyio.move_on_after(_LEAVE_TIMEOUT_S, shield=True):
                 await self._leave()
@@ -360,12 +361,3 @@ class GroupMember:
                 logger.info("group %s: partition counts changed: %s", self._group_id, counts)
                 self._rejoin = True
                 self._wake.set()
-
-
-def _first(group: BaseExceptionGroup[Any]) -> StreamFlowError:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            return _first(error)
-        if isinstance(error, StreamFlowError):
-            return error
-    raise group

@@ -35,7 +35,7 @@ from streamflow.log.kafka import codes, wire
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.hot import PRODUCE, ProducedPartition, ProduceResponse
 from streamflow.log.kafka.slots import Slots
-from streamflow.log.kafka.tasks import TaskOwner
+from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
@@ -131,7 +131,7 @@ class KafkaProducer(Producer):
         self._dispatching = False
         self._last = ""
         self._closed = False
-        self._tasks = TaskOwner("kafka producer", self._on_bug)
+        self._tasks = TaskOwner("kafka producer", on_bug=self._on_bug)
 
     async def __aenter__(self) -> KafkaProducer:
         self._loop = asyncio.get_running_loop()
@@ -181,9 +181,6 @@ class KafkaProducer(Producer):
         for partition in self._partitions.values():
             if partition.failure is not None:
                 raise partition.failure
-
-    def max_batch_bytes(self, topic: str) -> int:
-        return self._limits.get(topic, DEFAULT_MAX_BATCH_BYTES)
 
     def reset(self, tp: TopicPartition) -> None:
         """Accept batches again for a partition that failed."""
@@ -339,7 +336,7 @@ class KafkaProducer(Producer):
             self._send_soon(partition)
 
     def _unacceptable(self, tp: TopicPartition, outgoing: _Outgoing, code: int) -> ProductionError:
-        limit = self.max_batch_bytes(tp.topic)
+        limit = self._limits.get(tp.topic, DEFAULT_MAX_BATCH_BYTES)
         return ProductionError(
             f"{tp}: the broker refused a batch of {outgoing.batch.num_records} records and "
             f"{outgoing.batch.size_bytes} bytes with {codes.name(code)}; the topic's max.message.bytes is {limit}"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from streamflow.log.kafka.tasks import TaskOwner
+from streamflow.log.tasks import TaskOwner
 
 Job = TypeVar("Job")
 

@@ -20,12 +20,11 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import IO, TypeVar
+from typing import IO
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.errors import ConfigurationError
 from streamflow.log.sqlite import faults, schema
-from streamflow.log.sqlite.background import background
 from streamflow.log.sqlite.changes import Changes
 from streamflow.log.sqlite.execution import (
     BUSY_TIMEOUT_S,
@@ -33,11 +32,9 @@ from streamflow.log.sqlite.execution import (
     Runner,
     Session,
     ThreadRunner,
-    Work,
 )
 from streamflow.log.sqlite.faults import prepare_directory, refuse_network_file_system
-
-T = TypeVar("T")
+from streamflow.log.tasks import TaskOwner
 
 OLDEST_SQLITE = (3, 35, 0)  # INSERT ... RETURNING
 _PRAGMAS = (
@@ -88,10 +85,6 @@ class Database(ABC):
         """A session of its own, to be closed by the caller; in memory the shared one, which is not."""
 
     @abstractmethod
-    def peek(self, work: Work[T]) -> T:
-        """Read a few rows on the event loop, without waiting for anybody."""
-
-    @abstractmethod
     def new_id(self) -> str:
         """An id that nobody else has; in memory the same ones in every run, for simulations."""
 
@@ -132,7 +125,7 @@ class FileDatabase(Database):
             stack.push_async_callback(self.reader.aclose)
             self._watch = self.session(durable=False, busy_timeout_s=_PEEK_TIMEOUT_S)
             stack.callback(self._watch.close)
-            await stack.enter_async_context(background(self.changes.poll(self._data_version), "log changes"))
+            await stack.enter_async_context(TaskOwner("log changes", self.changes.poll(self._data_version)))
             self._stack = stack.pop_all()
 
     async def aclose(self) -> None:
@@ -169,9 +162,6 @@ class FileDatabase(Database):
             session.close()
             raise
         return session
-
-    def peek(self, work: Work[T]) -> T:
-        return self._watch.read(work)
 
     def wrote(self, *, members: bool = False) -> None:
         if not members:
@@ -294,9 +284,6 @@ class MemoryDatabase(Database):
 
     def session(self, *, durable: bool, busy_timeout_s: float | None = None) -> Session:
         return self.memory.session
-
-    def peek(self, work: Work[T]) -> T:
-        return self.memory.session.read(work)
 
     def wrote(self, *, members: bool = False) -> None:
         for user in list(self.memory.users):

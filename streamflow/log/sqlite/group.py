@@ -19,10 +19,10 @@ import anyio
 from streamflow.errors import InternalError, RetriableError, StreamFlowError
 from streamflow.log.api import Group, GroupEvent, GroupStatistics, Membership, OffsetMark
 from streamflow.log.sqlite import membership, tables
-from streamflow.log.sqlite.background import background
 from streamflow.log.sqlite.database import Database
 from streamflow.log.sqlite.execution import Session
 from streamflow.log.sqlite.membership import Standing, Step, Subscription, check_membership
+from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
 LOOK_S = 0.025
@@ -235,7 +235,7 @@ async def joined(database: Database, mine: Subscription) -> AsyncGenerator[Sqlit
     heart = group.heart = Heart(database.session(durable=False), mine, database.waits.monotonic)
     group.apply(heart.beat())
     try:
-        async with background(_beat_inline(group, heart, database), f"heartbeat {mine.group_id}"):
+        async with TaskOwner(f"heartbeat {mine.group_id}", _beat_inline(group, heart, database)):
             yield group
     finally:
         heart.leave()
@@ -258,7 +258,7 @@ async def _beat_inline(group: SqliteGroup, heart: Heart, database: Database) -> 
             ring()
 
         group.wake = ring
-        async with background(ring_later(), "heartbeat interval"):
+        async with TaskOwner("heartbeat interval", ring_later()):
             with changes.waking(due):
                 if not heart.answers and not heart.is_due():
                     await due

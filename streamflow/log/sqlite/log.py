@@ -21,7 +21,6 @@ from streamflow.log.api import (
 )
 from streamflow.log.sqlite import process
 from streamflow.log.sqlite.admin import SqliteAdmin
-from streamflow.log.sqlite.background import background
 from streamflow.log.sqlite.database import Database, FileDatabase, MemoryDatabase, absolute
 from streamflow.log.sqlite.execution import BUSY_TIMEOUT_S
 from streamflow.log.sqlite.group import joined
@@ -29,6 +28,7 @@ from streamflow.log.sqlite.maintenance import Maintenance
 from streamflow.log.sqlite.membership import Subscription
 from streamflow.log.sqlite.producer import SqliteProducer, SqliteTransactionalProducer
 from streamflow.log.sqlite.reader import SqliteReader
+from streamflow.log.tasks import TaskOwner
 
 _CHANGED_TIMEOUT_S = 0.1
 
@@ -104,7 +104,7 @@ class SqliteLog(Log):
         async with AsyncExitStack() as stack:
             await self._database.aopen()
             stack.push_async_callback(self._database.aclose)
-            await stack.enter_async_context(background(self._maintenance.run(), "log maintenance"))
+            await stack.enter_async_context(TaskOwner("log maintenance", self._maintenance.run()))
             self._stack = stack.pop_all()
         return self
 
@@ -123,7 +123,7 @@ class SqliteLog(Log):
     @asynccontextmanager
     async def producer(self, *, delivery_timeout_s: float = 120.0) -> AsyncGenerator[Producer]:
         producer = SqliteProducer(self._database, delivery_timeout_s)
-        async with background(producer.run(), "log producer"):
+        async with TaskOwner("log producer", producer.run()):
             try:
                 yield producer
             finally:
@@ -150,6 +150,6 @@ class SqliteLog(Log):
             if not due.done():
                 due.set_result(None)
 
-        async with background(ring(), "log changed"):
+        async with TaskOwner("log changed", ring()):
             with changes.waking(due):
                 await due

@@ -41,20 +41,6 @@ class _Entry:
     deadline: float
 
 
-class _Limits:
-    """Each topic's `max.message.bytes`, read once."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._limits: dict[str, int] = {}
-
-    def of(self, topic: str) -> int:
-        limit = self._limits.get(topic)
-        if limit is None:
-            limit = self._limits[topic] = self._database.peek(lambda sql: tables.max_batch_bytes(sql, topic))
-        return limit
-
-
 class SqliteProducer(Producer):
     """Stores batches; those that come while a transaction is under way share the next one.
 
@@ -72,7 +58,6 @@ class SqliteProducer(Producer):
         self._room: deque[tuple[asyncio.Future[None], int]] = deque()
         self._work = asyncio.Event()
         self._failed: dict[TopicPartition, StreamFlowError] = {}
-        self._limits = _Limits(database)
         self._closed = False
 
     async def enqueue(self, tp: TopicPartition, batch: SealedBatch) -> asyncio.Future[int]:
@@ -95,9 +80,6 @@ class SqliteProducer(Producer):
 
     def reset(self, tp: TopicPartition) -> None:
         self._failed.pop(tp, None)
-
-    def max_batch_bytes(self, topic: str) -> int:
-        return self._limits.of(topic)
 
     async def run(self) -> None:
         """Store what is enqueued, for ever."""
@@ -248,7 +230,6 @@ class SqliteTransactionalProducer(TransactionalProducer):
         self._database = database
         self._id = transactional_id
         self._epoch = -1
-        self._limits = _Limits(database)
 
     async def begin(self) -> None:
         """Take the id over."""
@@ -282,9 +263,6 @@ class SqliteTransactionalProducer(TransactionalProducer):
         ends = await self._database.writer.write(work, adds_bytes=sum(batch.size_bytes for _, batch in commit.outputs))
         self._database.wrote()
         return ends
-
-    def max_batch_bytes(self, topic: str) -> int:
-        return self._limits.of(topic)
 
     def _check_epoch(self, sql: sqlite3.Connection) -> None:
         row = sql.execute("SELECT epoch FROM transactional_ids WHERE id = ?", (self._id,)).fetchone()

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from streamflow.errors import ConfigurationError, ProductionError, UnknownTopicError
 from streamflow.log import codec
 from streamflow.log.api import OffsetMark
-from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES, SealedBatch
+from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
 
-"""Kafka's default of `max.message.bytes`."""
 _TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 
@@ -63,12 +62,6 @@ def topic_config(sql: sqlite3.Connection, topic: str) -> tuple[int, Mapping[str,
     """A topic's id and configuration, or None."""
     row = sql.execute("SELECT id, config FROM topics WHERE name = ?", (topic,)).fetchone()
     return None if row is None else (row[0], json.loads(row[1]))
-
-
-def max_batch_bytes(sql: sqlite3.Connection, topic: str) -> int:
-    """The topic's `max.message.bytes`; Kafka's default for one that does not exist (yet)."""
-    row = sql.execute("SELECT max_batch_bytes FROM topics WHERE name = ?", (topic,)).fetchone()
-    return DEFAULT_MAX_BATCH_BYTES if row is None else int(row[0])
 
 
 def too_large(tp: TopicPartition, batch: SealedBatch, limit: int) -> ProductionError:

@@ -101,12 +101,16 @@ async def test_a_begun_write_is_waited_for_by_a_cancelled_task(log):
 
 
 async def test_a_begun_write_is_waited_for_by_a_timeout(log):
-    held, answers = Held(), []
-    with pytest.raises(TimeoutError):
+    held, answers, passing = Held(), [], []
+
+    async def write():
         async with asyncio.timeout(None) as timeout:
-            passing = asyncio.create_task(begun_and_let_go(held, lambda: timeout.reschedule(0)))
+            passing.append(asyncio.create_task(begun_and_let_go(held, lambda: timeout.reschedule(0))))
             answers.append(await log._database.writer.write(held))
             await asyncio.sleep(3600)
-    await passing
+
+    with pytest.raises(TimeoutError):
+        await write()
+    await passing[0]
     assert answers == [1]
     assert await names(log) == {"stored"}

@@ -276,9 +276,10 @@ async def test_deleted_topics_leave_nothing(log, path):
             await producer.enqueue(TopicPartition("t", number % 3), batch(bytes(5000)))
     await log.admin.delete(["t"])
     for table in ("topics", "partitions", "batches"):
-        assert log._database.peek(lambda sql, table=table: sql.execute(f"SELECT count(*) FROM {table}").fetchone()) == (
-            0,
+        count = await log._database.reader.read(
+            lambda sql, table=table: sql.execute(f"SELECT count(*) FROM {table}").fetchone()
         )
+        assert count == (0,)
 
 
 async def test_the_write_ahead_log_stays_small_also_beside_a_reader(log, path):
