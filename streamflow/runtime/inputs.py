@@ -43,6 +43,8 @@ class Input:
         # A bounded run takes nothing at or past its limit; where a written topic seems to end, units are flushed.
         self.limit: int | None = None
         self.flush_at: int | None = None
+        # Its position is not in the log, and the reader has let it go until `move_to`.
+        self.is_out_of_range = False
         self._timestamp_of = timestamp_of
         self._batches: deque[RecordBatch] = deque()
         self._queued_bytes = 0
@@ -136,6 +138,7 @@ class Input:
         """Go on elsewhere: what lay at the position is not there any more."""
         self.fetched_to = position
         self._jump = position
+        self.is_out_of_range = False
 
     def position_when_drained(self) -> int | None:
         """Where the position may jump to once no record is in hand (over markers and holes)."""
@@ -189,7 +192,7 @@ class Inputs:
 
     def ask_more(self, each: Input) -> None:
         """Ask for more where there is room."""
-        if each.wants_more:
+        if each.wants_more and not each.is_out_of_range:
             self._ask(each.tp)
 
     def has_head(self, topic: str) -> bool:

@@ -75,8 +75,6 @@ class TaskManager:
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
         self._finishing = False
-        # Partitions whose start is being looked for, for which task.
-        self._resetting: dict[TopicPartition, Task] = {}
         self.assigned_once = anyio.Event()
         self.limits: dict[TopicPartition, int] = {}
 
@@ -248,9 +246,8 @@ class TaskManager:
         if task is None:
             return
         if isinstance(fetched.error, OffsetOutOfRangeError):
-            if self._resetting.get(fetched.tp) is not task:
-                self._resetting[fetched.tp] = task
-                resets.start_soon(self._out_of_range, task, fetched.tp, fetched.error)
+            task.inputs.by_tp[fetched.tp].is_out_of_range = True  # so nothing is asked, and this comes once
+            resets.start_soon(self._out_of_range, task, fetched.tp, fetched.error)
         elif fetched.error is not None:
             raise fetched.error if isinstance(fetched.error, FatalError) else FatalError(str(fetched.error))
         else:
@@ -261,8 +258,6 @@ class TaskManager:
     async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
         """Records were deleted before they were read: go on as for a partition without offset, and say so."""
         position = await self._new_start(task, tp)
-        if self._resetting.get(tp) is task:
-            del self._resetting[tp]
         if position is None or self._by_tp.get(tp) is not task:
             return  # it has gone to another worker, who finds out as well
         logger.error(
