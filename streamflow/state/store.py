@@ -206,10 +206,11 @@ class Store(ABC):
         """Apply a batch and record its checkpoint; blocks, so call it in a worker thread when it is large.
 
         The checkpoint is recorded together with the last changes, never before any of them. Up to `ATOMIC_CHANGES`
-        changes are one atomic write. A larger batch goes in slices, so that other threads run in between (the native
-        library holds the interpreter's lock while it writes): a process killed half-way leaves some of its changes
-        under the old checkpoint, and since the log has committed them, replay from there makes them whole. A reader of
-        another thread may see a part of a large batch; keep what is being written readable above the store.
+        changes of at most `ATOMIC_BYTES` are one atomic write. A larger batch goes in slices, so that other threads run
+        in between (the native library holds the interpreter's lock while it writes): a process killed half-way leaves
+        some of its changes under the old checkpoint, and since the log has committed them, replay from there makes them
+        whole. A reader of another thread may see a part of a large batch; keep what is being written readable above the
+        store.
 
         Raises:
             StateFullError: No room; the checkpoint is as before, and the same batch may be written again.
@@ -239,6 +240,9 @@ class Store(ABC):
 
 ATOMIC_CHANGES = 512
 """How many changes `Store.write` makes in one atomic step; about half a millisecond."""
+
+ATOMIC_BYTES = 512 * 1024
+"""How many bytes of changes it makes in one atomic step, up to the size of the 64 next changes more."""
 
 
 class Stores(ABC):

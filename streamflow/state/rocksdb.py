@@ -1,0 +1,502 @@
+"""Stores on RocksDB: one database per task, a column family per table, one memory budget per process.
+
+The seam to rocksdict, found out by trying (0.3.29): a write, a read and an iterator's step hold the interpreter's lock,
+flush and compaction release it; hence writes in slices. `ReadOptions.set_iterate_lower_bound` moves the upper bound,
+hence the check of a reverse scan's start in Python. An iterator keeps the database open, hence `_Scan`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import msgspec
+from rocksdict import ColumnFamily, Rdict, ReadOptions, WriteBatch
+
+from streamflow.errors import ClosedError, StateCorruptedError, StateFullError, StateLockedError, StateRefusedError
+from streamflow.state import rocksdb_faults as faults
+from streamflow.state.identity import Difference, Identity, difference
+from streamflow.state.rocksdb_options import Memory, write_options
+from streamflow.state.store import (
+    ATOMIC_BYTES,
+    ATOMIC_CHANGES,
+    META,
+    Checkpoint,
+    SetAside,
+    Store,
+    StoreBatch,
+    Stores,
+    StoreStats,
+    damaged,
+    dropped_tables,
+    name_aside,
+    report_set_aside,
+)
+
+_CHECKPOINT = b"checkpoint"
+_IDENTITY = b"identity"
+_PREFIX = "table."
+_PAUSE_S = 0.0002
+"""Pause between two slices of a write: long enough for a waiting thread to wake up and take the interpreter's lock."""
+_STALL_S = 0.005
+_ROOM_BYTES = 1024 * 1024
+_PUTS = 64
+
+_encode_identity = msgspec.json.Encoder(order="deterministic").encode
+_decode_identity = msgspec.json.Decoder(Identity).decode
+
+
+_OVER: Iterator[Any] = iter(())
+
+
+class _Scan(Iterator[tuple[bytes, bytes]]):
+    """An iterator that its store can end: a native one would keep the database open, and locked."""
+
+    __slots__ = ("__weakref__", "_native", "_path", "_start")
+
+    def __init__(self, native: Iterator[Any], path: str, start: bytes | None) -> None:
+        self._native: Iterator[Any] | None = native
+        self._path = path
+        self._start = start
+
+    def __next__(self) -> tuple[bytes, bytes]:
+        native = self._native
+        if native is None:
+            raise ClosedError(f"state {self._path} was closed while it was iterated over")
+        try:
+            pair: tuple[bytes, bytes] = next(native)
+        except StopIteration:
+            self._native = _OVER
+            raise
+        except Exception as exc:
+            raise faults.translate(exc, self._path) from exc
+        if self._start is not None and pair[0] < self._start:
+            self._native = _OVER
+            raise StopIteration
+        return pair
+
+    @property
+    def is_over(self) -> bool:
+        return self._native is _OVER
+
+    def end(self) -> None:
+        self._native = None
+
+
+class RocksStore(Store):
+    """One task's state on RocksDB; made by `RocksStores.open`."""
+
+    def __init__(self, path: str, identity: Identity, memory: Memory, relieve: Callable[[], None]) -> None:
+        self.path = path
+        self.identity = identity
+        self.set_aside = None
+        self._memory = memory
+        self._relieve = relieve
+        self._lock = threading.RLock()  # of writing, closing and opening again; long
+        self._natives = threading.Lock()  # of whether native objects are there; short
+        self._write_options = write_options()
+        self._db: Rdict | None = None
+        self._families: dict[str, Rdict] = {}
+        self._handles: dict[str, ColumnFamily] = {}
+        self._gets: dict[str, Callable[[bytes], bytes | None]] = {}
+        self._scans: weakref.WeakSet[_Scan] = weakref.WeakSet()
+        self._checkpoint = Checkpoint()
+        self._closed = False
+        self._is_full = False
+
+    # --- opening and closing ----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the database and bring it to the tables of the identity.
+
+        Raises:
+            UnfitError: It belongs to something else.
+            StreamFlowError: As `translate` says.
+        """
+        try:
+            self._open()
+        except UnfitError:
+            self._release()
+            raise
+        except Exception as exc:
+            self._release()
+            raise faults.translate(exc, self.path) from exc
+
+    def _open(self) -> None:
+        options, small = self._memory.options, self._memory.small_options
+        if os.path.lexists(os.path.join(self.path, "CURRENT")):
+            present = set(Rdict.list_cf(self.path)) - {"default"}
+        elif faults.lacks_current(self.path):
+            raise StateCorruptedError("its file CURRENT is missing")
+        else:
+            present = set()
+        self._db = db = Rdict(self.path, small(), {META: small()} | {name: options() for name in present - {META}})
+        meta = self._bind(META)
+        found = meta.get(_IDENTITY)
+        if found is None and db.latest_sequence_number() > 0:
+            raise UnfitError(Difference("unknown", "it does not say what it belongs to"))
+        stored = msgspec.structs.replace(self.identity, tables={}) if found is None else _read_identity(found)
+        differing = difference(stored, self.identity)
+        if differing is not None:
+            raise UnfitError(differing)
+        kept = stored.tables.keys() & self.identity.tables.keys()
+        missing = {_PREFIX + name for name in kept} - present
+        if missing:
+            raise StateCorruptedError(f"tables are missing: {', '.join(sorted(missing))}")
+        data = meta.get(_CHECKPOINT)
+        self._checkpoint = Checkpoint() if data is None else _read_checkpoint(data)
+        if found is None or stored != self.identity:
+            self._fit(stored, present - {META})
+        for name in self.identity.tables:
+            self._gets[name] = self._bind(_PREFIX + name).get
+
+    def _fit(self, stored: Identity, present: set[str]) -> None:
+        """Drop tables that are declared no more and add new ones; what a crash leaves half done, the next open finishes.
+
+        A column family that the stored identity does not name is nobody's, whoever made it.
+        """
+        assert self._db is not None
+        tables = {name: stored.tables[name] for name in stored.tables if name in self.identity.tables}
+        self._checkpoint = self._checkpoint.without(dropped_tables(stored, self.identity))
+        self._record(msgspec.structs.replace(self.identity, tables=tables))
+        for family in present - {_PREFIX + name for name in tables}:
+            self._db.drop_column_family(family)
+        for name in self.identity.tables.keys() - tables.keys():
+            self._db.create_column_family(_PREFIX + name, self._memory.options())
+        self._record(self.identity)
+
+    def _record(self, identity: Identity) -> None:
+        batch = WriteBatch(raw_mode=True)
+        batch.put(_IDENTITY, _encode_identity(identity), self._handles[META])
+        batch.put(_CHECKPOINT, self._checkpoint.encode(), self._handles[META])
+        self._commit(batch)
+
+    def _bind(self, family: str) -> Rdict:
+        assert self._db is not None
+        found = self._families[family] = self._db.get_column_family(family)
+        self._handles[family] = self._db.get_column_family_handle(family)
+        return found
+
+    def _release(self) -> None:
+        """Let go of the database: every native object, since each of them keeps it open."""
+        with self._natives:
+            db, self._db = self._db, None
+            self._gets.clear()
+            self._handles.clear()
+            self._families.clear()
+            for scan in self._scans:
+                scan.end()
+            self._scans.clear()
+        if db is None:
+            return
+        try:
+            db.close()
+        except Exception as exc:
+            # It flushes as it closes; what it could not write stands in the write-ahead log, or is restored.
+            translated = faults.translate(exc, self.path)
+            if not isinstance(translated, StateFullError | StateCorruptedError | ClosedError):
+                raise translated from exc
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._release()
+
+    def _reopen(self) -> None:
+        """Open again after a full disk: RocksDB takes no more writes until then.
+
+        Raises:
+            StateFullError: There is still no room, or somebody iterates.
+        """
+        with self._natives:
+            if any(not scan.is_over for scan in self._scans):
+                raise StateFullError(f"state {self.path}: it is opened again when those who iterate over it are done")
+        faults.check_room(self.path, _ROOM_BYTES)
+        self._release()
+        self.open()
+        self._is_full = False
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        self._check_open()
+        return self._checkpoint
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"state {self.path} is closed")
+
+    def get(self, table: str, key: bytes) -> bytes | None:
+        try:
+            return self._gets[table](key)
+        except Exception as exc:
+            return self._get_again(table, key, exc)
+
+    def getter(self, table: str) -> Callable[[bytes], bytes | None]:
+        self._family(table)
+        gets, again = self._gets, self._get_again
+
+        def get(key: bytes) -> bytes | None:
+            try:
+                return gets[table](key)
+            except Exception as exc:
+                return again(table, key, exc)
+
+        return get
+
+    def get_many(self, table: str, keys: Sequence[bytes]) -> list[bytes | None]:
+        try:
+            found: Any = self._family(table).get(list(keys))
+        except Exception as exc:
+            return [self._get_again(table, key, exc) for key in keys]
+        values: list[bytes | None] = found
+        return values
+
+    def _get_again(self, table: str, key: bytes, exc: Exception) -> bytes | None:
+        """Read once more what failed because the store was being opened again; raise what anything else means."""
+        with self._lock:
+            self._check_open()
+            if table not in self.identity.tables:
+                raise KeyError(table) from exc
+            if self._db is None:
+                raise faults.no_room(self.path, "it could not be opened again") from exc
+            try:
+                return self._gets[table](key)
+            except Exception as exc:
+                raise faults.translate(exc, self.path) from exc
+
+    def _family(self, table: str) -> Rdict:
+        self._check_open()
+        if table not in self.identity.tables:
+            raise KeyError(table)
+        family = self._families.get(_PREFIX + table)
+        if family is None:
+            raise faults.no_room(self.path, "it could not be opened again")
+        return family
+
+    def scan(
+        self, table: str, start: bytes | None = None, stop: bytes | None = None, *, reverse: bool = False
+    ) -> Iterator[tuple[bytes, bytes]]:
+        with self._natives:
+            family = self._family(table)
+            options = ReadOptions()
+            if stop is not None:
+                options.set_iterate_upper_bound(stop)
+            try:
+                native = family.items(reverse, None if reverse else start, options)
+            except Exception as exc:
+                raise faults.translate(exc, self.path) from exc
+            scan = _Scan(native, self.path, start if reverse else None)
+            self._scans.add(scan)
+        return scan
+
+    def stats(self) -> StoreStats:
+        with self._natives:
+            self._check_open()
+            entries = {name: self._figure(_PREFIX + name, "rocksdb.estimate-num-keys") for name in self.identity.tables}
+            memory = sum(self._figure(name, "rocksdb.cur-size-all-mem-tables") for name in self._families)
+        with os.scandir(self.path) as files:
+            sizes = [(entry.name, entry.stat().st_size) for entry in files if entry.is_file()]
+        return StoreStats(
+            entries, sum(size for _, size in sizes), memory, sum(name.endswith(".sst") for name, _ in sizes)
+        )
+
+    def _figure(self, family: str, name: str) -> int:
+        found = self._families.get(family)
+        return (found.property_int_value(name) or 0) if found is not None else 0
+
+    def flushable_bytes(self) -> int:
+        """Size of the write buffers that a flush would free; 0 when it is closed."""
+        with self._natives:
+            return sum(self._figure(name, "rocksdb.cur-size-active-mem-table") for name in self._families)
+
+    def is_flushing(self) -> bool:
+        """Whether a flush runs."""
+        with self._natives:
+            return self._figure(META, "rocksdb.num-running-flushes") > 0
+
+    def begin_flush(self) -> None:
+        """Start to flush, in RocksDB's own threads."""
+        with self._natives:
+            for family in self._families.values():
+                family.flush(False)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def write(self, batch: StoreBatch) -> None:
+        with self._lock:
+            self._writable(batch.ranges.keys() | batch.changes.keys())
+            native = WriteBatch(raw_mode=True)
+            for table, ranges in batch.ranges.items():
+                for start, stop in ranges:
+                    self._delete_range(native, table, start, stop)
+            for table, changes in batch.changes.items():
+                native = self._put_all(native, table, changes)
+            if batch.checkpoint is not None:
+                native.put(_CHECKPOINT, batch.checkpoint.encode(), self._handles[META])
+            self._commit(native)
+            self._checkpoint = batch.checkpoint or self._checkpoint
+        if self._memory.is_tight:
+            self._relieve()
+
+    def _writable(self, tables: set[str]) -> None:
+        self._check_open()
+        for table in tables:
+            if table not in self.identity.tables:
+                raise KeyError(table)
+        if self._is_full:
+            self._reopen()
+
+    def _put_all(self, native: WriteBatch, table: str, changes: dict[bytes, bytes | None]) -> WriteBatch:
+        """Add changes, writing whenever a slice is full; give the slice that is not yet written."""
+        handle = self._handles[_PREFIX + table]
+        rest = iter(changes.items())
+        while some := list(islice(rest, _PUTS)):
+            if len(native) + len(some) > ATOMIC_CHANGES or native.size_in_bytes() > ATOMIC_BYTES:
+                self._commit(native)
+                time.sleep(_PAUSE_S)
+                native = WriteBatch(raw_mode=True)
+            put, delete = native.put, native.delete
+            for key, value in some:
+                if value is None:
+                    delete(key, handle)
+                else:
+                    put(key, value, handle)
+        return native
+
+    def _delete_range(self, native: WriteBatch, table: str, start: bytes, stop: bytes | None) -> None:
+        if stop is None:
+            last: Any = next(self._family(table).keys(True), None)
+            if last is None or last < start:
+                return
+            stop = bytes(last) + b"\0"
+        native.delete_range(start, stop, self._handles[_PREFIX + table])
+
+    def _commit(self, native: WriteBatch) -> None:
+        assert self._db is not None
+        while True:
+            try:
+                return self._db.write(native, self._write_options)
+            except Exception as exc:
+                if "Write stall" in str(exc):
+                    time.sleep(_STALL_S)  # flushes are behind; they run in threads of their own
+                    continue
+                translated = faults.translate(exc, self.path)
+                self._is_full = self._is_full or isinstance(translated, StateFullError)
+                raise translated from exc
+
+    def clear(self, table: str) -> None:
+        checkpoint = self.checkpoint.without(frozenset({table}))
+        batch = StoreBatch(checkpoint)
+        batch.delete_range(table)
+        self.write(batch)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._writable(set())
+            families = list(self._families.values())
+        try:
+            for family in families:
+                family.flush(True)
+        except Exception as exc:
+            translated = faults.translate(exc, self.path)
+            self._is_full = self._is_full or isinstance(translated, StateFullError)
+            raise translated from exc
+
+
+class UnfitError(Exception):
+    """A store belongs to something else; only `RocksStores` sees it."""
+
+    def __init__(self, differing: Difference) -> None:
+        super().__init__(differing.text)
+        self.differing = differing
+
+
+def _read_identity(data: bytes) -> Identity:
+    try:
+        return _decode_identity(data)
+    except msgspec.MsgspecError as exc:
+        raise UnfitError(Difference("unknown", f"what it says it belongs to cannot be read ({exc})")) from exc
+
+
+def _read_checkpoint(data: bytes) -> Checkpoint:
+    try:
+        return Checkpoint.decode(data)
+    except msgspec.MsgspecError as exc:
+        raise StateCorruptedError(f"its checkpoint cannot be read ({exc})") from exc
+
+
+class RocksStores(Stores):
+    """All RocksDB stores of a process.
+
+    Args:
+        memory_budget_bytes: The process's budget, of which `rocksdb_options.CACHE_SHARE` is taken.
+    """
+
+    def __init__(self, memory_budget_bytes: int) -> None:
+        self.memory = Memory(memory_budget_bytes)
+        self._stores: weakref.WeakSet[RocksStore] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def open(self, path: str, identity: Identity) -> Store:
+        path = os.path.abspath(path)
+        aside: SetAside | None = None
+        while True:
+            try:
+                os.makedirs(path, exist_ok=True)
+            except OSError as exc:
+                raise faults.translate(exc, path) from exc
+            store = RocksStore(path, identity, self.memory, self.relieve)
+            try:
+                store.open()
+            except (UnfitError, StateCorruptedError) as exc:
+                if aside is not None:
+                    raise StateRefusedError(f"state {path}: a new store cannot be used either ({exc})") from exc
+                why = exc.differing if isinstance(exc, UnfitError) else damaged(str(exc.__cause__ or exc))
+                aside = self.set_aside(path, why.reason, why.text)
+                continue
+            store.set_aside = aside
+            with self._lock:
+                self._stores.add(store)
+            return store
+
+    def set_aside(self, path: str, reason: str, text: str) -> SetAside | None:
+        path = os.path.abspath(path)
+        with self._lock:
+            if any(store.path == path and not store.is_closed for store in self._stores):
+                raise StateLockedError(f"state {path}: it is still open here; close it first")
+        if not os.path.lexists(path):
+            return None
+        aside = SetAside(reason, text, name_aside(path, reason))
+        try:
+            os.rename(path, aside.path)
+        except OSError as exc:
+            raise faults.translate(exc, path) from exc
+        report_set_aside(path, aside)
+        return aside
+
+    def relieve(self) -> None:
+        """Flush the store with the largest write buffers: RocksDB itself only flushes the one that is written to."""
+        with self._lock:
+            stores = list(self._stores)
+        if not stores or any(store.is_flushing() for store in stores):
+            return
+        max(stores, key=RocksStore.flushable_bytes).begin_flush()
+
+    def close(self) -> None:
+        with self._lock:
+            stores = list(self._stores)
+            self._stores.clear()
+        for store in stores:
+            store.close()
