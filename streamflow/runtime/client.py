@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, TypeVar, cast, overload
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
@@ -20,6 +20,10 @@ from streamflow.runtime.internal_topics import prepare_topics
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.targets import KnownTargets
 from streamflow.sensors import Sensors
+
+K = TypeVar("K")
+V = TypeVar("V")
+R = TypeVar("R")
 
 
 class Client:
@@ -75,9 +79,31 @@ class Client:
         with one_error():
             await self._stack.__aexit__(*exc_info)
 
+    @overload
     async def send(
         self,
-        topic: Topic[Any, Any] | str,
+        topic: Topic[K, V] | Agent[K, V, Any],
+        *,
+        key: K | None = None,
+        value: V | None = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+        headers: Headers = (),
+    ) -> RecordMetadata: ...
+    @overload
+    async def send(
+        self,
+        topic: str,
+        *,
+        key: Any = None,
+        value: Any = None,
+        partition: int | None = None,
+        timestamp_ms: int | None = None,
+        headers: Headers = (),
+    ) -> RecordMetadata: ...
+    async def send(
+        self,
+        topic: Topic[Any, Any] | Agent[Any, Any, Any] | str,
         *,
         key: Any = None,
         value: Any = None,
@@ -85,10 +111,10 @@ class Client:
         timestamp_ms: int | None = None,
         headers: Headers = (),
     ) -> RecordMetadata:
-        """Send a record and wait for the log.
+        """Send a record and wait for the log, and before that for room where too much is on its way.
 
         Args:
-            topic: A topic of the app, or its name.
+            topic: A topic of the app, an agent (its first topic), or a topic's name.
             key: Of its key type.
             value: Of its value type; None is a tombstone.
             partition: Where to; None lets the key decide.
@@ -107,7 +133,7 @@ class Client:
         """
         return await self._opened().send((self._topic(topic), key, value, partition, timestamp_ms, headers))
 
-    async def ask(self, agent: Agent[Any, Any, Any], value: Any, *, key: Any = None, timeout_s: float = 30.0) -> Any:
+    async def ask(self, agent: Agent[K, V, R], value: V, *, key: K | None = None, timeout_s: float = 30.0) -> R:
         """Send a value to an agent and wait for its first answer.
 
         Args:
@@ -116,18 +142,23 @@ class Client:
             key: Of its topic's key type.
             timeout_s: Seconds to wait.
 
+        Returns:
+            What it yields first (or returns) for the value, `None` included.
+
         Raises:
             AskError: The agent failed on it, or yielded nothing.
             TimeoutError: No answer in time.
         """
-        return await self._opened().ask(agent, value, key=key, timeout_s=timeout_s)
+        return cast(R, await self._opened().ask(agent, value, key=key, timeout_s=timeout_s))
 
     def _opened(self) -> ProcessSender:
         if self._sender is None:
             raise ConfigurationError("open the client first: async with app.client() as client: ...")
         return self._sender
 
-    def _topic(self, topic: Topic[Any, Any] | str) -> Topic[Any, Any]:
+    def _topic(self, topic: Topic[Any, Any] | Agent[Any, Any, Any] | str) -> Topic[Any, Any]:
+        if isinstance(topic, Agent):
+            return topic.input_topics[0]
         if isinstance(topic, Topic):
             return topic
         try:

@@ -29,6 +29,12 @@ async def test_a_client_lets_errors_of_its_block_through_as_they_are() -> None:
             await client.ask(double, 1, timeout_s=0.05)
 
 
+async def test_a_client_sends_to_an_agent_by_its_topic() -> None:
+    app, double = doubling()
+    async with app.client() as client:
+        assert (await client.send(double, value=2)).topic == "faces-double"
+
+
 async def test_an_ask_in_a_test_needs_no_settling() -> None:
     app, double = doubling()
     async with TestApp(app):

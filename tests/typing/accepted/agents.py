@@ -110,6 +110,49 @@ async def any_json(stream: sf.Stream[dict[str, Any]]) -> None:
         document["x"]
 
 
+@app.agent(orders, sink=[totals])
+async def out_to_several(stream: sf.Stream[Order]) -> AsyncIterator[sf.Out[Total]]:
+    async for order in stream:
+        yield sf.Out(Total(order.user, order.amount), key=order.user)
+
+
+assert_type(out_to_several, sf.Agent[str, Order, Total])
+
+
+@app.agent(orders, sink=(totals, archive))
+async def some_to_several(stream: sf.Stream[Order]) -> AsyncIterator[sf.Out[Total] | None]:
+    async for order in stream:
+        yield sf.Out(Total(order.user, order.amount)) if order.amount else None
+
+
+assert_type(some_to_several, sf.Agent[str, Order, Total])
+
+
+@app.agent(orders, sink=[totals])
+async def mixed_to_several(stream: sf.Stream[Order]) -> AsyncIterator[sf.Out[Total] | Total]:
+    async for order in stream:
+        yield Total(order.user, order.amount)
+
+
+assert_type(mixed_to_several, sf.Agent[str, Order, Total])
+
+
+@app.agent(orders, sink=[totals])
+async def per_record_to_several(order: Order) -> sf.Out[Total]:
+    return sf.Out(Total(order.user, order.amount))
+
+
+assert_type(per_record_to_several, sf.Agent[str, Order, Total])
+
+
+@app.agent(orders, sink=[totals])
+def per_record_sync_to_several(order: Order) -> sf.Out[Total]:
+    return sf.Out(Total(order.user, order.amount))
+
+
+assert_type(per_record_sync_to_several, sf.Agent[str, Order, Total])
+
+
 @app.agent
 async def own_topic(stream: sf.Stream[Order, str]) -> AsyncIterator[float]:
     async for order in stream:
