@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar, cast, overload
+from typing import Any, Generic, Optional, TypeAlias, TypeVar, cast, overload
 
 from streamflow.errors import ConfigurationError, TopologyError
 from streamflow.model.record import Headers, RecordMetadata
@@ -231,6 +231,12 @@ def make_agent(
     )
 
 
+def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
+    """Whether an encoded key may go from one topic to the other as it is: same type (or or-null of it), same bytes."""
+    same_type = sink.key_type in (source.key_type, Optional[source.key_type])  # noqa: UP045 - of a value
+    return same_type and source.key_serializer == sink.key_serializer
+
+
 def _sources(app: Owner, given: Any, where: str) -> tuple[Source[Any, Any], ...]:
     if given is None:
         return ()
@@ -326,6 +332,26 @@ def _check_types(
                     f"{where}: its sink {target.name!r} takes {type_name(target.value_type)}, and the function gives "
                     f"{type_name(output)}; declare both the same"
                 )
+        if signature.gives_no_key:
+            _check_key(where, [input_topic(one) for one in sources], target, signature)
+
+
+def _check_key(where: str, topics: Sequence[Topic[Any, Any]], target: Topic[Any, Any], signature: Signature) -> None:
+    """Refuse a sink to which no result could go: the keys cannot be inherited, and none is given."""
+    if any(same_key(topic, target) for topic in topics):
+        return
+    source = topics[0]
+    given = f"sf.Out[{' | '.join(type_name(one) for one in signature.output_types or ())}]"
+    result = f"AsyncIterator[{given}]" if signature.kind == "generator" else given
+    raise TopologyError(
+        f"{where}: its results inherit the keys of {source.name!r} ({_key_name(source)}), and its sink {target.name!r} "
+        f"has others ({_key_name(target)}): {'yield' if signature.kind == 'generator' else 'return'} sf.Out(value, "
+        f"key=...) and annotate `-> {result}`, or declare both key types the same"
+    )
+
+
+def _key_name(topic: Topic[Any, Any]) -> str:
+    return f"{type_name(topic.key_type)} as {topic.key_codec.serializer}"
 
 
 class AgentDecorator(Generic[K, V]):

@@ -35,6 +35,7 @@ class Signature:
         value_type: Type of the values it takes, or UNKNOWN.
         key_type: Type of their keys, or UNKNOWN.
         output_types: Types of what it yields or returns, `None` and `Out` taken off; None where nothing says it.
+        gives_no_key: Whether what it yields or returns is certainly never an `Out`, which could have a key of its own.
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Signature:
     value_type: Any
     key_type: Any
     output_types: tuple[Any, ...] | None
+    gives_no_key: bool
 
 
 def signature_of(fn: Callable[..., Any], where: str) -> Signature:
@@ -65,12 +67,14 @@ def signature_of(fn: Callable[..., Any], where: str) -> Signature:
     _check_form(inner, annotation, where, is_async=is_async, is_generator=is_generator, over_stream=over_stream)
     arguments = get_args(annotation) if over_stream else (annotation,)
     kind: Kind = "generator" if is_generator else "stream" if over_stream else "record"
+    outputs = _outputs(inner, kind)
     return Signature(
         kind,
         is_async,
         value_type=arguments[0] if arguments and not isinstance(arguments[0], typing.TypeVar) else UNKNOWN,
         key_type=arguments[1] if len(arguments) > 1 and arguments[1] is not Any else UNKNOWN,
-        output_types=_output_types(inner, kind, where),
+        output_types=None if outputs is None else _without_out(outputs),
+        gives_no_key=_gives_no_key(inner, outputs or ()),
     )
 
 
@@ -150,7 +154,8 @@ def _check_form(fn: Any, annotation: Any, where: str, *, is_async: bool, is_gene
         )
 
 
-def _output_types(fn: Any, kind: Kind, where: str) -> tuple[Any, ...] | None:
+def _outputs(fn: Any, kind: Kind) -> tuple[Any, ...] | None:
+    """The alternatives of what it yields or returns, but for `None`; None where nothing says it."""
     raw = fn.__annotations__.get("return", UNKNOWN)
     if raw is UNKNOWN:
         return None
@@ -164,10 +169,28 @@ def _output_types(fn: Any, kind: Kind, where: str) -> tuple[Any, ...] | None:
         if get_origin(form) not in _ASYNC_ITERATORS:
             return None
         form = get_args(form)[0]
+    return tuple(part for part in members(form) if part is not None and part is not type(None))
+
+
+def _without_out(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
     found: list[Any] = []
-    for part in members(form):
+    for part in outputs:
         if (get_origin(part) or part) is Out:
             found.extend(members(get_args(part)[0]) if get_args(part) else [Any])
-        elif part is not None and part is not type(None):
+        else:
             found.append(part)
     return tuple(one for one in found if one is not type(None))
+
+
+def _gives_no_key(fn: Any, outputs: tuple[Any, ...]) -> bool:
+    return bool(outputs) and all(map(_is_never_out, outputs)) and "Out" not in code_names(fn.__code__)
+
+
+def _is_never_out(part: Any) -> bool:
+    cls = get_origin(part) or part
+    return (
+        isinstance(cls, type)
+        and cls is not Any
+        and not getattr(cls, "_is_protocol", False)
+        and not issubclass(Out, cls)
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import msgspec
 
@@ -16,7 +16,7 @@ from streamflow.errors import ClosedError, ProcessingError, ProductionError, Top
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
 from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, trace_headers
-from streamflow.processing.agent import Agent
+from streamflow.processing.agent import Agent, same_key
 from streamflow.processing.context import Outgoing
 from streamflow.processing.out import INHERIT, Out
 from streamflow.processing.topic import Topic
@@ -48,12 +48,6 @@ class EndOfHeaders(OutputPartition):
             return True
 
         self.append = end
-
-
-def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
-    """Whether an encoded key may go from one topic to the other as it is: same type (or or-null of it), same bytes."""
-    same_type = sink.key_type in (source.key_type, Optional[source.key_type])  # noqa: UP045 - of a value
-    return same_type and source.key_serializer == sink.key_serializer
 
 
 class Turn:

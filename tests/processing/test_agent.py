@@ -114,15 +114,80 @@ def test_options_and_names(app, orders, totals):
     assert app.agent(orders, thread=True)(sync_record).thread
 
 
-def test_an_agent_as_a_sink_is_its_topic(app, orders):
+def test_an_agent_as_a_sink_is_its_topic(app):
     first = app.agent(record)
-    second = app.agent(orders, sink=first, name="second")(lambda_like := _identity)
+    second = app.agent(app.topic("raw-keys", value_type=Order), sink=first, name="second")(lambda_like := _identity)
     assert second.fn is lambda_like
     assert (second.sinks, second.sink_topics) == ((first,), first.input_topics)
 
 
 def _identity(order: Order) -> Order:
     return order
+
+
+def _maybe(order: Order) -> Order | None:
+    return order
+
+
+async def _orders(stream: Stream[Order]) -> AsyncIterator[Order]:
+    async for order in stream:
+        yield order
+
+
+@pytest.mark.parametrize(
+    ("fn", "remedy"),
+    [
+        (_identity, "return sf.Out(value, key=...) and annotate `-> sf.Out[Order]`"),
+        (_maybe, "return sf.Out(value, key=...) and annotate `-> sf.Out[Order]`"),
+        (_orders, "yield sf.Out(value, key=...) and annotate `-> AsyncIterator[sf.Out[Order]]`"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ({"key_type": int}, "int as int"),
+        ({"key_type": str, "key_serializer": "json"}, "str as json"),
+        ({}, "bytes | None as raw"),
+    ],
+)
+def test_results_that_can_have_no_key_of_the_sink_are_refused(app, orders, fn, remedy, key, shown):
+    sink = app.topic("by-number", value_type=Order, **key)
+    with pytest.raises(TopologyError) as caught:
+        app.agent(orders, sink=[orders, sink] if fn is _maybe else sink)(fn)
+    for part in (f"agent '{fn.__name__}'", "'orders' (str as str)", f"'by-number' has others ({shown})", remedy):
+        assert part in str(caught.value)
+
+
+def _out(order: Order) -> Out[Order]:
+    return Out(order, key=1)
+
+
+def _out_or_not(order: Order) -> Out[Order] | Order:
+    return order
+
+
+def _unsaid(order: Order):
+    return order
+
+
+def _anything(order: Order) -> Any:
+    return order
+
+
+def _wrongly_annotated(order: Order) -> Order:
+    return Out(order, key=1)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("fn", [_out, _out_or_not, _unsaid, _anything, _wrongly_annotated])
+def test_results_that_may_have_a_key_of_their_own_are_not(app, orders, fn):
+    sink = app.topic("by-number", key_type=int, value_type=Order)
+    assert app.agent(orders, sink=sink)(fn).sink_topics == (sink,)
+
+
+def test_keys_that_can_be_inherited_from_one_of_several_topics_are_not_refused(app, orders):
+    other = app.topic("other", key_type=int, value_type=Order)
+    for number, sink in enumerate((orders, other, app.topic("null", key_type=str | None, value_type=Order))):
+        app.agent([orders, other], sink=sink, name=f"n{number}")(_identity)
 
 
 def test_several_topics(app, orders):
