@@ -123,6 +123,10 @@ class TaskManager:
         complete = {key: tps for key, tps in self._incomplete.items() if self._is_complete(key, tps)}
         for key in complete:
             del self._incomplete[key]
+        self._tell_of_new(partitions)
+        for key, tps in complete.items():
+            if (grown := self.tasks.get(key)) is not None:
+                tps |= await self._let_go(grown)
         starts = await self._starts([tp for tps in complete.values() for tp in tps])
         if partitions:
             logger.info("assigned: %s", _named(partitions))
@@ -138,6 +142,40 @@ class TaskManager:
     def _is_complete(self, key: tuple[str, int], tps: set[TopicPartition]) -> bool:
         sub = self._by_topic[next(iter(tps)).topic]
         return tps.issuperset(self._layout.of_task(sub, key[1]))
+
+    def _tell_of_new(self, partitions: Iterable[TopicPartition]) -> None:
+        """Say which topics have more partitions than they had when this worker started."""
+        counts: dict[str, int] = {}
+        for tp in filter(self._is_new, partitions):
+            counts[tp.topic] = max(tp.partition + 1, counts.get(tp.topic, 0))
+        for topic, count in sorted(counts.items()):
+            logger.warning(
+                "topic %s has %d partitions or more, and had %d when this worker started: the new ones are processed "
+                "from their beginning. Keys may have moved to other partitions, and what this app sends to the topic "
+                "goes to the old ones until its workers are restarted; a partitions= it declares has to be changed "
+                "before that",
+                topic,
+                count,
+                self._layout.counts[topic],
+            )
+
+    def _is_new(self, tp: TopicPartition) -> bool:
+        """Whether a partition was added since this worker started."""
+        return tp.partition >= self._layout.counts[tp.topic]
+
+    async def _let_go(self, task: Task) -> frozenset[TopicPartition]:
+        """Commit and close a task that another topic's new partition joins; its partitions, to be opened again."""
+        partitions = frozenset(task.committed)
+        await self._finish([task])
+        await self._delivery.commit([task])
+        await self._close([task], frozenset())
+        return partitions
+
+    async def _finish(self, tasks: Sequence[Task]) -> None:
+        with anyio.move_on_after(min(self._settings.shutdown_timeout_s, self._settings.rebalance_timeout_ms / 2000)):
+            async with anyio.create_task_group() as group:
+                for task in tasks:
+                    group.start_soon(task.finish_records)
 
     def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, tuple[int, bool]]) -> None:
         sub = self._by_topic[next(iter(starts)).topic]
@@ -156,10 +194,7 @@ class TaskManager:
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
         logger.info("revoked: %s", _named(partitions))
         tasks = self._tasks_of(partitions)
-        with anyio.move_on_after(min(self._settings.shutdown_timeout_s, self._settings.rebalance_timeout_ms / 2000)):
-            async with anyio.create_task_group() as group:
-                for task in tasks:
-                    group.start_soon(task.finish_records)
+        await self._finish(tasks)
         await self._delivery.commit(tasks)
         await self._close(tasks, partitions)
         self._sensors.rebalanced(0, len(partitions), 0)
@@ -226,13 +261,14 @@ class TaskManager:
         return starts
 
     async def _reset(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        internal = [tp for tp in partitions if self._topics[tp.topic].internal]
-        external = [tp for tp in partitions if not self._topics[tp.topic].internal]
+        """Where partitions without an offset start; all of what came into a new one came since this worker started."""
         if self._settings.auto_offset_reset == "earliest":
             return await self._admin.start_offsets(partitions) if partitions else {}
-        starts = dict(await self._admin.start_offsets(internal)) if internal else {}
-        if external:
-            starts.update(await self._admin.end_offsets(external))
+        whole = [tp for tp in partitions if self._topics[tp.topic].internal or self._is_new(tp)]
+        latest = [tp for tp in partitions if tp not in whole]
+        starts = dict(await self._admin.start_offsets(whole)) if whole else {}
+        if latest:
+            starts.update(await self._admin.end_offsets(latest))
         return starts
 
     def fetched(self, fetched: Fetched, resets: anyio.abc.TaskGroup) -> None:
