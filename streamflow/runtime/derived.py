@@ -29,6 +29,7 @@ class Copier:
         self.input_topics: tuple[Topic[Any, Any], ...] = (derived.source_topic,)
         self.sink_topics: tuple[Topic[Any, Any], ...] = (derived.topic,)
         self.on_error = on_error
+        self.place = derived.place
 
 
 Processor: TypeAlias = Agent[Any, Any, Any] | Copier

@@ -13,9 +13,18 @@ from operator import length_hint
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from streamflow.errors import ClosedError, ConfigurationError, ProcessingError, RecordError
+from streamflow.errors import (
+    ClosedError,
+    ConfigurationError,
+    DeserializationError,
+    ProcessingError,
+    ProductionError,
+    RecordError,
+    StreamFlowError,
+)
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
+from streamflow.processing.places import place_in
 from streamflow.processing.stream import Event, View
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import Staged
@@ -308,13 +317,25 @@ def _as_it_is(data: bytes | None) -> bytes | None:
     return data
 
 
-def processing_error(feed: Feed[Any], exc: BaseException) -> RecordError:
-    """What an exception of user code means for the unit in hand."""
-    if isinstance(exc, RecordError):
-        error = exc
-    else:
-        error = ProcessingError(f"agent {feed.agent.name!r} raised {type(exc).__name__}: {exc}")
+def processing_error(feed: Feed[Any], exc: BaseException, yielded_at: str) -> RecordError:
+    """What an exception of user code means for the unit in hand.
+
+    Args:
+        feed: The agent's.
+        exc: What was raised.
+        yielded_at: Where the agent yielded the result that raised it; empty where it was no result of a generator.
+    """
+    who = f"agent {feed.agent.name!r}"
+    if isinstance(exc, StreamFlowError) and not isinstance(exc, DeserializationError):
+        # Of the code between here and there only one line is the user's, and no traceback is shown.
+        who += f" ({yielded_at or place_in(exc) or feed.agent.place})"
+    if not isinstance(exc, RecordError):
+        error: RecordError = ProcessingError(f"{who} raised {type(exc).__name__}: {exc}")
         error.__cause__ = exc
+    else:
+        error = exc
+        if isinstance(exc, ProductionError):
+            error.message = f"{who}: {error.message}"
     in_hand = feed.in_hand()
     if in_hand and error.topic is None:
         tp, record = in_hand[0]

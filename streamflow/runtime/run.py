@@ -13,9 +13,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from streamflow.errors import ProcessingError, RecordError
+from streamflow.errors import ProcessingError, ProductionError, RecordError
 from streamflow.log.batch import LogRecord
 from streamflow.processing.context import current_turn
+from streamflow.processing.places import place_of_yield
 from streamflow.processing.stream import Stream
 from streamflow.runtime.cancellation import stray
 from streamflow.runtime.derived import Copier, Processor
@@ -37,6 +38,7 @@ class AgentRun:
     def __init__(self, agent: Processor, feed: Feed[Any]) -> None:
         self.agent = agent
         self.feed = feed
+        self._yielded_at = ""
 
     async def run(self) -> None:
         """Run until cancelled (after the feed was cut, or its records were lost)."""
@@ -78,8 +80,12 @@ class AgentRun:
     async def _over_generator(self, function: Callable[..., AsyncGenerator[Any, None]]) -> None:
         emit = self.feed.emitter()
         async with aclosing(function(Stream(self.feed))) as results:
-            async for result in results:
-                emit(result)
+            try:
+                async for result in results:
+                    emit(result)
+            except ProductionError:
+                self._yielded_at = place_of_yield(results)
+                raise
 
     async def _over_stream(self, function: Callable[..., Awaitable[Any]]) -> None:
         await function(Stream(self.feed))
@@ -152,7 +158,8 @@ class AgentRun:
 
     async def _failed(self, exc: BaseException) -> None:
         feed = self.feed
-        error = processing_error(feed, exc)
+        error = processing_error(feed, exc, self._yielded_at)
+        self._yielded_at = ""
         if not feed.in_hand():
             feed.task.failed(self.agent, error, [])
             await feed.park()

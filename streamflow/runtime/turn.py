@@ -211,14 +211,13 @@ class Turn:
             key = topic.key_codec.encode(out.key, headers)
         elif record is None or self.unit is not None:
             raise ProductionError(
-                f"agent {self.agent.name!r} yielded without a key for topic {topic.name!r}: a unit of take() has no "
-                "one key to inherit; yield sf.Out(value, key=...)"
+                f"a result without a key for topic {topic.name!r}: a unit of take() has no one key to inherit; yield "
+                "sf.Out(value, key=...)"
             )
         elif not same_key(self.source, topic):
             raise ProductionError(
-                f"agent {self.agent.name!r} yielded without a key: the keys of {self.source.name!r} "
-                f"({_type_name(self.source.key_type)}) cannot be inherited by {topic.name!r} "
-                f"({_type_name(topic.key_type)}); yield sf.Out(value, key=...)"
+                f"a result without a key: the keys of {self.source.name!r} ({_type_name(self.source.key_type)}) cannot "
+                f"be inherited by {topic.name!r} ({_type_name(topic.key_type)}); yield sf.Out(value, key=...)"
             )
         else:
             key = record.key

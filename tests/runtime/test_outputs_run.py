@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 import streamflow as sf
+from streamflow.errors import RecordError
 from streamflow.testing import TestApp
 from tests.runtime.machine import Machine
 
@@ -148,6 +150,84 @@ async def test_an_output_that_cannot_be_written_is_an_error_of_its_record(return
     with pytest.raises(sf.ProductionError, match=message) as raised:
         await run()
     assert raised.value.position == "numbers-0-1"
+
+
+def line_of(text: str) -> str:
+    """`file:line` of the only line of this file that ends so."""
+    (number,) = [n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.endswith(text)]
+    return f"{__file__}:{number}"
+
+
+def unwritable_agents(case: str) -> sf.App:
+    app = sf.App("placed")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    out = app.topic("out", key_type=str, value_type=int, partitions=1)
+
+    if case == "generator":
+
+        @app.agent(numbers, sink=out)
+        async def spoil(stream: sf.Stream[int]) -> AsyncIterator[Any]:
+            async for _ in stream:
+                yield sf.Out(1, partition=3)  # here it is yielded
+
+    elif case == "record":
+
+        @app.agent(numbers, sink=out, name="spoil")  # here it is declared
+        def by_record(_: int) -> Any:
+            return "text"
+
+    elif case == "thread":
+
+        @app.agent(numbers, sink=out, name="spoil", thread=True)  # here it runs in a thread
+        def in_thread(_: int) -> Any:
+            return "text"
+
+    elif case == "send":
+
+        @app.agent(numbers, name="spoil")
+        async def sending(stream: sf.Stream[int]) -> None:
+            async for _ in stream:
+                await send_large(out)
+
+    elif case == "undeclared":
+
+        @app.agent(numbers, name="spoil")
+        async def late(_: int) -> None:
+            other = app.topic("too-late", value_type=int)
+            await other.send(value=1)  # here to an undeclared topic
+
+    return app
+
+
+async def send_large(out: "sf.Topic[str, int]") -> None:
+    await out.send(key="k", value=1, headers=[("h", b"x" * 2_000_000)])  # here it is sent
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "message"),
+    [
+        ("generator", "# here it is yielded", r"topic 'out' has partitions 0\.\.0, not 3"),
+        ("record", "# here it is declared", "the value of topic 'out' takes int, not str 'text'"),
+        ("thread", "# here it runs in a thread", "the value of topic 'out' takes int, not str 'text'"),
+        ("send", "# here it is sent", "too large for topic 'out'"),
+        ("undeclared", "# here to an undeclared topic", "topic 'too-late' was not known when the worker started"),
+    ],
+)
+async def test_an_output_that_cannot_be_written_names_agent_line_and_record(
+    case: str, place: str, message: str
+) -> None:
+    app = unwritable_agents(case)
+
+    async def run() -> None:
+        async with TestApp(app) as test:
+            await test.send("numbers", 7, key="k")
+            await test.settle()
+
+    with pytest.raises(RecordError, match=message) as raised:
+        await run()
+    assert f"agent 'spoil' ({line_of(place)})" in str(raised.value)
+    assert str(raised.value).count("agent 'spoil'") == 1
+    assert raised.value.position == "numbers-0-0"
 
 
 async def test_too_large_an_output_is_an_error_of_its_record() -> None:
