@@ -29,7 +29,6 @@ from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
 from streamflow.processing.stream import Event
 from streamflow.processing.topic import Topic
-from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.observer import Observer
 from streamflow.runtime.worker import Worker
 from streamflow.sensors import Sensors
@@ -161,7 +160,7 @@ class TestApp:
             raise error
 
     def _name_of(self, topic: Topic[Any, Any] | str) -> str:
-        name, known = topic if isinstance(topic, str) else topic.name, topics_of(self.app)
+        name, known = topic if isinstance(topic, str) else topic.name, self.app.every_topic()
         if name not in known:
             raise ConfigurationError(f"app {self.app.id!r} has no topic {name!r}{nearest(name, known)}")
         return name

@@ -9,7 +9,7 @@ import typer
 
 from streamflow.cli.options import Session
 from streamflow.cli.output import as_json, introduce, table, write
-from streamflow.web.overview import agents_of
+from streamflow.web.overview import agent_lines
 
 
 def agents(
@@ -18,7 +18,7 @@ def agents(
 ) -> None:
     """List the app's agents: what they read, where their results go, what happens to a record that fails."""
     introduce(session)
-    found = agents_of(session.app)
+    found = agent_lines(session.app)
     if json:
         write(as_json(asdict(agent)) for agent in found)
         return

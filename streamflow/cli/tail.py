@@ -23,7 +23,6 @@ from streamflow.log.connect import connect
 from streamflow.model.record import Headers, TopicPartition
 from streamflow.model.serde import BoundCodec
 from streamflow.processing.topic import Topic
-from streamflow.web.overview import topics_of
 
 
 def tail(
@@ -48,7 +47,7 @@ class _Follower:
     ) -> None:
         self._session = session
         self._name = topic
-        self._topics: dict[str, Topic[Any, Any]] = {one.name: one for one in topics_of(session.app)}
+        self._topics: dict[str, Topic[Any, Any]] = session.app.every_topic()
         self._declared = self._topics.get(topic)
         self._codecs: dict[str, BoundCodec[Any]] = {}
         if self._declared is not None:

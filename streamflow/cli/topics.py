@@ -14,7 +14,6 @@ from streamflow.clock import SystemClock
 from streamflow.log.api import Admin, OffsetMark, TopicDescription
 from streamflow.log.connect import connect
 from streamflow.model.record import TopicPartition
-from streamflow.web.overview import topics_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def topics(
     async def run() -> None:
         broker = session.settings.broker
         async with connect(broker, clock=SystemClock(), client_id=f"{session.app.id}-topics") as log:
-            found = await _look(log.admin, {topic.name: topic.internal for topic in topics_of(session.app)})
+            found = await _look(log.admin, {name: topic.internal for name, topic in session.app.every_topic().items()})
         write([as_json(asdict(topic)) for topic in found] if json else _for_people(found))
 
     run_async(run)

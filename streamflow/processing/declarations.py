@@ -34,7 +34,7 @@ from streamflow.processing.selector import Field
 from streamflow.processing.signature import UNKNOWN, Signature
 from streamflow.processing.stream import Stream
 from streamflow.processing.topic import Derived, Partitioner, Topic, TopicOptions, check_name
-from streamflow.processing.topology import Job, Topology, build_topology
+from streamflow.processing.topology import Job, Topology, build_topology, every_topic
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -437,6 +437,10 @@ class Declarations:
         return fn
 
     # --- the whole ---------------------------------------------------------------------------------------------
+
+    def every_topic(self) -> dict[str, Topic[Any, Any]]:
+        """All topics by name: those declared, in order, then the internal ones of its steps."""
+        return every_topic(self.topics, self.derived)
 
     def topology(self) -> Topology:
         """What was declared, as frozen data: topics, agents, steps and how they are joined.

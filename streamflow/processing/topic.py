@@ -6,7 +6,6 @@ All of it is declaration: nothing here holds a connection. A send finds its way 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypedDict, TypeVar, cast, overload
 
@@ -14,6 +13,7 @@ from streamflow.errors import ConfigurationError, TopologyError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.model.schema import surely_differs, type_name
 from streamflow.model.serde import BoundCodec, Serializer, bind_codec
+from streamflow.model.topic_name import TOPIC_NAME_RULE, is_topic_name
 from streamflow.processing.context import current_turn, sender_of
 from streamflow.processing.places import place_of_call
 from streamflow.processing.selector import Field, Member, selector, timestamp_reader
@@ -29,7 +29,6 @@ M = TypeVar("M", bound=Member)
 Partitioner: TypeAlias = Callable[[bytes, int], int]
 """Key bytes and partition count -> partition."""
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _NEVER_DELETE = "-1"
 
 
@@ -45,8 +44,8 @@ def check_name(name: object, what: str) -> str:
     """
     if not isinstance(name, str):
         raise ConfigurationError(f"{what}: a name is a string, not {name!r}")
-    if not _NAME.fullmatch(name) or name in (".", ".."):
-        raise ConfigurationError(f"{what} {name!r}: use 1 to 249 letters, digits, '.', '_' and '-' (ASCII)")
+    if not is_topic_name(name):
+        raise ConfigurationError(f"{what} {name!r}: use {TOPIC_NAME_RULE}")
     return name
 
 

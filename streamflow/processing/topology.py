@@ -289,6 +289,13 @@ def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def every_topic(
+    topics: Mapping[str, Topic[Any, Any]], derived: Mapping[str, Derived[Any, Any]]
+) -> dict[str, Topic[Any, Any]]:
+    """Topics by name: those declared, in order, then those that steps write and are not declared."""
+    return {**topics, **{step.topic.name: step.topic for step in derived.values()}}
+
+
 def build_topology(
     app: str,
     *,
@@ -310,15 +317,15 @@ def build_topology(
         TopologyError: They do not fit together.
     """
     _check_steps(topics, agents, derived)
-    every_topic = {**topics, **{step.topic.name: step.topic for step in derived.values()}}
-    nodes: list[Node] = [_topic_node(every_topic[name]) for name in sorted(every_topic)]
+    every = every_topic(topics, derived)
+    nodes: list[Node] = [_topic_node(every[name]) for name in sorted(every)]
     nodes += [_agent_node(agents[name]) for name in sorted(agents)]
     nodes += [StepNode(name, _step_kind(derived[name]), derived[name].place) for name in sorted(derived)]
     nodes += sorted((_job_node(job) for job in jobs), key=lambda node: node.id)
     edges = [
         *(edge for name in sorted(derived) for edge in _step_edges(derived[name])),
-        *(edge for name in sorted(agents) for edge in _agent_edges(agents[name], every_topic)),
-        *(edge for job in jobs for edge in _sends(f"{_job_kind(job)}:{job.name}", job.fn, every_topic)),
+        *(edge for name in sorted(agents) for edge in _agent_edges(agents[name], every)),
+        *(edge for job in jobs for edge in _sends(f"{_job_kind(job)}:{job.name}", job.fn, every)),
     ]
     return Topology(app, tuple(nodes), tuple(dict.fromkeys(edges)), _sub_topologies(agents.values(), derived.values()))
 

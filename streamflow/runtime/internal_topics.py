@@ -19,11 +19,6 @@ def reply_topic_name(app_id: str) -> str:
     return f"{app_id}-replies"
 
 
-def topics_of(app: Declarations) -> dict[str, Topic[Any, Any]]:
-    """All topics of an app by name: those declared, and the internal ones of its steps."""
-    return {**app.topics, **{derived.topic.name: derived.topic for derived in app.derived.values()}}
-
-
 def repartition_topics(app: Declarations) -> list[str]:
     """Names of the topics that only the app's own `group_by` steps write and read."""
     return [derived.topic.name for derived in app.derived.values() if derived.topic.internal]
@@ -44,7 +39,7 @@ async def prepare_topics(app: Declarations, settings: Settings, admin: Admin) ->
         TopologyError: One is missing with `create=False`, or has another partition count than `partitions=` says; the
             message has both numbers.
     """
-    topics = topics_of(app)
+    topics = app.every_topic()
     names = [*topics, reply_topic_name(app.id)]
     existing = dict(await admin.describe(names))
     for topic in topics.values():

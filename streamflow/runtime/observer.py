@@ -17,7 +17,6 @@ from streamflow.model.record import Headers, RecordMetadata, TopicPartition
 from streamflow.model.serde import BoundCodec
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.stream import Event
-from streamflow.runtime.internal_topics import topics_of
 
 
 class Observer:
@@ -84,7 +83,7 @@ class Observer:
     async def look(self) -> None:
         """Read what came since the last look."""
         admin = self._log.admin
-        descriptions = await admin.describe(list(topics_of(self._app)))
+        descriptions = await admin.describe(list(self._app.every_topic()))
         partitions = [
             TopicPartition(name, number) for name, each in descriptions.items() for number in range(each.partitions)
         ]
@@ -116,7 +115,7 @@ class Observer:
                     await self._load_schemas(tp, record)
 
     def _codecs(self, topic: str) -> tuple[BoundCodec[Any], BoundCodec[Any]]:
-        found = topics_of(self._app)[topic]
+        found = self._app.every_topic()[topic]
         return found.key_codec, found.value_codec
 
     async def _load_schemas(self, tp: TopicPartition, record: LogRecord) -> None:

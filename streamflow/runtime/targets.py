@@ -10,7 +10,7 @@ from streamflow.log.api import Admin, TopicDescription
 from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
-from streamflow.runtime.internal_topics import reply_topic_name, topics_of
+from streamflow.runtime.internal_topics import reply_topic_name
 from streamflow.runtime.outputs import Target, Targets
 
 
@@ -36,7 +36,7 @@ class KnownTargets:
 
     def add_all(self, app: Declarations, descriptions: Mapping[str, TopicDescription]) -> None:
         """Make all topics of an app known that exist: those declared, those of its steps, its reply topic."""
-        for topic in (*topics_of(app).values(), Topic[Any, Any](app, reply_topic_name(app.id), internal=True)):
+        for topic in (*app.every_topic().values(), Topic[Any, Any](app, reply_topic_name(app.id), internal=True)):
             if topic.name in descriptions:
                 self.add(topic, descriptions[topic.name])
 

@@ -15,16 +15,12 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
-from streamflow.errors import FatalError, OffsetOutOfRangeError, RefusedError, RetriableError
+from streamflow.errors import FatalError, OffsetOutOfRangeError, RetriableError
 from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
-from streamflow.processing.agent import Agent
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.topic import Topic
-from streamflow.processing.topology import SubTopology
-from streamflow.runtime.derived import Copier
+from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
-from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task import Surroundings, Task
@@ -67,9 +63,9 @@ class TaskManager:
         self._shared = shared
         self._task_group = tasks
         self._layout = layout
-        self._topics = topics_of(app)
+        self._topics = app.every_topic()
         self._by_topic = {topic: sub for sub in layout.sub_topologies for topic in sub.topics}
-        self._agents = {sub.name: agents_of(app, sub) for sub in layout.sub_topologies}
+        self._agents = {sub.name: processors_of(app, sub) for sub in layout.sub_topologies}
         self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
         self._by_tp: dict[TopicPartition, Task] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
@@ -331,26 +327,6 @@ class TaskManager:
         """Cancel all agents."""
         partitions = frozenset(self._by_tp)
         await self._close(self.running(), partitions, _LAST_CLOSE_S)
-
-
-def agents_of(app: Declarations, sub: SubTopology) -> list[Any]:
-    """The agents and copying steps of a sub-topology, in order of name."""
-    agents: list[Any] = [app.agents[name] for name in sub.agents]
-    for name in sub.steps:
-        derived = app.derived[name]
-        agents.append(Copier(derived, _first_reader(app, derived.topic).on_error))
-    return agents
-
-
-def _first_reader(app: Declarations, topic: Topic[Any, Any]) -> Agent[Any, Any, Any]:
-    """The first agent that reads a derived topic, be it by way of further steps."""
-    for agent in app.agents.values():
-        if topic in agent.input_topics:
-            return agent
-    for step in app.derived.values():
-        if step.source_topic is topic:
-            return _first_reader(app, step.topic)
-    raise RefusedError(f"topic {topic.name!r} is read by no agent")
 
 
 def _named(partitions: Iterable[TopicPartition]) -> str:

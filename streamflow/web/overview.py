@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from streamflow.config import Settings
 from streamflow.metrics import package_version
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.policy import policy_text
-from streamflow.processing.topic import Topic
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Overview:
     topics: Sequence[str]
 
 
-def agents_of(app: Declarations) -> list[AgentLine]:
+def agent_lines(app: Declarations) -> list[AgentLine]:
     """The app's agents in order of declaration.
 
     Args:
@@ -76,16 +74,6 @@ def agents_of(app: Declarations) -> list[AgentLine]:
     ]
 
 
-def topics_of(app: Declarations) -> list[Topic[Any, Any]]:
-    """The app's topics in order of declaration, then those behind its steps.
-
-    Args:
-        app: Its declarations.
-    """
-    every = {**app.topics, **{step.topic.name: step.topic for step in app.derived.values()}}
-    return list(every.values())
-
-
 def overview_of(app: Declarations, settings: Settings, broker: str, guarantee: str) -> Overview:
     """Make an app's overview.
 
@@ -95,5 +83,5 @@ def overview_of(app: Declarations, settings: Settings, broker: str, guarantee: s
         broker: Absolute address of the log, without secrets.
         guarantee: Processing guarantee in force.
     """
-    topics = tuple(topic.name for topic in topics_of(app))
-    return Overview(app.id, package_version(), broker, guarantee, settings.data_dir, agents_of(app), topics)
+    topics = tuple(app.every_topic())
+    return Overview(app.id, package_version(), broker, guarantee, settings.data_dir, agent_lines(app), topics)

@@ -14,7 +14,6 @@ from streamflow.clock import VirtualClock
 from streamflow.log.connect import connect
 from streamflow.processing.stream import Event
 from streamflow.runtime.client import Client
-from streamflow.runtime.internal_topics import topics_of
 from streamflow.runtime.observer import Observer
 from streamflow.runtime.worker import Worker
 from streamflow.sensors import Sensors
@@ -153,4 +152,4 @@ class Machine:
 
 
 def topic_names(app: sf.App) -> list[str]:
-    return sorted(topics_of(app))
+    return sorted(app.every_topic())

@@ -58,6 +58,25 @@ async def double(stream: sf.Stream[int]) -> AsyncIterator[int]:
         yield number * 2
 """
 
+CHAIN = """
+middle = app.topic(ID + "-middle", key_type=str, value_type=int)
+grouped = app.topic(ID + "-grouped", key_type=str, value_type=int)
+
+@app.agent(numbers, sink=middle)
+async def first(stream: sf.Stream[int]) -> AsyncIterator[int]:
+    async for number in stream:
+        yield number + 1
+
+@app.agent(middle, sink=results)
+async def second(stream: sf.Stream[int]) -> AsyncIterator[int]:
+    async for number in stream:
+        yield number * 2
+
+def last_digit(number: int) -> str:
+    return "d" + str(number % 10)
+"""
+"""Two agents one after the other, and what a step by last digit needs."""
+
 Key = bytes | None
 Row = tuple[Key, int]
 """A record's key, and its value where that is a number."""

@@ -13,34 +13,21 @@ from typing import Any
 import pytest
 
 from tests.kafka.broker import Broker
-from tests.system.harness import DOUBLE, STOPPED, System, Worker, per_key, without_repeats
+from tests.system.harness import CHAIN, DOUBLE, STOPPED, System, Worker, per_key, without_repeats
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 KILLS = 5
 PER_S = 2000
-CHAIN = """
-middle = app.topic(ID + "-middle", key_type=str, value_type=int)
-grouped = app.topic(ID + "-grouped", key_type=str, value_type=int)
-
-@app.agent(numbers, sink=middle)
-async def first(stream: sf.Stream[int]) -> AsyncIterator[int]:
-    async for number in stream:
-        yield number + 1
-
-@app.agent(middle, sink=results)
-async def second(stream: sf.Stream[int]) -> AsyncIterator[int]:
-    async for number in stream:
-        yield number * 2
-
-def last_digit(number: int) -> str:
-    return "d" + str(number % 10)
-
+GROUPED_CHAIN = (
+    CHAIN
+    + """
 @app.agent(numbers.group_by(last_digit, name="by-digit", key_type=str), sink=grouped)
 async def third(stream: sf.Stream[int]) -> AsyncIterator[int]:
     async for number in stream:
         yield number
 """
+)
 
 
 @dataclass
@@ -85,7 +72,7 @@ async def test_nothing_is_lost_repeated_or_reordered_on_sqlite(sqlite: System) -
 
 
 async def test_chains_and_repartitioning_are_exact_on_sqlite(sqlite: System) -> None:
-    sqlite.write_app(CHAIN)
+    sqlite.write_app(GROUPED_CHAIN)
     await sqlite.create("numbers")
     crashes = await killed_under_load(sqlite, "results", "grouped")
     taken, made = await sqlite.read("numbers"), await sqlite.read("results")
@@ -149,7 +136,7 @@ async def test_every_form_of_agent_is_exact_on_sqlite(variant: str, sqlite: Syst
 
 @pytest.mark.kafka
 async def test_nothing_is_lost_and_order_is_kept_on_kafka(kafka: System) -> None:
-    kafka.write_app(CHAIN)
+    kafka.write_app(GROUPED_CHAIN)
     await kafka.create("numbers")
     crashes = await killed_under_load(kafka, "results", "grouped", sources=("numbers", "middle"))
     taken = per_key(await kafka.rows("numbers"))
@@ -168,7 +155,7 @@ async def test_nothing_is_lost_and_order_is_kept_on_kafka(kafka: System) -> None
 
 @pytest.mark.kafka
 async def test_without_a_crash_nothing_is_repeated_on_kafka(kafka: System) -> None:
-    kafka.write_app(CHAIN)
+    kafka.write_app(GROUPED_CHAIN)
     await kafka.create("numbers")
     async with kafka.load("numbers", per_s=PER_S) as sent:
         for _ in range(3):

@@ -2,28 +2,15 @@
 
 import pytest
 
-from tests.system.harness import STOPPED, System, numbered
+from tests.system.harness import CHAIN, STOPPED, System, numbered
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 COUNT = 5_000
-APP = """
-middle = app.topic(ID + "-middle", key_type=str, value_type=int)
-grouped = app.topic(ID + "-grouped", key_type=str, value_type=int)
+APP = (
+    CHAIN
+    + """
 units = app.topic(ID + "-units", key_type=str, value_type=int)
-
-@app.agent(numbers, sink=middle)
-async def first(stream: sf.Stream[int]) -> AsyncIterator[int]:
-    async for number in stream:
-        yield number + 1
-
-@app.agent(middle, sink=results)
-async def second(stream: sf.Stream[int]) -> AsyncIterator[int]:
-    async for number in stream:
-        yield number * 2
-
-def last_digit(number: int) -> str:
-    return "d" + str(number % 10)
 
 @app.agent(middle.group_by(last_digit, name="by-digit", key_type=str), sink=grouped)
 async def third(stream: sf.Stream[int]) -> AsyncIterator[int]:
@@ -35,6 +22,7 @@ async def sums(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
     async for unit in stream.take(7):
         yield sf.Out(sum(unit), key="all")
 """
+)
 
 
 async def check(system: System, count: int, *, left_in_units: int = 0) -> None:

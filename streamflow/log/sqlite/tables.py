@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from streamflow.log import codec
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
-
-_TOPIC_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+from streamflow.model.topic_name import TOPIC_NAME_RULE, is_topic_name
 
 
 def check_topic_name(name: str) -> None:
@@ -23,10 +21,8 @@ def check_topic_name(name: str) -> None:
     Raises:
         ConfigurationError: It is no topic name.
     """
-    if not _TOPIC_NAME.fullmatch(name) or name in {".", ".."}:
-        raise ConfigurationError(
-            f"topic {name!r}: a name has 1 to 249 characters out of a-z, A-Z, 0-9, '.', '_' and '-'"
-        )
+    if not is_topic_name(name):
+        raise ConfigurationError(f"topic {name!r}: a name has {TOPIC_NAME_RULE}")
 
 
 @dataclass(slots=True)
