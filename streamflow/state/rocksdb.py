@@ -156,7 +156,7 @@ class RocksStore(Store):
             self._gets[name] = self._bind(_PREFIX + name).get
 
     def _fit(self, stored: Identity, present: set[str]) -> None:
-        """Drop tables that are declared no more and add new ones; what a crash leaves half done, the next open finishes.
+        """Drop tables that are declared no more, add new ones; what a crash leaves half done, the next open finishes.
 
         A column family that the stored identity does not name is nobody's, whoever made it.
         """

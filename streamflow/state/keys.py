@@ -1,0 +1,239 @@
+"""Keys in a store: bytes whose order is the order of the keys, so that ranges and prefixes are ranges of bytes.
+
+The log's bytes of a key (its serializer's) decide its partition and cannot be ordered for every type, so a store has an
+encoding of its own. Where both are the same, one encoding serves for both (`same_as_serialized`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from streamflow.errors import ProductionError, RecordError, StateCorruptedError
+from streamflow.model.schema import type_name
+from streamflow.model.serde import BoundCodec, excerpt
+from streamflow.state.key_parts import KeyPart, TuplePart, VarTuplePart, key_part
+
+ByteRange = tuple[bytes, bytes | None]
+"""Start inclusive, stop exclusive; None is the end of the table."""
+
+
+class KeyOrder(ABC):
+    """The store's encoding of one table's keys.
+
+    Args:
+        codec: The keys as the changelog has them.
+        table: The table's name, for messages.
+
+    Attributes:
+        name: What it is called in a store's identity: another name means that stored keys cannot be read.
+        same_as_serialized: Whether `encode` gives exactly what the key serializer gives.
+    """
+
+    name: str
+    same_as_serialized = False
+
+    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
+        self._codec = codec
+        self._table = table
+
+    def __repr__(self) -> str:
+        return f"<order {self.name} of the keys of table {self._table!r}>"
+
+    @abstractmethod
+    def encode(self, key: Any) -> bytes:
+        """Write a key.
+
+        Raises:
+            ProductionError: It is not of the declared type or has no place in the order.
+        """
+
+    @abstractmethod
+    def decode(self, data: bytes) -> Any:
+        """Read what `encode` made.
+
+        Raises:
+            StateCorruptedError: The bytes are something else.
+        """
+
+    def prefix(self, key_prefix: Any) -> ByteRange:
+        """The range of all keys that begin with a prefix: a `str`, `bytes`, or the first elements of a tuple.
+
+        Raises:
+            ProductionError: The prefix is not of the key's type, or keys of this type have no prefixes.
+        """
+        raise ProductionError(
+            f"table {self._table!r}: keys of type {type_name(self._codec.type)} have no prefixes; "
+            "str, bytes and tuple keys have"
+        )
+
+    def range(self, start: Any = None, stop: Any = None) -> ByteRange:
+        """The range of all keys from `start`, inclusive, to `stop`, exclusive; None means the end on that side.
+
+        Raises:
+            ProductionError: One of them is not of the key's type.
+        """
+        return b"" if start is None else self._bound(start), None if stop is None else self._bound(stop)
+
+    def _bound(self, key: Any) -> bytes:
+        return self.encode(key)
+
+    def _refused(self, key: Any, exc: Exception) -> ProductionError:
+        try:
+            shown = repr(key)
+        except Exception:
+            shown = "?"  # the user's __repr__ must not hide what went wrong
+        return ProductionError(
+            f"table {self._table!r} takes keys of type {type_name(self._codec.type)}, not {type_name(type(key))} "
+            f"{shown if len(shown) <= 60 else shown[:57] + '...'}: {exc}"
+        )
+
+    def _damaged(self, data: bytes, exc: Exception) -> StateCorruptedError:
+        return StateCorruptedError(
+            f"table {self._table!r}: a stored key does not decode as {type_name(self._codec.type)} ({exc}); "
+            f"{excerpt(data)}"
+        )
+
+
+class StrOrder(KeyOrder):
+    """UTF-8, in the order of code points."""
+
+    name = "str"
+
+    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
+        super().__init__(codec, table)
+        self.same_as_serialized = codec.serializer == "str"
+
+    def encode(self, key: Any) -> bytes:
+        try:
+            return str.encode(key)
+        except (TypeError, ValueError) as exc:
+            raise self._refused(key, exc) from exc
+
+    def decode(self, data: bytes) -> Any:
+        try:
+            return data.decode()
+        except ValueError as exc:
+            raise self._damaged(data, exc) from exc
+
+    def prefix(self, key_prefix: Any) -> ByteRange:
+        start = self.encode(key_prefix)
+        return start, after_prefix(start)
+
+
+class BytesOrder(KeyOrder):
+    """The bytes themselves."""
+
+    name = "bytes"
+
+    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
+        super().__init__(codec, table)
+        self.same_as_serialized = codec.serializer == "raw"
+
+    def encode(self, key: Any) -> bytes:
+        if not isinstance(key, bytes | bytearray | memoryview):
+            raise self._refused(key, TypeError("it is no bytes"))
+        return bytes(key)
+
+    def decode(self, data: bytes) -> Any:
+        return data
+
+    def prefix(self, key_prefix: Any) -> ByteRange:
+        start = self.encode(key_prefix)
+        return start, after_prefix(start)
+
+
+class PartOrder(KeyOrder):
+    """Numbers, times, ids, enumerations, optional ones and tuples of all of them: as `state/key_parts.py` says.
+
+    A `float` key counts 0.0 and -0.0 as one; a `datetime` with a zone reads back in UTC; both are equal to what was
+    written.
+    """
+
+    def __init__(self, codec: BoundCodec[Any], table: str, part: KeyPart) -> None:
+        super().__init__(codec, table)
+        self.name = part.name
+        self._part = part
+
+    def encode(self, key: Any) -> bytes:
+        out = bytearray()
+        try:
+            self._part.write(key, out)
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise self._refused(key, exc) from exc
+        return bytes(out)
+
+    def decode(self, data: bytes) -> Any:
+        try:
+            value, end = self._part.read(data, 0)
+        except Exception as exc:
+            raise self._damaged(data, exc) from exc
+        if end != len(data):
+            raise self._damaged(data, ValueError(f"it ends after {end} bytes"))
+        return value
+
+    def prefix(self, key_prefix: Any) -> ByteRange:
+        if not isinstance(self._part, TuplePart | VarTuplePart):
+            return super().prefix(key_prefix)
+        start = self._bound(key_prefix)
+        return start, after_prefix(start)
+
+    def _bound(self, key: Any) -> bytes:
+        """A tuple with fewer elements comes before all that begin with it, as in Python."""
+        if not isinstance(self._part, TuplePart | VarTuplePart):
+            return self.encode(key)
+        out = bytearray()
+        try:
+            self._part.write_first(key, out)
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise self._refused(key, exc) from exc
+        return bytes(out)
+
+
+class SerializedOrder(KeyOrder):
+    """Keys of any other type: what the key serializer writes, in the order of those bytes, whatever that means.
+
+    For structs, dictionaries and unions that is deterministic JSON: iteration has a fixed order, and a range means what
+    the JSON's bytes say.
+    """
+
+    same_as_serialized = True
+
+    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
+        super().__init__(codec, table)
+        self.name = f"serialized({codec.serializer})"
+
+    def encode(self, key: Any) -> bytes:
+        data = self._codec.encode(key)
+        if data is None:
+            raise self._refused(key, TypeError("null is no key"))
+        return data
+
+    def decode(self, data: bytes) -> Any:
+        try:
+            return self._codec.decode(data)
+        except RecordError as exc:
+            raise self._damaged(data, exc) from exc
+
+
+def key_order(codec: BoundCodec[Any], *, table: str) -> KeyOrder:
+    """The order of a table's keys, by their type.
+
+    Args:
+        codec: The table's keys, bound to its changelog.
+        table: The table's name, for messages.
+    """
+    part = key_part(codec.type)
+    if part is None:
+        return SerializedOrder(codec, table)
+    if part.name == "str":
+        return StrOrder(codec, table)
+    if part.name == "bytes":
+        return BytesOrder(codec, table)
+    return PartOrder(codec, table, part)
+
+
+def after_prefix(prefix: bytes) -> bytes | None:
+    """The first bytes after all that begin with a prefix; None when nothing comes after them."""
+    kept = prefix.rstrip(b"\xff")
+    return kept[:-1] + bytes([kept[-1] + 1]) if kept else None
