@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.system.harness import STOPPED, System, per_key, until, without_repeats
+from tests.system.harness import DOUBLE, STOPPED, System, numbered, per_key, until, without_repeats
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -267,3 +267,40 @@ async def test_workers_that_start_all_at_once_on_a_new_log(system: System) -> No
     await system.has_committed("numbers", sent.total())
     assert await again.stops() == STOPPED
     await check(system, exactly=True)
+
+
+NEWER = (
+    DOUBLE
+    + """
+extra = app.topic(ID + "-extra", key_type=str, value_type=int)
+both = app.topic(ID + "-both", key_type=str, value_type=int)
+
+@app.agent(extra, sink=both)
+async def more(number: int) -> int:
+    return number + 1
+"""
+)
+
+
+@pytest.mark.kafka
+async def test_a_topic_that_only_the_newer_version_reads_is_told_while_the_older_one_leads(kafka: System) -> None:
+    kafka.write_app()
+    older = await kafka.started()
+    await older.owns(kafka.topic("numbers"), PARTITIONS)
+    await kafka.create("extra", partitions=PARTITIONS)
+    await kafka.write("extra", numbered(20))
+    kafka.write_app(NEWER)
+    newer = await kafka.started()
+    await newer.says(f"WARNING .*nobody processes {kafka.topic('extra')}: the worker that leads the group")
+    assert "nobody processes" not in older.said
+    assert await kafka.count("both") == 0
+
+    assert await older.stops() == STOPPED
+    await newer.says(f"{kafka.topic('extra')} is processed now")
+    await kafka.has("both", 20)
+    third = await kafka.started()
+    await third.says("assigned: ")
+    assert await third.stops() == STOPPED
+    assert await newer.stops() == STOPPED
+    assert newer.said.count("nobody processes") == 1
+    assert "nobody processes" not in third.said

@@ -71,6 +71,24 @@ def assign(
     }
 
 
+def unread_topics(
+    claims: Sequence[Claim], counts: Mapping[str, int], given: Mapping[str, frozenset[TopicPartition]]
+) -> frozenset[str]:
+    """Topics that some members subscribe to, and of which nobody has a partition: the leader does not know them.
+
+    That happens while two versions of an app run. Only the leader can see it, so it tells the others.
+
+    Args:
+        claims: What every member said.
+        counts: Partitions per topic.
+        given: What is handed out.
+    """
+    held = {tp.topic for claim in claims for tp in claim.owned}
+    held |= {tp.topic for partitions in given.values() for tp in partitions}
+    subscribed = {topic for claim in claims for topic in claim.topics if counts.get(topic)}
+    return frozenset(subscribed - held)
+
+
 def _member(claim: Claim, claims: Sequence[Claim]) -> Member:
     """A member whose claims others do not overrule: of two claims to a partition the younger counts (KIP-792)."""
     overruled = {

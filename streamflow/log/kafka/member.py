@@ -18,7 +18,7 @@ from streamflow.error_groups import main_error
 from streamflow.errors import FatalError, RetriableError, StreamFlowError
 from streamflow.log.api import Assigned, Assignor, GroupEvent, GroupSettings, GroupStatistics, Lost, Membership, Revoked
 from streamflow.log.kafka import codes, wire
-from streamflow.log.kafka.assignment import assign, flat, nested, read_claim, write_claim
+from streamflow.log.kafka.assignment import assign, flat, nested, read_claim, unread_topics, write_claim
 from streamflow.log.kafka.client import Client, backoff_s
 from streamflow.model.record import TopicPartition
 
@@ -99,6 +99,7 @@ class GroupMember:
         self._assigned: Partitions = frozenset()
         self._revoking: dict[TopicPartition, float] = {}
         self._counts: dict[str, int] = {}
+        self._unread: frozenset[str] = frozenset()
         self._is_leader = False
         self._coordinator: int | None = None
         self._rejoin = False
@@ -186,7 +187,22 @@ class GroupMember:
             self._on_error(synced.error_code, "sync with")
             return None
         self._generation = joined.generation
-        return flat(wire.decode_assignment(synced.assignment))
+        assigned, unread = wire.decode_assignment(synced.assignment)
+        self._tell_unread(self._topics.intersection(unread))
+        return flat(assigned)
+
+    def _tell_unread(self, topics: frozenset[str]) -> None:
+        if topics - self._unread:
+            logger.warning(
+                "group %s: nobody processes %s: the worker that leads the group runs another version of the app, which "
+                "does not read %s as this one does. Their records wait until the workers of that version are gone",
+                self._group_id,
+                ", ".join(sorted(topics)),
+                "it" if len(topics) == 1 else "them",
+            )
+        elif self._unread and not topics:
+            logger.info("group %s: %s is processed now", self._group_id, ", ".join(sorted(self._unread)))
+        self._unread = topics
 
     async def _lead(self, joined: Any) -> list[tuple[str, bytes]]:
         claims = [read_claim(member_id, metadata) for member_id, _instance, metadata in joined.members]
@@ -197,7 +213,11 @@ class GroupMember:
             raise
         except Exception as exc:
             raise FatalError(f"the assignor of group {self._group_id} failed: {exc!r}") from exc
-        return [(member_id, wire.encode_assignment(nested(partitions))) for member_id, partitions in assigned.items()]
+        unread = sorted(unread_topics(claims, self._counts, assigned))
+        return [
+            (member_id, wire.encode_assignment(nested(partitions), unread))
+            for member_id, partitions in assigned.items()
+        ]
 
     async def _partition_counts(self, topics: frozenset[str]) -> dict[str, int]:
         try:

@@ -557,16 +557,17 @@ def decode_subscription(data: bytes) -> tuple[list[str], list[tuple[str, list[in
     return topics, owned, generation
 
 
-def encode_assignment(assigned: Mapping[str, Sequence[int]]) -> bytes:
-    """What the leader gives a member."""
-    encoded: bytes = _ASSIGNMENT.encode([0, list(assigned.items()), b""])
+def encode_assignment(assigned: Mapping[str, Sequence[int]], unread: Sequence[str] = ()) -> bytes:
+    """What the leader gives a member; in the user data the topics that nobody reads, a name a line."""
+    encoded: bytes = _ASSIGNMENT.encode([0, list(assigned.items()), "\n".join(unread).encode()])
     return encoded
 
 
-def decode_assignment(data: bytes) -> list[tuple[str, list[int]]]:
-    """Partitions per topic; a member without any may get no bytes at all."""
+def decode_assignment(data: bytes) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """Partitions per topic, and the topics that nobody reads; a member without any may get no bytes at all."""
     decoded: Any = _ASSIGNMENT.decode(BytesIO(data)) if data else (0, [], b"")
-    return decoded[1]  # type: ignore[no-any-return]  # the schema says so
+    _version, assigned, user_data = decoded
+    return assigned, (user_data or b"").decode().split()
 
 
 # --- administration ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 
 from streamflow.errors import InternalError
 from streamflow.log.kafka import wire
-from streamflow.log.kafka.assignment import Claim, assign, flat, nested, read_claim, write_claim
+from streamflow.log.kafka.assignment import Claim, assign, flat, nested, read_claim, unread_topics, write_claim
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import spread
 
@@ -43,6 +43,16 @@ def test_a_wrong_assignor_is_noticed(target):
         assign(lambda members, counts: target, claims, {"t": 1})
 
 
+def test_topics_that_the_leader_does_not_know_are_told():
+    both = [Claim("new", frozenset({"t", "n", "gone"}), tps(), -1), Claim("old", T, tps(0), 4)]
+    counts = {"t": 1, "n": 2}
+    known_to_the_leader = {"new": tps(), "old": tps(0)}
+    assert unread_topics(both, counts, known_to_the_leader) == {"n"}
+    assert unread_topics(both, counts, {"new": flat([("n", [0, 1])]), "old": tps(0)}) == frozenset()
+    # What moves belongs to nobody for a round, and is still in somebody's hands.
+    assert unread_topics(both, counts, {"new": flat([("n", [0, 1])]), "old": tps()}) == frozenset()
+
+
 @hypothesis.given(
     owned=st.dictionaries(st.sampled_from("abcde"), st.frozensets(st.integers(0, 9)), min_size=1),
     count=st.integers(0, 10),
@@ -67,8 +77,10 @@ partitions = st.frozensets(
 @hypothesis.given(topics=st.frozensets(st.text(max_size=10)), owned=partitions, generation=st.integers(-1, 2**31 - 1))
 def test_claims_and_assignments_come_back_as_they_went(topics, owned, generation):
     assert read_claim("a", write_claim(topics, owned, generation)) == Claim("a", topics, owned, generation)
-    assert flat(wire.decode_assignment(wire.encode_assignment(nested(owned)))) == owned
+    assigned, unread = wire.decode_assignment(wire.encode_assignment(nested(owned), ["new", "newer"]))
+    assert (flat(assigned), unread) == (owned, ["new", "newer"])
+    assert wire.decode_assignment(wire.encode_assignment({})) == ([], [])
 
 
 def test_a_member_may_get_no_bytes_at_all():
-    assert wire.decode_assignment(b"") == []
+    assert wire.decode_assignment(b"") == ([], [])
