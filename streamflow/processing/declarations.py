@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 from streamflow.errors import ConfigurationError, TopologyError
+from streamflow.keywords import known_keywords
 from streamflow.model.serde import Serializer
 from streamflow.processing.agent import (
     Agent,
@@ -155,6 +156,7 @@ class Declarations:
         value_serializer: str | Serializer | None = None,
         **options: Unpack[TopicOptions],
     ) -> Topic[Any, Any]: ...
+    @known_keywords("app.topic(...)")
     def topic(
         self,
         name: str,
@@ -270,6 +272,7 @@ class Declarations:
     def agent(self, source: Callable[[V], Awaitable[R]], /) -> Agent[Any, V, R]: ...
     @overload
     def agent(self, source: Callable[[V], R], /) -> Agent[Any, V, R]: ...
+    @known_keywords("@app.agent(...)")
     def agent(
         self,
         source: Any = None,
@@ -330,6 +333,7 @@ class Declarations:
 
     # --- timers, crontabs, tasks -------------------------------------------------------------------------------
 
+    @known_keywords("@app.timer(...)")
     def timer(self, interval_s: float, *, on_leader: bool = False, name: str | None = None) -> Callable[[A], A]:
         """Run a function (sync or async, without arguments) every so often while the worker runs.
 
@@ -352,6 +356,7 @@ class Declarations:
 
         return declare
 
+    @known_keywords("@app.crontab(...)")
     def crontab(
         self, expression: str, *, timezone: str = "UTC", on_leader: bool = False, name: str | None = None
     ) -> Callable[[A], A]:
@@ -379,6 +384,7 @@ class Declarations:
     def task(self, fn: A, /) -> A: ...
     @overload
     def task(self, fn: None = None, /, *, on_leader: bool = False, name: str | None = None) -> Callable[[A], A]: ...
+    @known_keywords("@app.task(...)")
     def task(self, fn: Any = None, /, *, on_leader: bool = False, name: str | None = None) -> Any:
         """Run a function (sync or async, without arguments) once, from the worker's start, beside the agents.
 

@@ -11,19 +11,23 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeAlias
 
 from streamflow.errors import ConfigurationError
+from streamflow.keywords import known_keywords
 from streamflow.processing.topic import Topic, is_number, is_whole
 
 
+@known_keywords("sf.Stop(...)")
 @dataclass(frozen=True, slots=True)
 class Stop:
     """Stop the worker with exit code 1; nothing is committed past the record, so it comes again after a restart."""
 
 
+@known_keywords("sf.Skip(...)")
 @dataclass(frozen=True, slots=True)
 class Skip:
     """Log and count the record, and go on behind it."""
 
 
+@known_keywords("sf.DeadLetter(...)")
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """Copy the raw record to a topic, with its cause in the headers, in the same commit, and go on behind it.
@@ -42,6 +46,7 @@ class DeadLetter:
             )
 
 
+@known_keywords("sf.Retry(...)")
 @dataclass(frozen=True, slots=True)
 class Retry:
     """Try the record again, holding its partition (order is kept; other partitions go on).

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from streamflow.errors import ConfigurationError
+from streamflow.keywords import known_keywords
 
 TokenFunction: TypeAlias = Callable[[], Awaitable[str]]
 
@@ -19,6 +20,7 @@ _DEFAULT_PORT: Final = 9092
 _NOT_IN_ENVIRONMENT: Final = ("servers", "ssl_context", "sasl_token")
 
 
+@known_keywords("sf.Kafka(...)")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kafka:
     """Options of a Kafka cluster. Secrets never show in `repr`, logs or errors.
