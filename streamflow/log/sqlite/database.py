@@ -184,6 +184,7 @@ class FileDatabase(Database):
             # Looked at before anything is changed: somebody else's file stays as it is.
             # In one snapshot: another process may be making the tables.
             if not session.read(self._is_current):
+                session.direct(_let_shrink)
                 session.direct(self._use_write_ahead_log)
                 session.write(self._create)
             session.direct(self._use_write_ahead_log)
@@ -207,7 +208,7 @@ class FileDatabase(Database):
 
     def _create(self, sql: sqlite3.Connection) -> None:
         if not self._is_current(sql):  # another process may have been first
-            schema.create(sql)
+            schema.create(sql, self.clock.now_ms())
 
     def _use_write_ahead_log(self, sql: sqlite3.Connection) -> None:
         (mode,) = sql.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -225,9 +226,9 @@ class Memory:
         maintainer: The one of them that maintains it.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, now_ms: int) -> None:
         self.session = _connect(":memory:", f"memory://{name}", BUSY_TIMEOUT_S, threading.RLock())
-        self.session.write(schema.create)
+        self.session.write(lambda sql: schema.create(sql, now_ms))
         self.users: list[MemoryDatabase] = []
         self.ids = itertools.count(1)
         self.maintainer: MemoryDatabase | None = None
@@ -255,7 +256,7 @@ class MemoryDatabase(Database):
         with _memories_lock:
             memory = _memories.get(self._key)
             if memory is None:
-                memory = _memories[self._key] = Memory(self._key)
+                memory = _memories[self._key] = Memory(self._key, self.clock.now_ms())
             memory.users.append(self)
         self.memory = memory
         self.writer = self.reader = InlineRunner(memory.session)
@@ -303,6 +304,11 @@ def _connect(
         return sqlite3.connect(target, timeout=0, isolation_level=None, check_same_thread=False, cached_statements=256)
 
     return Session.opened_by(connect, name, busy_timeout_s=busy_timeout_s, lock=lock, check=check)
+
+
+def _let_shrink(sql: sqlite3.Connection) -> None:
+    # Of effect before the first write to a new file only; an older file gets it with its next VACUUM.
+    sql.execute("PRAGMA auto_vacuum = INCREMENTAL")
 
 
 def _configure(sql: sqlite3.Connection, *, durable: bool) -> None:

@@ -133,7 +133,11 @@ class SqliteLog(Log):
     async def transactional_producer(self, transactional_id: str) -> AsyncGenerator[TransactionalProducer]:
         producer = SqliteTransactionalProducer(self._database, transactional_id)
         await producer.begin()
-        yield producer
+        async with TaskOwner("log transactional id", producer.renew()):
+            try:
+                yield producer
+            finally:
+                await producer.end()
 
     def group(
         self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings

@@ -2,7 +2,7 @@
 
 One process does it, the one that holds the lease (a lock on a file beside the log, which the operating system takes
 back when the process ends). It works in small transactions on a connection of its own and rests as long as it works.
-Space that is freed is used again by later batches; the file itself does not shrink.
+Space that is freed is used again by later batches; what is more than they will soon need is given back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import anyio
 
 from streamflow.errors import RetriableError, StreamFlowError
+from streamflow.log.sqlite import transactional_ids
 from streamflow.log.sqlite.admin import purge_below, remove_deleted
 from streamflow.log.sqlite.compaction import MOST_KEYS, Compactor, MovedError, Policy, Rewritten
 from streamflow.log.sqlite.database import Database
@@ -26,6 +27,12 @@ from streamflow.model.record import TopicPartition
 
 INTERVAL_S = 30.0
 BATCHES_AT_ONCE = 64
+GIVE_BACK_PAGES = 256
+"""Of the file, given back in one transaction: about 1 MiB."""
+KEPT_FREE_PAGES = 4096
+"""Free space that stays in the file for the next batches, or a quarter of the file where that is more: about 16 MiB."""
+_PAGE_BYTES = 4096
+_INCREMENTAL = 2
 LOOK_SHARE = 20
 """A partition rests this many times as long as the look at it (or its compaction) took."""
 
@@ -82,6 +89,8 @@ class Maintenance:
     async def _round(self) -> None:
         while await self._step(remove_deleted):
             pass
+        now_ms = self._database.clock.now_ms()
+        await self._lane.write(lambda sql: transactional_ids.expire(sql, now_ms))
         for place in await self._lane.read(_places):
             policies = place.config.get("cleanup.policy", "delete")
             if "delete" in policies:
@@ -92,12 +101,14 @@ class Maintenance:
                     await self._compact(place)
                 except MovedError as error:
                     logger.debug("%s", error)
+        while await self._step(_give_back, adds_bytes=2 * GIVE_BACK_PAGES * _PAGE_BYTES):
+            pass
         with suppress(RetriableError):  # somebody writes: then that one does it before long
             await self._lane.checkpoint()
 
-    async def _step(self, work: Work[bool]) -> bool:
+    async def _step(self, work: Work[bool], adds_bytes: int = 0) -> bool:
         started = time.monotonic()
-        more = await self._lane.write(work)
+        more = await self._lane.write(work, adds_bytes=adds_bytes)
         await self._rest(started)
         return more
 
@@ -168,6 +179,20 @@ class Maintenance:
     async def _replace(self, compactor: Compactor, rewritten: Rewritten) -> None:
         if rewritten.old:
             await self._lane.write(lambda sql: compactor.replace(sql, rewritten), adds_bytes=rewritten.clean_bytes)
+
+
+def _give_back(sql: sqlite3.Connection) -> bool:
+    """Move the last pages to free places and cut the file; returns whether there is more to give back.
+
+    A file made by format 1 has no map of its pages, and stays as large as it is until somebody runs VACUUM.
+    """
+    free, pages = (sql.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count"))
+    excess = int(free) - max(KEPT_FREE_PAGES, int(pages) // 4)
+    if excess <= 0 or sql.execute("PRAGMA auto_vacuum").fetchone() != (_INCREMENTAL,):
+        return False
+    for _ in range(min(excess, GIVE_BACK_PAGES)):
+        sql.execute("PRAGMA incremental_vacuum(1)")  # Python takes one step of it, whatever number stands there
+    return excess > GIVE_BACK_PAGES
 
 
 def _places(sql: sqlite3.Connection) -> list[Place]:

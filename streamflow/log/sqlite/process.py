@@ -37,6 +37,18 @@ def is_gone(process: str) -> bool:
     return now is None or now != started
 
 
+def is_alive(process: str) -> bool:
+    """Whether the process of that identity certainly runs.
+
+    Args:
+        process: An `identity`; an empty one is nobody's.
+    """
+    if not process or not _namespace():
+        return False
+    namespace, pid, started = process.split(" ")
+    return namespace == _namespace() and started == _started(int(pid))
+
+
 def _started(pid: int) -> str | None:
     """When a process started, in the kernel's clock ticks; None when there is no such process, or it is a zombie."""
     try:

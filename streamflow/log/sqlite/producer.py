@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -14,14 +15,13 @@ from streamflow.errors import (
     ClosedError,
     InternalError,
     LogUnavailableError,
-    ProducerFencedError,
     RetriableError,
     StreamFlowError,
     TaskMigratedError,
 )
 from streamflow.log.api import AtomicCommit, Producer, TransactionalProducer
 from streamflow.log.batch import SealedBatch
-from streamflow.log.sqlite import tables
+from streamflow.log.sqlite import tables, transactional_ids
 from streamflow.log.sqlite.database import Database
 from streamflow.log.sqlite.membership import check_membership
 from streamflow.model.record import TopicPartition
@@ -31,6 +31,7 @@ TRANSACTION_BYTES = 4 * 1024 * 1024
 """Of what waits, this much goes into one transaction: about 20 ms under the write lock."""
 FLUSH_ON_EXIT_S = 5.0
 _RETRY_S = 0.05
+_RELEASE_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -233,20 +234,28 @@ class SqliteTransactionalProducer(TransactionalProducer):
 
     async def begin(self) -> None:
         """Take the id over."""
+        self._epoch = await self._database.writer.write(
+            lambda sql: transactional_ids.take_over(sql, self._id, self._database.clock.now_ms())
+        )
 
-        def work(sql: sqlite3.Connection) -> int:
-            (epoch,) = sql.execute(
-                "INSERT INTO transactional_ids (id, epoch) VALUES (?, 0) "
-                "ON CONFLICT (id) DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
-                (self._id,),
-            ).fetchone()
-            return int(epoch)
+    async def renew(self) -> None:
+        """Keep the id from expiring, for ever."""
+        while True:
+            await self._database.waits.sleep(transactional_ids.RENEW_S)
+            with suppress(StreamFlowError):  # a commit says what is wrong; the next hour will do
+                await self._touch(transactional_ids.renew)
 
-        self._epoch = await self._database.writer.write(work)
+    async def end(self) -> None:
+        """Let the id expire, if the log answers within a second; else it does when the process has ended."""
+        with anyio.move_on_after(_RELEASE_S), suppress(StreamFlowError):
+            await self._touch(transactional_ids.release)
+
+    async def _touch(self, touch: Callable[[sqlite3.Connection, str, int, int], None]) -> None:
+        await self._database.writer.write(lambda sql: touch(sql, self._id, self._epoch, self._database.clock.now_ms()))
 
     async def commit(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
         def work(sql: sqlite3.Connection) -> dict[TopicPartition, int]:
-            self._check_epoch(sql)
+            transactional_ids.check(sql, self._id, self._epoch)
             if commit.membership is not None:
                 check_membership(sql, commit.membership, commit.offsets)
             elif commit.offsets:
@@ -263,11 +272,3 @@ class SqliteTransactionalProducer(TransactionalProducer):
         ends = await self._database.writer.write(work, adds_bytes=sum(batch.size_bytes for _, batch in commit.outputs))
         self._database.wrote()
         return ends
-
-    def _check_epoch(self, sql: sqlite3.Connection) -> None:
-        row = sql.execute("SELECT epoch FROM transactional_ids WHERE id = ?", (self._id,)).fetchone()
-        if row is None or row[0] != self._epoch:
-            raise ProducerFencedError(
-                f"transactional id {self._id!r} was taken over by a later producer (epoch {row[0] if row else None}, "
-                f"ours {self._epoch}): another worker has this one's slot; nothing was stored"
-            )

@@ -12,7 +12,8 @@ import sqlite3
 from streamflow.errors import ConfigurationError
 
 APPLICATION_ID = 0x53464C47  # "SFLG"
-VERSION = 1
+VERSION = 2
+"""2: transactional ids have a process and a time."""
 
 _STATEMENTS = (
     """CREATE TABLE topics (
@@ -82,13 +83,19 @@ _STATEMENTS = (
     ) WITHOUT ROWID""",
     """CREATE TABLE transactional_ids (
         id TEXT PRIMARY KEY,
-        epoch INTEGER NOT NULL
+        epoch INTEGER NOT NULL,
+        process TEXT NOT NULL DEFAULT '',
+        used_ms INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID""",
+)
+_FROM_1 = (
+    "ALTER TABLE transactional_ids ADD COLUMN process TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE transactional_ids ADD COLUMN used_ms INTEGER NOT NULL DEFAULT 0",
 )
 
 
 def is_current(sql: sqlite3.Connection, path: str) -> bool:
-    """Whether the tables are there; a file of another kind or a newer version is refused.
+    """Whether the tables are there as this code wants them; a file of another kind or a newer version is refused.
 
     Args:
         sql: A connection.
@@ -114,9 +121,16 @@ def is_current(sql: sqlite3.Connection, path: str) -> bool:
     return False
 
 
-def create(sql: sqlite3.Connection) -> None:
-    """Make the tables, inside the caller's transaction."""
-    for statement in _STATEMENTS:
+def create(sql: sqlite3.Connection, now_ms: int) -> None:
+    """Make the tables, or bring those of an older version up to date, inside the caller's transaction.
+
+    Args:
+        sql: A connection to a file that is not current.
+        now_ms: The time.
+    """
+    (version,) = sql.execute("PRAGMA user_version").fetchone()
+    for statement in _FROM_1 if version == 1 else _STATEMENTS:
         sql.execute(statement)
+    sql.execute("UPDATE transactional_ids SET used_ms = ?", (now_ms,))
     sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     sql.execute(f"PRAGMA user_version = {VERSION}")

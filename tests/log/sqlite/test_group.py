@@ -271,3 +271,5 @@ def test_this_process_is_alive_and_an_ended_one_is_gone():
         assert not process.is_gone(told)
     assert not process.is_gone(f"elsewhere {os.getpid()} 1")
     assert not process.is_gone("elsewhere 1 ?")
+    assert process.is_alive(process.identity())
+    assert not any(map(process.is_alive, ["", told, f"{namespace} {pid} {int(started) + 1}", "elsewhere 1 ?"]))

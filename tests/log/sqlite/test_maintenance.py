@@ -327,3 +327,46 @@ async def test_only_under_the_write_lock_is_the_write_ahead_log_copied(log, path
 async def test_a_configuration_that_means_nothing_is_refused(memory, config):
     with pytest.raises(ConfigurationError, match=next(iter(config))):
         await memory.admin.create([NewTopic("t", 1, config=config)])
+
+
+# --- the size of the file ---------------------------------------------------------------------------------------------
+
+
+async def test_a_retention_run_gives_room_back_to_the_disk_beside_a_writer(path):
+    clock = VirtualClock()
+    async with SqliteLog.at_path(path, clock=clock) as log:
+        await log.admin.create([NewTopic("t", 1, config={"retention.ms": "1000"}), NewTopic("u", 1)])
+        for _ in range(150):
+            await write(log, batch(bytes(500_000), timestamp_ms=clock.now_ms()))
+        await log._database.writer.checkpoint()
+        full = os.stat(path).st_size
+        assert full > 70_000_000
+        clock.advance(2)
+
+        async def write_on():
+            async with log.producer() as producer:
+                for number in range(50):
+                    await (await producer.enqueue(TopicPartition("u", 0), numbered([number])))
+
+        await asyncio.gather(log.maintain(), write_on())
+        await log.maintain()
+        assert os.stat(path).st_size < 20_000_000  # 16 MiB stay for the next batches
+        async with log.reader("r") as reader:
+            reader.add(TopicPartition("u", 0), 0)
+            assert len(await read_to(reader, TopicPartition("u", 0), 50)) == 50
+        sql = sqlite3.connect(path)
+        assert sql.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        sql.close()
+
+
+async def test_little_that_is_free_is_kept_for_the_next_batches(path):
+    clock = VirtualClock()
+    async with SqliteLog.at_path(path, clock=clock) as log:
+        await log.admin.create([NewTopic("t", 1, config={"retention.ms": "1000"})])
+        for _ in range(20):
+            await write(log, batch(bytes(500_000), timestamp_ms=clock.now_ms()))
+        await log._database.writer.checkpoint()
+        size = os.stat(path).st_size
+        clock.advance(2)
+        await log.maintain()
+        assert os.stat(path).st_size == size
