@@ -22,7 +22,7 @@ import anyio
 from streamflow.clock import Clock
 from streamflow.errors import ClosedError, StreamFlowError
 from streamflow.log.api import Producer
-from streamflow.log.batch import BatchBuilder
+from streamflow.log.batch import BatchBuilder, SealedBatch
 from streamflow.model.record import RecordMetadata, TopicPartition
 from streamflow.processing.context import Outgoing
 from streamflow.runtime.outputs import Destination, Encoded, Target, size_of
@@ -38,13 +38,20 @@ _RECORD_COST_BYTES = 200  # what a record on its way takes beside its own bytes:
 class _Batch:
     """Records for one partition that wait, and who waits for them."""
 
-    __slots__ = ("builder", "cost_bytes", "timestamps_ms", "waiters")
+    __slots__ = ("_sealed", "builder", "cost_bytes", "timestamps_ms", "waiters")
 
     def __init__(self, target: Target) -> None:
         self.builder = BatchBuilder(target.compression, target.batch_bytes)
         self.waiters: list[asyncio.Future[RecordMetadata] | None] = []
         self.timestamps_ms: list[int] = []
         self.cost_bytes = 0
+        self._sealed: SealedBatch | None = None
+
+    def sealed(self) -> SealedBatch:
+        """The batch as it leaves; sealed once, since it is tried again where the wait for room was cancelled."""
+        if self._sealed is None:
+            self._sealed = self.builder.seal()
+        return self._sealed
 
 
 class _DirectTopic(Destination[TopicPartition]):
@@ -157,7 +164,7 @@ class DirectSender:
             self._close_batches()
             while self._leaving:
                 tp, batch = self._leaving[0]
-                sealed = batch.builder.seal()
+                sealed = batch.sealed()
                 try:
                     future = await self._producer.enqueue(tp, sealed)
                 except Exception as exc:

@@ -124,6 +124,22 @@ async def set_soon(event: asyncio.Event) -> None:
     event.set()
 
 
+async def test_what_was_about_to_leave_when_the_block_was_cancelled_leaves_as_it_is(producer):
+    known = KnownTargets(cast(Any, SimpleNamespace()), codec.GZIP)
+    known.add(blobs, TopicDescription("blobs", 1, {}))
+    sender = DirectSender(cast(Producer, producer), known, SystemClock(), Sensors(), max_bytes=MAX_BYTES)
+    producer.room.clear()
+    async with anyio.create_task_group() as tasks:
+        with anyio.CancelScope() as scope:
+            async with sender.open():
+                sender.send_nowait(outgoing(blobs, None, b"x" * 2_000))
+                await asyncio.sleep(0.01)  # it waits for room in the producer
+                tasks.start_soon(set_soon, producer.room)
+                scope.cancel()
+                await asyncio.sleep(1)
+    assert producer.values == [b"x" * 2_000]
+
+
 async def test_nobody_waits_for_a_record_that_found_no_room_in_time(producer, sender, monkeypatch):
     monkeypatch.setattr(sender_module, "_CLOSE_S", 0.05)
     producer.room.clear()
