@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -143,6 +144,23 @@ async def test_of_two_errors_the_blocks_own_comes_out_and_the_other_is_its_note(
     with pytest.raises(KeyError, match="mine") as caught:
         await host()
     assert [note for note in caught.value.__notes__ if "no clean end" in note]
+
+
+async def test_an_agent_that_swallows_its_cancellation_does_not_hold_the_host(app):
+    numbers = app.topic("numbers", value_type=int)
+    hear = asyncio.Event()
+
+    @app.agent(numbers)
+    async def deaf(stream: sf.Stream[int]) -> None:
+        while not hear.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                async for _ in stream:
+                    pass
+
+    with pytest.raises(sf.ClosedError, match="not agent 'deaf'"):
+        async with app.running():
+            pass
+    hear.set()
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -7,6 +7,7 @@ tasks.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -32,6 +33,10 @@ from streamflow.runtime.record_errors import RecordErrors
 from streamflow.runtime.run import AgentRun
 from streamflow.runtime.task_view import Delivery
 from streamflow.sensors import Sensors
+
+logger = logging.getLogger("streamflow.tasks")
+
+PATIENCE_S = 5.0
 
 
 class Surroundings:
@@ -124,6 +129,9 @@ class Task:
         self.lost = False
         # Its agents are being cancelled.
         self.is_closing = False
+        self._patience_s = PATIENCE_S
+        # Agents that went on after they were cancelled and patience was over, by name.
+        self.deaf: dict[str, asyncio.Task[None]] = {}
         self._runs = self._make_runs(agents)
 
     def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
@@ -191,8 +199,42 @@ class Task:
             self._ended.set()
 
     async def _run_agent(self, run: AgentRun) -> None:
-        self._owners[id(run.feed)] = asyncio.current_task()
-        await run.run()
+        """Run one agent until it is over; cancelled, wait for it, but not for ever.
+
+        It is no child of the task group, which would wait for an agent that swallows its cancellation as long as that
+        goes on: worker, host and all. The scope is cancelled as a task group's would be.
+        """
+        scope = anyio.CancelScope()
+
+        async def within_scope() -> None:
+            with scope:
+                await run.run()
+
+        agent = asyncio.create_task(within_scope(), name=f"agent {run.agent.name} of task {self.name}")
+        self._owners[id(run.feed)] = agent
+        try:
+            await asyncio.wait((agent,))
+        except asyncio.CancelledError:
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait((agent,), timeout=self._patience_s)
+            if agent.done():
+                agent.result()
+            else:
+                self._leave(run.agent.name, agent)
+            raise
+        agent.result()
+
+    def _leave(self, name: str, agent: asyncio.Task[None]) -> None:
+        agent.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at: nobody else will
+        self.deaf[name] = agent
+        logger.error(
+            "task %s: agent %r goes on %g s after it was cancelled; let `asyncio.CancelledError` pass. What it sends "
+            "is dropped, but it takes processor time, and this process may end only when it does",
+            self.name,
+            name,
+            self._patience_s,
+        )
 
     async def finish_records(self) -> None:
         """Hand out nothing more and wait until every agent is done with the record in its hands."""
@@ -204,8 +246,13 @@ class Task:
         for run in self._runs:
             await run.feed.parked.wait()
 
-    def cancel(self) -> None:
-        """Cancel the agents; what is uncommitted is dropped with the task."""
+    def cancel(self, patience_s: float = PATIENCE_S) -> None:
+        """Cancel the agents; what is uncommitted is dropped with the task.
+
+        Args:
+            patience_s: Seconds after which an agent that goes on is left alone and named, > 0.
+        """
+        self._patience_s = patience_s
         if self.state == "created":
             self._ended.set()
         self.state = "closing"
@@ -215,7 +262,7 @@ class Task:
         self._scope.cancel()
 
     async def closed(self) -> None:
-        """Wait until the agents are gone."""
+        """Wait until the agents are gone, or patience is over."""
         await self._ended.wait()
 
     # --- positions ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ is let go; what is lost is dropped with all that is uncommitted. Tasks that stay
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
-from streamflow.errors import FatalError, OffsetOutOfRangeError, RetriableError
+from streamflow.errors import ClosedError, FatalError, OffsetOutOfRangeError, RetriableError
 from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
@@ -23,13 +24,12 @@ from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.open_log import OpenLog
-from streamflow.runtime.task import Surroundings, Task
+from streamflow.runtime.task import PATIENCE_S, Surroundings, Task
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.tasks")
 
 _RETRY_S = 0.2
-_CLOSE_S = 5.0
 _LAST_CLOSE_S = 0.8
 
 
@@ -71,6 +71,8 @@ class TaskManager:
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
         self._finishing = False
+        # Agents that went on after they were cancelled: task, name, and what they run in.
+        self._deaf: list[tuple[str, str, asyncio.Task[None]]] = []
         self.assigned_once = anyio.Event()
         self.limits: dict[TopicPartition, int] = {}
 
@@ -208,24 +210,17 @@ class TaskManager:
         return list({id(task): task for tp in partitions if (task := self._by_tp.get(tp)) is not None}.values())
 
     async def _close(
-        self, tasks: Sequence[Task], partitions: frozenset[TopicPartition], patience_s: float = _CLOSE_S
+        self, tasks: Sequence[Task], partitions: frozenset[TopicPartition], patience_s: float = PATIENCE_S
     ) -> None:
         for task in tasks:
             for tp in task.committed:
                 self._by_tp.pop(tp, None)
                 self._reader.remove(tp)
             self.tasks = {key: each for key, each in self.tasks.items() if each is not task}
-            task.cancel()
-        with anyio.move_on_after(patience_s):
-            for task in tasks:
-                await task.closed()
+            task.cancel(patience_s)
         for task in tasks:
-            if task.state != "closed":
-                logger.error(
-                    "task %s: an agent goes on after it was cancelled; let `asyncio.CancelledError` pass. It can send "
-                    "nothing any more, but this process ends only when it does",
-                    task.name,
-                )
+            await task.closed()
+            self._deaf.extend((task.name, *each) for each in task.deaf.items())
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
@@ -324,9 +319,18 @@ class TaskManager:
                 group.start_soon(task.finish_records)
 
     async def close(self) -> None:
-        """Cancel all agents."""
+        """Cancel all agents; those that went on when they were cancelled are the worker's failure."""
         partitions = frozenset(self._by_tp)
-        await self._close(self.running(), partitions, _LAST_CLOSE_S)
+        try:
+            await self._close(self.running(), partitions, _LAST_CLOSE_S)
+        finally:
+            if deaf := sorted({f"{name!r} (task {task})" for task, name, agent in self._deaf if not agent.done()}):
+                self._shared.fail(
+                    ClosedError(
+                        f"the worker has stopped, but not agent {', '.join(deaf)}: it goes on after it was cancelled. "
+                        "Let `asyncio.CancelledError` pass: catch Exception, not BaseException, and raise it again"
+                    )
+                )
 
 
 def _named(partitions: Iterable[TopicPartition]) -> str:

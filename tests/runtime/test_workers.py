@@ -13,6 +13,7 @@ from streamflow.errors import LogUnavailableError
 from streamflow.log.api import AtomicCommit
 from streamflow.log.sqlite.admin import SqliteAdmin
 from streamflow.log.sqlite.producer import SqliteTransactionalProducer
+from streamflow.runtime import task
 from tests.runtime.machine import Machine
 from tests.runtime.waiting import until
 
@@ -344,7 +345,7 @@ async def test_a_topic_of_another_size_and_a_missing_topic_are_refused() -> None
             await machine.ended(running)
 
 
-async def test_an_agent_that_ignores_its_cancellation_holds_up_no_hooks_and_is_named(
+async def test_an_agent_that_ignores_its_cancellation_holds_up_nobody_and_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     app = sf.App("deaf")
@@ -364,8 +365,60 @@ async def test_an_agent_that_ignores_its_cancellation_holds_up_no_hooks_and_is_n
 
     async with Machine(app) as machine:
         running = await machine.start()
+        await machine.send(numbers, 1, key="k")
+        await machine.settle()
         running.worker.request_stop()
-        await asyncio.wait_for(revoked.wait(), 5)
-        assert "task numbers-0: an agent goes on after it was cancelled" in caplog.text
+        with pytest.raises(
+            sf.ClosedError, match=r"not agent 'deaf' \(task numbers-0\): it goes on after it was cancelled"
+        ):
+            await machine.ended(running)
+        assert revoked.is_set()
+        assert "task numbers-0: agent 'deaf' goes on 0.8 s after it was cancelled" in caplog.text
+        assert await machine.committed() == {sf.TopicPartition("numbers", 0): 1}
+        again = await machine.start(app=copying_app("deaf", partitions=1)[0])  # the group is left, the log is free
+        await machine.stop(again)
         hear.set()
-        await machine.ended(running)
+
+
+async def test_a_worker_that_is_cancelled_does_not_wait_for_a_deaf_agent_for_ever(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "PATIENCE_S", 0.1)
+    app = sf.App("deaf-crash")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    hear = asyncio.Event()
+
+    @app.agent(numbers)
+    async def deaf(number: int) -> None:
+        while not hear.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await machine.send(numbers, 1, key="k")
+        await until(lambda: any(each.oldest_in_flight_s() for each in running.tasks.values()))
+        await machine.crash(running)
+        assert "task numbers-0: agent 'deaf' goes on 0.1 s after it was cancelled" in caplog.text
+        hear.set()
+
+
+async def test_an_agent_that_cleans_up_when_it_is_cancelled_is_waited_for() -> None:
+    app = sf.App("cleans-up")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    cleaned: list[str] = []
+
+    @app.agent(numbers)
+    async def work(stream: sf.Stream[int]) -> None:
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(0.05)
+            cleaned.append("all")
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await machine.stop(running)
+        assert cleaned == ["all"]
