@@ -53,6 +53,8 @@ class Fetched:
         end_offset: High watermark seen with them.
         size_bytes: Sum of the batches' stored sizes.
         error: An `OffsetOutOfRangeError`, or a fatal error of this partition; the reader has then removed it.
+            `UnknownTopicError`: its topic was deleted. SQLite says so at once; Kafka after 10 s, as a broker may not
+            have heard of a topic for a moment, and one that was made anew meanwhile is read on.
     """
 
     tp: TopicPartition
@@ -235,7 +237,10 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Partitions are gone already (session expired, `max_poll_interval` exceeded): drop their uncommitted work."""
+    """Partitions are gone already (session expired, `max_poll_interval` exceeded): drop their uncommitted work.
+
+    Never said because a topic was deleted: the reader says that, and the worker stops.
+    """
 
     partitions: frozenset[TopicPartition]
     reason: str

@@ -16,7 +16,7 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
-from streamflow.errors import ClosedError, FatalError, OffsetOutOfRangeError, RetriableError
+from streamflow.errors import ClosedError, FatalError, OffsetOutOfRangeError, RetriableError, UnknownTopicError
 from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
@@ -275,6 +275,12 @@ class TaskManager:
         if isinstance(fetched.error, OffsetOutOfRangeError):
             task.inputs.by_tp[fetched.tp].is_out_of_range = True  # so nothing is asked, and this comes once
             resets.start_soon(self._out_of_range, task, fetched.tp, fetched.error)
+        elif isinstance(fetched.error, UnknownTopicError):
+            raise UnknownTopicError(
+                f"{fetched.error}: topic {fetched.tp.topic!r} was deleted while this worker read it. What "
+                "was committed stays as it is. If the topic shall be there, start it again: it makes the topic anew, "
+                "empty; else take its agents out of the app"
+            ) from fetched.error
         elif fetched.error is not None:
             raise fetched.error if isinstance(fetched.error, FatalError) else FatalError(str(fetched.error))
         else:

@@ -842,6 +842,36 @@ async def test_a_topic_made_again_is_another_topic(open_log, name):
         assert ids[0] != ids[1] or ids == ["", ""]
 
 
+async def test_a_deleted_topic_is_told_by_the_reader_and_not_by_the_group(open_log, name):
+    gone, stays = TopicPartition(name("gone"), 0), TopicPartition(name("stays"), 0)
+    topics = frozenset({gone.topic, stays.topic})
+    async with open_log() as log:
+        await log.admin.create([NewTopic(topic, 1) for topic in sorted(topics)])
+        async with (
+            log.reader("source") as reader,
+            log.producer() as producer,
+            log.group(name("g"), topics, spread, SETTINGS) as group,
+            Watched(group) as member,
+        ):
+            await until(lambda: member.owned == {gone, stays})
+            for tp in (gone, stays):
+                reader.add(tp, 0)
+                reader.ask(tp)
+            await log.admin.delete([gone.topic])
+            async with asyncio.timeout(DEADLINE_S + 15):
+                (fetched,) = await reader.receive()
+            assert fetched.tp == gone
+            assert isinstance(fetched.error, UnknownTopicError)
+            assert gone.topic in str(fetched.error)
+            await asyncio.sleep(2 * SETTINGS.heartbeat_interval_ms / 1000)  # the group has met it as well
+            assert member.owned == {gone, stays}
+            assert await (await producer.enqueue(stays, batch(b"1"))) == 0
+            (fetched,) = await reader.receive()
+            assert fetched.tp == stays
+            assert values(records(fetched)) == [b"1"]
+            await group.commit({stays: OffsetMark(1)}, group.membership)
+
+
 @pytest.mark.parametrize("bad", ["", "..", "with space", "ä", "a/b", "x" * 250])
 async def test_a_bad_topic_name_is_refused(open_log, bad):
     async with open_log() as log:

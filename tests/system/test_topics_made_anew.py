@@ -1,13 +1,16 @@
 """A topic that is deleted and made anew under a running worker: its offsets start again, and so do the group's."""
 
+import re
+
 import pytest
 
 from streamflow.log.api import NewTopic
 from tests.system.harness import System, numbered, until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.kafka]
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
+@pytest.mark.kafka
 async def test_offsets_of_the_topic_before_are_not_taken_for_those_of_the_new_one(kafka: System) -> None:
     kafka.write_app(partitions=1)
     await kafka.create("numbers", partitions=1)
@@ -40,3 +43,22 @@ async def test_offsets_of_the_topic_before_are_not_taken_for_those_of_the_new_on
     await kafka.has("results", 230)
     assert await again.stops() == 0
     assert sorted(value for _, value in await kafka.rows("results")) == [2 * number for number in range(230)]
+
+
+async def test_a_source_topic_that_is_deleted_stops_the_worker(system: System) -> None:
+    system.write_app(partitions=2)
+    await system.create("numbers", partitions=2)
+    await system.write("numbers", numbered(20))
+    worker = await system.started()
+    await system.has_committed("numbers", 20)
+    name = system.topic("numbers")
+    await (await system.log()).admin.delete([name])
+    assert await worker.ends(30) == 1
+    assert "InternalError" not in worker.said
+    assert "Traceback" not in worker.said
+    assert re.search(rf"error: .*{name}.*deleted while this worker read it.*start it again", worker.said)
+
+    again = await system.started()  # it makes the topic anew
+    await system.write("numbers", numbered(5, start=20))
+    await system.has("results", 25)
+    assert await again.stops() == 0

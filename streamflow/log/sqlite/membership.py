@@ -192,8 +192,10 @@ class _Stepping:
             (self.group, self.member_id, self.member_id),
         ).fetchall()
         mine = {TopicPartition(t, p): target for t, p, owner, target in rows if owner == self.member_id}
-        self.lose(self.owned - mine.keys(), "their topic was deleted")
-        for tp in [tp for tp in self.revoking if tp not in mine]:
+        # While their topic does not exist they stay: its reader is the one who says so, which stops the worker.
+        gone = {tp for tp in self.owned | self.revoking.keys() if tp not in mine and self.exists(tp.topic)}
+        self.lose(self.owned & gone, "their topic was deleted and made anew")
+        for tp in gone & self.revoking.keys():
             del self.revoking[tp]
         to_go = frozenset(tp for tp, target in mine.items() if target != self.member_id and tp not in self.revoking)
         if to_go:
@@ -210,6 +212,9 @@ class _Stepping:
             self.events.append(Assigned(free, self.generation()))
         waits_for_others = any(owner not in {None, self.member_id} for _, _, owner, _ in rows)
         self.settled = not self.revoking and not waits_for_others
+
+    def exists(self, topic: str) -> bool:
+        return self.sql.execute("SELECT 1 FROM topics WHERE name = ?", (topic,)).fetchone() is not None
 
     def generation(self) -> int:
         (generation,) = self.sql.execute("SELECT generation FROM groups WHERE id = ?", (self.group,)).fetchone()

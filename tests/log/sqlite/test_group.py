@@ -149,11 +149,17 @@ async def test_members_with_different_topics_and_a_topic_that_grows_away(memory,
         assert len(one.owned) == 4
         await memory.admin.delete(["u"])
         await advance(clock, 0.6, one.group)
-        assert one.owned == {TopicPartition("t", 0), TopicPartition("t", 1)}
-        assert isinstance(one.events[-1], Lost)
+        assert len(one.owned) == 4  # the reader says that it is gone
+        assert isinstance(one.events[-1], Assigned)
         await memory.admin.create([NewTopic("u", 3)])
         await advance(clock, 0.6, one.group)
         assert len(one.owned) == 5
+        lost, assigned = one.events[-2:]
+        assert isinstance(lost, Lost)
+        assert lost.partitions == {TopicPartition("u", 0), TopicPartition("u", 1)}
+        assert "made anew" in lost.reason
+        assert isinstance(assigned, Assigned)
+        assert assigned.partitions == {TopicPartition("u", number) for number in range(3)}
 
 
 async def test_a_commit_from_before_the_partition_went_away_and_came_back_is_refused(memory, clock):
