@@ -13,7 +13,7 @@ Isolation
     never handed out.
 Fencing
     A commit carries the membership it was made under; one that lost its partitions gets `TaskMigratedError` and nothing
-    of that commit is stored.
+    of that commit is stored. An atomic commit is also fenced by its transactional id, which has one holder at a time.
 Errors
     `RetriableError`: nothing happened or it may have; the call may be repeated. `AuthorizationError`,
     `UnknownTopicError`, `LogCorruptedError`: stop. Third-party exceptions never come through.
@@ -177,23 +177,36 @@ class AtomicCommit:
 
 
 class TransactionalProducer(ABC):
-    """Writes outputs and offsets as one atomic commit (exactly-once)."""
+    """Writes outputs and offsets as one atomic commit (exactly-once), one commit at a time, in the order of asking.
+
+    After `IndeterminateCommitError` and `ProducerFencedError` it stores nothing any more (and says so by `ClosedError`,
+    or `ProducerFencedError` again); after every other error the next commit may follow on the same producer.
+    """
 
     @abstractmethod
     async def commit(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
         """Store all of it or nothing.
 
+        What is committed survives when this returns; on Kafka readers see it a few milliseconds later.
+
         Returns:
             Per output partition the offset after its last record (markers come after it).
 
         Raises:
-            TaskMigratedError: The membership lost a partition; nothing was stored.
+            TaskMigratedError: The membership is not the group's any more, a rebalance is under way, or it lost a
+                partition. Nothing was stored: await the assignment, then repeat what is still owned under the current
+                membership.
             RetriableError: Nothing was stored; the same commit may be repeated.
+            ProductionError: The log refuses a batch for good (too large, invalid); the message names topic and
+                partition. Nothing was stored.
+            AuthorizationError: This user may not write a topic or commit for the group. Nothing was stored.
+            UnknownTopicError: An output topic does not exist (any more). Nothing was stored.
             IndeterminateCommitError: It may have been stored. Close this producer and open one with the same id, which
                 settles it either way; then the stable committed offsets tell which.
             ProducerFencedError: A later producer has this one's id; nothing was stored.
 
-        Cancellation: not cancellable while the log decides; the outcome is known when it returns or raises.
+        Cancellation: not cancellable while the log decides, but bounded: on Kafka by a few times its
+        `transaction_timeout_ms`, on SQLite by its lock time-out. The outcome is known when it returns or raises.
         """
 
 
@@ -399,6 +412,13 @@ class Admin(ABC):
         """End offset of what readers may see now (the last stable offset)."""
 
     @abstractmethod
+    async def high_watermarks(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """End offset of what is stored now, open transactions included.
+
+        A `read_committed` reader's position reaches it once they have ended: the target of a restore.
+        """
+
+    @abstractmethod
     async def delete_records(self, before: Mapping[TopicPartition, int]) -> None:
         """Purge records below an offset (repartition topics, after commit)."""
 
@@ -464,7 +484,16 @@ class Log(ABC):
 
     @abstractmethod
     def transactional_producer(self, transactional_id: str) -> AbstractAsyncContextManager[TransactionalProducer]:
-        """Open a producer of atomic commits; a later one with the same id fences this one."""
+        """Open a producer of atomic commits; a later one with the same id fences this one.
+
+        What an earlier one with this id has left open is completed or aborted before this returns, so that stable
+        committed offsets read afterwards say what became of it.
+
+        Raises:
+            AuthorizationError: This user may not use the id; the message names the missing permission.
+            ConfigurationError: The log does not take the transaction time-out.
+            RetriableError: The log does not answer, or the earlier transaction does not end.
+        """
 
     @abstractmethod
     def group(

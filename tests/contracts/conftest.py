@@ -9,12 +9,14 @@ from streamflow.clock import SystemClock
 from streamflow.log.api import Log
 from streamflow.log.connect import connect
 
+KAFKA = {"kafka": "kafka_broker", "old-kafka": "old_kafka_broker"}
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
+
+@pytest.fixture(params=["memory", "sqlite", *(pytest.param(kafka, marks=pytest.mark.kafka) for kafka in KAFKA)])
 def open_log(request: pytest.FixtureRequest, tmp_path) -> Callable[[], Log]:
     """Makes one more connection to the test's log, to be entered with `async with`."""
-    if request.param == "kafka":
-        address = f"kafka://{request.getfixturevalue('kafka_broker').bootstrap}"
+    if request.param in KAFKA:
+        address = f"kafka://{request.getfixturevalue(KAFKA[request.param]).bootstrap}"
     elif request.param == "sqlite":
         address = f"sqlite:///{tmp_path}/log.db"
     else:
@@ -32,4 +34,4 @@ def name() -> Callable[[str], str]:
 @pytest.fixture
 def least_session_timeout_ms(request: pytest.FixtureRequest) -> int:
     """The shortest session a log takes: a Kafka broker refuses less than `group.min.session.timeout.ms`."""
-    return 6000 if request.node.callspec.params["open_log"] == "kafka" else 1500
+    return 6000 if request.node.callspec.params["open_log"] in KAFKA else 1500

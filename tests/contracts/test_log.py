@@ -5,6 +5,7 @@ import itertools
 import time
 from contextlib import AsyncExitStack
 
+import anyio
 import pytest
 
 from streamflow.errors import (
@@ -12,7 +13,6 @@ from streamflow.errors import (
     OffsetOutOfRangeError,
     ProducerFencedError,
     ProductionError,
-    RefusedError,
     TaskMigratedError,
     UnknownTopicError,
 )
@@ -472,32 +472,29 @@ class Commits:
         marks = {self.source: OffsetMark(number + 1, f"commit {number}")} if offsets else {}
         return AtomicCommit(outputs, marks, membership)
 
-    async def stored(self, log) -> tuple[int, int, int]:
-        """End of both outputs, and the committed offset (0 without one)."""
-        ends = await log.admin.end_offsets(self.outputs)
-        mark = (await log.admin.group_offsets(self.group_id)).get(self.source)
-        return (*(ends[tp] for tp in self.outputs), 0 if mark is None else mark.offset)
+    async def read(self, log) -> list[list[bytes | None]]:
+        """What readers see of each output once every transaction has ended."""
+        ends = await log.admin.high_watermarks(self.outputs)
+        async with log.reader("check") as reader:
+            for tp in self.outputs:
+                reader.add(tp, 0)
+            return [values(await read_to(reader, tp, ends[tp])) if ends[tp] else [] for tp in self.outputs]
 
-
-async def needs_atomic_commits(log) -> None:
-    """Where a log has none, it has to say so instead of pretending; then the test is over."""
-    if not log.atomic_commits:
-        with pytest.raises(RefusedError):
-            async with log.transactional_producer("refused"):
-                pass
-        pytest.skip("this log has no atomic commits, and refuses a transactional producer")
+    async def committed(self, log) -> int:
+        """The committed offset, 0 without one."""
+        async with self.join(log) as group:
+            mark = (await group.committed([self.source]))[self.source]
+        return 0 if mark is None else mark.offset
 
 
 async def test_a_commit_becomes_visible_as_a_whole(open_log, name):
     commits = Commits(name)
     async with open_log() as log:
-        await needs_atomic_commits(log)
         await commits.create(log)
         async with (
             log.transactional_producer(commits.transactional_id) as producer,
             commits.join(log) as group,
             Watched(group) as member,
-            log.reader("source") as reader,
         ):
             await until(lambda: member.owned)
             for number in range(3):
@@ -505,27 +502,22 @@ async def test_a_commit_becomes_visible_as_a_whole(open_log, name):
                 assert (await group.committed([commits.source])) == {
                     commits.source: OffsetMark(number + 1, f"commit {number}")
                 }
-            ends = await log.admin.end_offsets(commits.outputs)
-            for tp in commits.outputs:
-                reader.add(tp, 0)
-                assert values(await read_to(reader, tp, ends[tp])) == [b"0", b"1", b"2"]
+            assert await commits.read(log) == [[b"0", b"1", b"2"]] * 2
 
 
 async def test_outputs_can_be_committed_without_a_membership(open_log, name):
     commits = Commits(name)
     async with open_log() as log:
-        await needs_atomic_commits(log)
         await commits.create(log)
         async with log.transactional_producer(commits.transactional_id) as producer:
             await producer.commit(commits.commit(0, None, offsets=False))
-        assert (await commits.stored(log))[:2] >= (1, 1)
+        assert await commits.read(log) == [[b"0"]] * 2
         assert commits.group_id not in await log.admin.groups()
 
 
 async def test_a_commit_of_who_is_no_member_stores_nothing(open_log, name):
     commits = Commits(name)
     async with open_log() as log:
-        await needs_atomic_commits(log)
         await commits.create(log)
         async with log.transactional_producer(commits.transactional_id) as producer:
             async with commits.join(log) as group, Watched(group) as member:
@@ -543,19 +535,16 @@ async def test_a_commit_of_who_is_no_member_stores_nothing(open_log, name):
                         await producer.commit(commits.commit(0, membership))
             with pytest.raises(TaskMigratedError):  # it has left
                 await producer.commit(commits.commit(0, now))
-        async with log.reader("source") as reader, log.producer() as plain:
+        async with log.producer() as plain:
             for tp in commits.outputs:
                 await (await plain.enqueue(tp, batch(b"seen")))
-                reader.add(tp, 0)
-                end = (await log.admin.end_offsets([tp]))[tp]
-                assert values(await read_to(reader, tp, end)) == [b"seen"]
-        assert (await commits.stored(log))[2] == 0
+        assert await commits.read(log) == [[b"seen"]] * 2
+        assert await commits.committed(log) == 0
 
 
 async def test_a_commit_after_the_partition_went_elsewhere_stores_nothing(open_log, name):
     commits = Commits(name)
     async with open_log() as log:
-        await needs_atomic_commits(log)
         await commits.create(log)
         async with AsyncExitStack() as stack:
             producer = await stack.enter_async_context(log.transactional_producer(commits.transactional_id))
@@ -582,13 +571,13 @@ async def test_a_commit_after_the_partition_went_elsewhere_stores_nothing(open_l
                     with pytest.raises(TaskMigratedError):
                         await producer.commit(commits.commit(0, membership))
             await producer.commit(commits.commit(0, second.membership))
-        assert (await commits.stored(log))[2] == 1
+        assert await commits.read(log) == [[b"0"]] * 2
+        assert await commits.committed(log) == 1
 
 
 async def test_a_later_producer_of_the_same_id_fences_the_earlier_one(open_log, name):
     commits = Commits(name)
     async with open_log() as log, open_log() as other:
-        await needs_atomic_commits(log)
         await commits.create(log)
         async with commits.join(log) as group, Watched(group) as member:
             await until(lambda: member.owned)
@@ -597,18 +586,15 @@ async def test_a_later_producer_of_the_same_id_fences_the_earlier_one(open_log, 
                 async with other.transactional_producer(commits.transactional_id) as new:
                     with pytest.raises(ProducerFencedError):
                         await old.commit(commits.commit(1, group.membership))
+                    with pytest.raises(ProducerFencedError):  # once for all
+                        await old.commit(commits.commit(1, group.membership))
                     await new.commit(commits.commit(1, group.membership))
-        async with log.reader("source") as reader:
-            for tp in commits.outputs:
-                reader.add(tp, 0)
-                end = (await log.admin.end_offsets([tp]))[tp]
-                assert values(await read_to(reader, tp, end)) == [b"0", b"1"]
+        assert await commits.read(log) == [[b"0", b"1"]] * 2
 
 
 async def test_an_output_that_cannot_be_written_refuses_the_whole_commit(open_log, name):
     commits = Commits(name)
     async with open_log() as log:
-        await needs_atomic_commits(log)
         await commits.create(log)
         async with (
             log.transactional_producer(commits.transactional_id) as producer,
@@ -622,14 +608,86 @@ async def test_an_output_that_cannot_be_written_refuses_the_whole_commit(open_lo
             )
             with pytest.raises(ProductionError):
                 await producer.commit(bad)
-            assert (await commits.stored(log))[2] == 0
-            async with log.transactional_producer(commits.transactional_id) as again:
-                await again.commit(good)
-            async with log.reader("source") as reader:
-                for tp in commits.outputs:
-                    reader.add(tp, 0)
-                    end = (await log.admin.end_offsets([tp]))[tp]
-                    assert values(await read_to(reader, tp, end)) == [b"0"]
+            assert await group.committed([commits.source]) == {commits.source: None}
+            await producer.commit(good)
+        assert await commits.read(log) == [[b"0"]] * 2
+        assert await commits.committed(log) == 1
+
+
+async def test_an_output_whose_topic_does_not_exist_refuses_the_whole_commit(open_log, name):
+    commits = Commits(name)
+    nowhere = TopicPartition(name("nowhere"), 0)
+    async with open_log() as log:
+        await commits.create(log)
+        async with log.transactional_producer(commits.transactional_id) as producer:
+            good = commits.commit(0, None, offsets=False)
+            with pytest.raises(UnknownTopicError, match=nowhere.topic):
+                await producer.commit(AtomicCommit([*good.outputs, (nowhere, batch(b"x"))], {}, None))
+            await producer.commit(good)
+        assert await commits.read(log) == [[b"0"]] * 2
+
+
+async def test_offsets_without_a_membership_are_refused(open_log, name):
+    commits = Commits(name)
+    async with open_log() as log:
+        await commits.create(log)
+        async with log.transactional_producer(commits.transactional_id) as producer:
+            with pytest.raises(TaskMigratedError):
+                await producer.commit(commits.commit(0, None))
+            assert await producer.commit(AtomicCommit([], {}, None)) == {}
+        assert await commits.read(log) == [[], []]
+
+
+async def test_offsets_alone_can_be_committed(open_log, name):
+    commits = Commits(name)
+    async with open_log() as log:
+        await commits.create(log)
+        async with (
+            log.transactional_producer(commits.transactional_id) as producer,
+            commits.join(log) as group,
+            Watched(group) as member,
+        ):
+            await until(lambda: member.owned)
+            marks = {commits.source: OffsetMark(7, "an id")}
+            assert await producer.commit(AtomicCommit([], marks, group.membership)) == {}
+            assert await group.committed([commits.source]) == marks
+
+
+async def test_several_batches_of_a_partition_are_committed_in_their_order(open_log, name):
+    """More batches than go in flight, and commit by commit: sequence numbers have to fit."""
+    commits = Commits(name)
+    async with open_log() as log:
+        await commits.create(log)
+        async with log.transactional_producer(commits.transactional_id) as producer:
+            for round_ in range(3):
+                outputs = [(tp, numbered(range(n, n + 3))) for n in range(0, 60, 3) for tp in commits.outputs]
+                ends = await producer.commit(AtomicCommit(outputs, {}, None))
+                found = await commits.read(log)
+                assert found == [[b"%d" % number for number in range(60)] * (round_ + 1)] * 2
+                last = (await log.admin.high_watermarks(commits.outputs)).items()
+                assert all(end - 1 <= ends[tp] <= end for tp, end in last)  # a marker may follow
+
+
+async def test_commits_asked_for_together_follow_one_another(open_log, name):
+    commits = Commits(name)
+    async with open_log() as log:
+        await commits.create(log)
+        async with log.transactional_producer(commits.transactional_id) as producer:
+            await asyncio.gather(*(producer.commit(commits.commit(n, None, offsets=False)) for n in range(5)))
+        assert await commits.read(log) == [[b"%d" % number for number in range(5)]] * 2
+
+
+async def test_a_commit_whose_caller_is_cancelled_comes_to_its_end(open_log, name):
+    commits = Commits(name)
+    async with open_log() as log:
+        await commits.create(log)
+        async with log.transactional_producer(commits.transactional_id) as producer:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await producer.commit(commits.commit(0, None, offsets=False))
+            await producer.commit(commits.commit(1, None, offsets=False))
+        found = await commits.read(log)
+        assert found in ([[b"0", b"1"]] * 2, [[b"1"]] * 2)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------
@@ -887,6 +945,7 @@ async def test_offsets_of_partitions_and_deleting_records(open_log, name):
             for number in range(4):
                 await (await producer.enqueue(tp, numbered(range(number * 5, number * 5 + 5))))
             assert await log.admin.end_offsets([tp, empty]) == {tp: 20, empty: 0}
+            assert await log.admin.high_watermarks([tp, empty]) == {tp: 20, empty: 0}
             assert await log.admin.start_offsets([tp, empty]) == {tp: 0, empty: 0}
             await log.admin.delete_records({tp: 12})
             await log.admin.delete_records({tp: 7})  # further back than it is: nothing happens
@@ -901,7 +960,7 @@ async def test_offsets_of_partitions_and_deleting_records(open_log, name):
 
 async def test_offsets_of_a_topic_that_does_not_exist(open_log, name):
     async with open_log() as log:
-        for ask in (log.admin.start_offsets, log.admin.end_offsets):
+        for ask in (log.admin.start_offsets, log.admin.end_offsets, log.admin.high_watermarks):
             with pytest.raises(UnknownTopicError):
                 await ask([TopicPartition(name("missing"), 0)])
 

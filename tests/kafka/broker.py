@@ -45,6 +45,14 @@ LOG4J = """\
 </Configuration>
 """
 
+LOG4J_1 = """\
+log4j.rootLogger=${streamflow.level}, out
+log4j.appender.out=org.apache.log4j.ConsoleAppender
+log4j.appender.out.layout=org.apache.log4j.PatternLayout
+log4j.appender.out.layout.ConversionPattern=%d{HH:mm:ss,SSS} %p %c{1}: %m%n
+log4j.logger.kafka.server.KafkaRaftServer=INFO
+"""
+
 # Small and fast: what a laptop test wants, never what production wants.
 DEFAULTS = {
     "num.partitions": "4",
@@ -110,7 +118,7 @@ class Broker:
 
     `certificates` opens three more listeners: SSL, SASL_SSL and SASL_PLAINTEXT, with users for SCRAM-SHA-256/512 and
     PLAIN, OAUTHBEARER with unsecured tokens, and an authorizer. `controllers` ({node id: port}) makes it one node of a
-    `Cluster`.
+    `Cluster`. `pom` names the version.
     """
 
     def __init__(
@@ -123,6 +131,7 @@ class Broker:
         node_id: int = 1,
         controllers: Mapping[int, int] | None = None,
         cluster_id: str | None = None,
+        pom: Path = jars.POM,
     ) -> None:
         self.directory = directory
         self.node_id = node_id
@@ -132,7 +141,7 @@ class Broker:
         self._choose_ports()
         self._config = dict(config or {})
         self._process: subprocess.Popen[bytes] | None = None
-        self._jars = jars.resolve()
+        self._jars = jars.resolve(pom)
 
     @property
     def bootstrap(self) -> str:
@@ -177,6 +186,7 @@ class Broker:
         properties = self.directory / "server.properties"
         if not properties.exists():
             (self.directory / "log4j2.xml").write_text(LOG4J)
+            (self.directory / "log4j.properties").write_text(LOG4J_1)
             properties.write_text("".join(f"{name}={value}\n" for name, value in self._properties().items()))
             self._format(properties)
         with self._log_path.open("ab") as log:
@@ -264,6 +274,7 @@ class Broker:
             shutil.which("java") or "java",
             *JAVA_OPTIONS,
             f"-Dlog4j2.configurationFile={self.directory / 'log4j2.xml'}",
+            f"-Dlog4j.configuration=file:{self.directory / 'log4j.properties'}",
             f"-Dstreamflow.level={level}",
             "-cp",
             f"{self._jars}/*",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kafka import jars
 from tests.kafka.broker import Broker, Cluster
 from tests.kafka.jars import JarsMissingError
 
@@ -25,6 +26,18 @@ def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """A broker shared by the whole run: `.bootstrap`. Use topic and group names of your own; never stop it."""
     try:
         broker = Broker(tmp_path_factory.mktemp("kafka"))
+    except JarsMissingError as error:
+        unavailable(str(error))
+        raise
+    with broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def old_kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """As `kafka_broker`, of the version in pom-old.xml: its transactions are of version 1."""
+    try:
+        broker = Broker(tmp_path_factory.mktemp("old-kafka"), pom=jars.OLD_POM)
     except JarsMissingError as error:
         unavailable(str(error))
         raise

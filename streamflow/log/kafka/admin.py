@@ -160,6 +160,9 @@ class KafkaAdmin(Admin):
     async def end_offsets(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         return await self._retried(lambda: list_offsets(self._client, partitions, LATEST, stable=True))
 
+    async def high_watermarks(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return await self._retried(lambda: list_offsets(self._client, partitions, LATEST))
+
     async def delete_records(self, before: Mapping[TopicPartition, int]) -> None:
         async def attempt() -> None:
             for node, led in (await self._client.leaders(before)).items():

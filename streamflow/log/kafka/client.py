@@ -181,6 +181,16 @@ class Client:
         except Exception as exc:
             raise codes.translated(exc, what) from exc
 
+    async def ready(self, node: int, lane: Hashable) -> None:
+        """Have a connection of this lane: what fails before the next request is sent fails here.
+
+        Raises:
+            As `send`; nothing was sent.
+        """
+        connection = self._connections.get((node, lane))
+        if connection is None or not connection.connected():
+            await self._connect(node, lane)
+
     def close_lane(self, owner: object) -> None:
         """Close the connections of the lanes (owner, ...): a request may still be parked on them."""
         for key in [key for key in self._connections if isinstance(key[1], tuple) and key[1][0] is owner]:

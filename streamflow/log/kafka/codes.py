@@ -20,6 +20,7 @@ from streamflow.errors import (
 )
 from streamflow.log.kafka.wire import errors
 
+UNKNOWN_SERVER_ERROR = -1
 NONE = 0
 OFFSET_OUT_OF_RANGE = 1
 UNKNOWN_TOPIC_OR_PARTITION = 3
@@ -29,6 +30,7 @@ COORDINATOR_LOADING = 14
 COORDINATOR_NOT_AVAILABLE = 15
 NOT_COORDINATOR = 16
 RECORD_LIST_TOO_LARGE = 18
+NOT_ENOUGH_REPLICAS = 19
 NOT_ENOUGH_REPLICAS_AFTER_APPEND = 20
 ILLEGAL_GENERATION = 22
 INCONSISTENT_GROUP_PROTOCOL = 23
@@ -41,14 +43,20 @@ NOT_CONTROLLER = 41
 OUT_OF_ORDER_SEQUENCE = 45
 DUPLICATE_SEQUENCE = 46
 INVALID_PRODUCER_EPOCH = 47
+INVALID_TRANSACTION_STATE = 48
 INVALID_PRODUCER_ID_MAPPING = 49
+INVALID_TRANSACTION_TIMEOUT = 50
 CONCURRENT_TRANSACTIONS = 51
+OPERATION_NOT_ATTEMPTED = 55
 UNKNOWN_PRODUCER_ID = 59
 GROUP_ID_NOT_FOUND = 69
 MEMBER_ID_REQUIRED = 79
+FENCED_INSTANCE_ID = 82
 UNSTABLE_OFFSET_COMMIT = 88
 PRODUCER_FENCED = 90
+TRANSACTION_ABORTABLE = 120
 
+MEMBERSHIP_REFUSED = frozenset({ILLEGAL_GENERATION, UNKNOWN_MEMBER_ID, REBALANCE_IN_PROGRESS, FENCED_INSTANCE_ID})
 COORDINATOR_MOVED = frozenset({COORDINATOR_LOADING, COORDINATOR_NOT_AVAILABLE, NOT_COORDINATOR})
 UNACCEPTABLE_RECORDS = frozenset({MESSAGE_TOO_LARGE, RECORD_LIST_TOO_LARGE, 2, 32, 43, 44, 76, 87})
 NAMES = {
@@ -95,8 +103,10 @@ NAMES = {
     47: "INVALID_PRODUCER_EPOCH",
     48: "INVALID_TXN_STATE",
     49: "INVALID_PRODUCER_ID_MAPPING",
+    50: "INVALID_TRANSACTION_TIMEOUT",
     51: "CONCURRENT_TRANSACTIONS",
     53: "TRANSACTIONAL_ID_AUTHORIZATION_FAILED",
+    55: "OPERATION_NOT_ATTEMPTED",
     56: "KAFKA_STORAGE_ERROR",
     59: "UNKNOWN_PRODUCER_ID",
     74: "FENCED_LEADER_EPOCH",
@@ -111,9 +121,16 @@ NAMES = {
     89: "THROTTLING_QUOTA_EXCEEDED",
     90: "PRODUCER_FENCED",
     113: "INVALID_REGISTRATION",
+    120: "TRANSACTION_ABORTABLE",
 }
-_AUTHORIZATION = frozenset({29, 30, 31, 53, 65})
-_FATAL = frozenset({17, 23, 24, 26, 28, 35, 42, 81})
+_AUTHORIZATION = {
+    29: "the ACL on the topic (Read to read it, Write to write to it, Describe in any case)",
+    30: "the ACL Read on the group",
+    31: "the cluster ACL that it needs (IdempotentWrite, Create, Describe)",
+    53: "the ACLs Write and Describe on the transactional id",
+    65: "the ACL on the delegation token",
+}
+_FATAL = frozenset({12, 17, 23, 24, 26, 28, 35, 42, 81})
 
 
 def name(code: int) -> str:
@@ -129,7 +146,7 @@ def error(code: int, what: str) -> StreamFlowError:
         what: What was attempted and on what, as in `read topic orders`.
     """
     if code in _AUTHORIZATION:
-        return AuthorizationError(f"{what}: this user is not authorized, {name(code)}; grant it the ACL")
+        return AuthorizationError(f"{what}: this user is not authorized, {name(code)}; grant it {_AUTHORIZATION[code]}")
     if code == UNKNOWN_TOPIC_OR_PARTITION:
         return UnknownTopicError(f"{what}: the topic or partition does not exist")
     if code in _FATAL:

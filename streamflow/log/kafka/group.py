@@ -36,7 +36,6 @@ from streamflow.model.record import TopicPartition
 
 _FETCH_TIMEOUT_S = 30.0
 _REQUEST_MARGIN_MS = 10_000
-_MIGRATION_CODES = frozenset({codes.ILLEGAL_GENERATION, codes.UNKNOWN_MEMBER_ID, codes.REBALANCE_IN_PROGRESS})
 
 
 class KafkaGroup(Group):
@@ -77,6 +76,11 @@ class KafkaGroup(Group):
         await self._control.__aexit__(*exc_info)
         self._membership = None
         self._owned_since.clear()
+
+    @property
+    def group_id(self) -> str:
+        """The group's id."""
+        return self._group_id
 
     # --- contract ------------------------------------------------------------------------------------------------
 
@@ -142,12 +146,12 @@ class KafkaGroup(Group):
         return found
 
     async def commit(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
-        self._check_owned(offsets, membership)
+        self.check_owned(offsets, membership)
         fields = by_topic((tp, (mark.offset, -1, mark.metadata)) for tp, mark in offsets.items())
         call = wire.OFFSET_COMMIT(self._group_id, membership.generation, membership.member_id, None, fields)
         response = await self._ask(call)
         told = {code for _topic, parts in response.topics for _partition, code in parts} - {codes.NONE}
-        if told & _MIGRATION_CODES:
+        if told & codes.MEMBERSHIP_REFUSED:
             raise await self._why_refused(told, offsets, membership)
         if told & codes.COORDINATOR_MOVED:
             self._coordinator = None
@@ -158,12 +162,16 @@ class KafkaGroup(Group):
                 error = RetriableError(str(error))
             raise error
 
-    def _check_owned(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
-        """The broker does not look at partitions, and takes what has no member id: so this is ours to do."""
-        who = f"member {membership.member_id!r} of group {membership.group_id!r}, generation {membership.generation}"
-        if not membership.member_id or membership.generation < 0 or membership.group_id != self._group_id:
-            raise TaskMigratedError(f"{who}: this is no membership; nothing was stored")
+    def check_owned(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
+        """The broker does not look at partitions: so this is ours to do.
+
+        Raises:
+            TaskMigratedError: This member does not own one of them under that membership.
+        """
+        who = check_membership(membership)
         now = self._membership
+        if membership.group_id != self._group_id:
+            raise TaskMigratedError(f"{who}: this is not a member of group {self._group_id!r}; nothing was stored")
         if now is not None and now.member_id == membership.member_id:
             if membership.generation > now.generation:
                 raise TaskMigratedError(f"{who}: the group is in generation {now.generation} only; nothing was stored")
@@ -176,7 +184,7 @@ class KafkaGroup(Group):
         self, told: set[int], offsets: Mapping[TopicPartition, OffsetMark], membership: Membership
     ) -> StreamFlowError:
         """Wait for the round that is under way, and see whether the partitions are still here."""
-        who = f"member {membership.member_id!r} of group {self._group_id!r}, generation {membership.generation}"
+        who = check_membership(membership)
         reason = ", ".join(codes.name(code) for code in sorted(told))
         if codes.UNKNOWN_MEMBER_ID in told:
             self._control.call(self._nudge)
@@ -192,7 +200,7 @@ class KafkaGroup(Group):
         if now is None or now.member_id != membership.member_id:
             return TaskMigratedError(f"{who} is not in the group any more ({reason}); nothing was stored")
         try:
-            self._check_owned(offsets, membership)
+            self.check_owned(offsets, membership)
         except TaskMigratedError as exc:
             return exc
         return again
@@ -268,6 +276,21 @@ class KafkaGroup(Group):
     def _tell_waiters(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+
+
+def check_membership(membership: Membership) -> str:
+    """Refuse what the broker would take unfenced.
+
+    Returns:
+        The member, for messages.
+
+    Raises:
+        TaskMigratedError: It has no member id, or no generation.
+    """
+    who = f"member {membership.member_id!r} of group {membership.group_id!r}, generation {membership.generation}"
+    if not membership.member_id or membership.generation < 0:
+        raise TaskMigratedError(f"{who}: this is no membership; nothing was stored")
+    return who
 
 
 def _fatal(error: StreamFlowError) -> FatalError:

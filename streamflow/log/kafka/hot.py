@@ -14,6 +14,9 @@ from typing import NamedTuple
 from streamflow.log.kafka.wire import Call
 from streamflow.model.record import TopicPartition
 
+MAX_PRODUCE_BYTES = 4 << 20
+"""Of batches in one produce request; a single batch may be larger."""
+
 _COUNT = struct.Struct(">i")
 _LENGTH = struct.Struct(">h")
 

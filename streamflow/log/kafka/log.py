@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
@@ -15,6 +16,8 @@ from streamflow.log.api import (
     GroupSettings,
     Isolation,
     Log,
+    Membership,
+    OffsetMark,
     Producer,
     Reader,
     TransactionalProducer,
@@ -25,6 +28,8 @@ from streamflow.log.kafka.fetch import KafkaReader
 from streamflow.log.kafka.group import KafkaGroup
 from streamflow.log.kafka.options import Kafka
 from streamflow.log.kafka.producer import KafkaProducer
+from streamflow.log.kafka.transaction import KafkaTransactionalProducer
+from streamflow.model.record import TopicPartition
 
 _POLL_S = 0.1
 
@@ -42,6 +47,7 @@ class KafkaLog(Log):
         self._client = Client(options, client_id)
         self._limits: dict[str, int] = {}
         self._admin = KafkaAdmin(self._client, self._limits)
+        self._groups: list[KafkaGroup] = []
         self._stack = AsyncExitStack()
 
     @property
@@ -50,7 +56,7 @@ class KafkaLog(Log):
 
     @property
     def atomic_commits(self) -> bool:
-        return False  # until our own transaction client is there
+        return False  # until the runtime knows all the outcomes of a transaction
 
     @property
     def admin(self) -> Admin:
@@ -76,14 +82,23 @@ class KafkaLog(Log):
         return KafkaProducer(self._client, self._limits, delivery_timeout_s=delivery_timeout_s)
 
     def transactional_producer(self, transactional_id: str) -> AbstractAsyncContextManager[TransactionalProducer]:
-        raise ConfigurationError(
-            "exactly_once on Kafka is not there yet: use processing_guarantee='at_least_once', or leave it unset"
-        )
+        return KafkaTransactionalProducer(self._client, self._limits, transactional_id, self._check_owned)
 
-    def group(
+    @asynccontextmanager
+    async def group(
         self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
-    ) -> AbstractAsyncContextManager[Group]:
-        return KafkaGroup(self._client, group_id, topics, assignor, settings)
+    ) -> AsyncGenerator[Group]:
+        async with KafkaGroup(self._client, group_id, topics, assignor, settings) as group:
+            self._groups.append(group)
+            try:
+                yield group
+            finally:
+                self._groups.remove(group)
+
+    def _check_owned(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
+        for group in self._groups:
+            if group.group_id == membership.group_id:
+                group.check_owned(offsets, membership)
 
     async def changed(self) -> None:
         await anyio.sleep(_POLL_S)

@@ -45,6 +45,8 @@ class Kafka:
         fetch_max_bytes: Of one fetch response.
         fetch_max_partition_bytes: Of one partition in it.
         producer_buffer_bytes: Memory for batches not yet acknowledged; `enqueue` waits beyond it.
+        transaction_timeout_ms: After this time the cluster aborts a transaction, so that a worker that hangs in one
+            does not hold up the readers of its outputs; at most the brokers' `transaction.max.timeout.ms`.
 
     Raises:
         ConfigurationError: Options that do not go together; the message says what to write.
@@ -68,6 +70,7 @@ class Kafka:
     fetch_max_bytes: int = 8 << 20
     fetch_max_partition_bytes: int = 1 << 18
     producer_buffer_bytes: int = 32 << 20
+    transaction_timeout_ms: int = 10_000
 
     def __post_init__(self) -> None:
         parse_servers(self.servers)

@@ -33,7 +33,7 @@ from streamflow.log.api import Producer
 from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES, SealedBatch
 from streamflow.log.kafka import codes, wire
 from streamflow.log.kafka.client import Client, backoff_s, retried
-from streamflow.log.kafka.hot import PRODUCE, ProducedPartition, ProduceResponse
+from streamflow.log.kafka.hot import MAX_PRODUCE_BYTES, PRODUCE, ProducedPartition, ProduceResponse
 from streamflow.log.kafka.slots import Slots
 from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
@@ -42,7 +42,6 @@ logger = logging.getLogger("streamflow.kafka")
 
 
 _SLOTS = 5
-_MAX_REQUEST_BYTES = 4 << 20
 _FLUSH_AT_CLOSE_S = 5.0
 _LATE_ANSWER_S = 0.5
 _UNKNOWN_TOPIC_S = 10.0
@@ -102,6 +101,15 @@ _Taken: TypeAlias = list[tuple[_Partition, _Outgoing]]
 def next_sequence(sequence: int, records: int) -> int:
     """The sequence number after this many records; it wraps from 2^31-1 to 0."""
     return (sequence + records) & _SEQUENCE_MASK
+
+
+def unacceptable(tp: TopicPartition, batch: SealedBatch, code: int, limits: Mapping[str, int]) -> ProductionError:
+    """The error of a batch that the broker refuses for good; `limits` are `max.message.bytes` per topic."""
+    limit = limits.get(tp.topic, DEFAULT_MAX_BATCH_BYTES)
+    return ProductionError(
+        f"{tp}: the broker refused a batch of {batch.num_records} records and {batch.size_bytes} bytes with "
+        f"{codes.name(code)}; the topic's max.message.bytes is {limit}"
+    )
 
 
 class KafkaProducer(Producer):
@@ -243,7 +251,7 @@ class KafkaProducer(Producer):
         for partition in partitions:
             outgoing = partition.queue[0]
             size += outgoing.batch.size_bytes
-            if taken and size > _MAX_REQUEST_BYTES:
+            if taken and size > MAX_PRODUCE_BYTES:
                 break
             del self._ready[partition]
             partition.in_flight = outgoing
@@ -299,7 +307,7 @@ class KafkaProducer(Producer):
                 return
 
             async def init() -> Identity:
-                response = await self._client.ask_any(wire.INIT_PRODUCER_ID(None, 0))
+                response = await self._client.ask_any(wire.INIT_PRODUCER_ID(None, 0, -1, -1))
                 if response.error_code:
                     raise codes.error(response.error_code, "get a producer id (IDEMPOTENT_WRITE)")
                 return Identity(response.producer_id, response.producer_epoch)
@@ -316,7 +324,9 @@ class KafkaProducer(Producer):
         self._count(f"produce: {codes.name(code)}", partition)
         error = codes.error(code, f"write to {partition.tp}")
         if code in codes.UNACCEPTABLE_RECORDS:
-            self._fail(partition, self._unacceptable(partition.tp, outgoing, code))
+            self._fail(
+                partition, unacceptable(partition.tp, outgoing.batch, code, self._limits)
+            )
         elif code in _IDENTITY_REFUSED:
             await self._on_identity_refused(partition, outgoing, code)
         elif isinstance(error, FatalError) and not isinstance(error, UnknownTopicError):
@@ -334,13 +344,6 @@ class KafkaProducer(Producer):
             outgoing.future.set_result(base_offset)
         if partition.queue:
             self._send_soon(partition)
-
-    def _unacceptable(self, tp: TopicPartition, outgoing: _Outgoing, code: int) -> ProductionError:
-        limit = self._limits.get(tp.topic, DEFAULT_MAX_BATCH_BYTES)
-        return ProductionError(
-            f"{tp}: the broker refused a batch of {outgoing.batch.num_records} records and "
-            f"{outgoing.batch.size_bytes} bytes with {codes.name(code)}; the topic's max.message.bytes is {limit}"
-        )
 
     async def _on_identity_refused(self, partition: _Partition, outgoing: _Outgoing, code: int) -> None:
         """A new producer id, if the batch surely was not stored under the old one.

@@ -4,7 +4,8 @@ Used of aiokafka: its connection (framing, versions, TLS, SASL), its field types
 in `log/codec.py`. What is missing or has moved is said at import, with the version to pin.
 
 Requests are our own, one fixed version each, all of them spoken by Kafka 2.5 to 4.x. Fetch and Produce, which are sent
-thousands of times a second, are packed by hand (`log/kafka/hot.py`); the rest are declared by schema.
+thousands of times a second, are packed by hand (`log/kafka/hot.py`); the rest are declared by schema. Those of
+transactions stand in `log/kafka/wire_transaction.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,28 @@ try:
 except ImportError as exc:  # pragma: no cover - depends on the installation
     raise ImportError(f"{_PIN}; installed: aiokafka {version('aiokafka')}") from exc
 
-__all__ = ["AIOKafkaConnection", "Api", "Call", "CloseReason", "TokenProvider", "connect", "errors"]
+__all__ = [
+    "CS",
+    "ERROR",
+    "TAGS",
+    "THROTTLE",
+    "AIOKafkaConnection",
+    "Api",
+    "Array",
+    "Boolean",
+    "Call",
+    "CloseReason",
+    "CompactArray",
+    "Int16",
+    "Int32",
+    "Int64",
+    "S",
+    "Schema",
+    "TokenProvider",
+    "connect",
+    "each",
+    "errors",
+]
 
 
 def _check() -> None:
@@ -309,34 +331,35 @@ class _Uuid(AbstractType[bytes]):  # type: ignore[misc]  # aiokafka is untyped
         return data.read(16)
 
 
-_S, _CS, _T = String("utf-8"), CompactString("utf-8"), ("tags", TaggedFields)
-_THROTTLE, _ERROR = ("throttle_time_ms", Int32), ("error_code", Int16)
+S, CS, TAGS = String("utf-8"), CompactString("utf-8"), ("tags", TaggedFields)
+THROTTLE, ERROR = ("throttle_time_ms", Int32), ("error_code", Int16)
 
 
-def _each(*fields: Any, flexible: bool = False) -> Array:
-    return CompactArray(*fields, _T) if flexible else Array(*fields)
+def each(*fields: Any, flexible: bool = False) -> Array:
+    """An array of structs."""
+    return CompactArray(*fields, TAGS) if flexible else Array(*fields)
 
 
 METADATA = Api(
     "Metadata",
     3,
     8,
-    Schema(("topics", Array(_S)), ("create", Boolean), ("cluster_acl", Boolean), ("topic_acl", Boolean)),
+    Schema(("topics", Array(S)), ("create", Boolean), ("cluster_acl", Boolean), ("topic_acl", Boolean)),
     Schema(
-        _THROTTLE,
-        ("brokers", _each(("node_id", Int32), ("host", _S), ("port", Int32), ("rack", _S))),
-        ("cluster_id", _S),
+        THROTTLE,
+        ("brokers", each(("node_id", Int32), ("host", S), ("port", Int32), ("rack", S))),
+        ("cluster_id", S),
         ("controller_id", Int32),
         (
             "topics",
-            _each(
-                _ERROR,
-                ("name", _S),
+            each(
+                ERROR,
+                ("name", S),
                 ("is_internal", Boolean),
                 (
                     "partitions",
-                    _each(
-                        _ERROR,
+                    each(
+                        ERROR,
                         ("partition", Int32),
                         ("leader", Int32),
                         ("leader_epoch", Int32),
@@ -351,28 +374,28 @@ METADATA = Api(
         ("cluster_acl", Int32),
     ),
 )
-_NAMED_TOPIC = CompactArray(("id", _Uuid), ("name", _CS), _T)
+_NAMED_TOPIC = CompactArray(("id", _Uuid), ("name", CS), TAGS)
 TOPIC_IDS = Api(
     "Metadata",
     3,
     10,
-    Schema(("topics", _NAMED_TOPIC), ("create", Boolean), ("cluster_acl", Boolean), ("topic_acl", Boolean), _T),
+    Schema(("topics", _NAMED_TOPIC), ("create", Boolean), ("cluster_acl", Boolean), ("topic_acl", Boolean), TAGS),
     Schema(
-        _THROTTLE,
-        ("brokers", _each(("node_id", Int32), ("host", _CS), ("port", Int32), ("rack", _CS), flexible=True)),
-        ("cluster_id", _CS),
+        THROTTLE,
+        ("brokers", each(("node_id", Int32), ("host", CS), ("port", Int32), ("rack", CS), flexible=True)),
+        ("cluster_id", CS),
         ("controller_id", Int32),
         (
             "topics",
-            _each(
-                _ERROR,
-                ("name", _CS),
+            each(
+                ERROR,
+                ("name", CS),
                 ("id", _Uuid),
                 ("is_internal", Boolean),
                 (
                     "partitions",
-                    _each(
-                        _ERROR,
+                    each(
+                        ERROR,
                         ("partition", Int32),
                         ("leader", Int32),
                         ("leader_epoch", Int32),
@@ -387,7 +410,7 @@ TOPIC_IDS = Api(
             ),
         ),
         ("cluster_acl", Int32),
-        _T,
+        TAGS,
     ),
     flexible=True,
 )
@@ -395,8 +418,8 @@ FIND_COORDINATOR = Api(
     "FindCoordinator",
     10,
     2,
-    Schema(("key", _S), ("kind", Int8)),
-    Schema(_THROTTLE, _ERROR, ("error_message", _S), ("node_id", Int32), ("host", _S), ("port", Int32)),
+    Schema(("key", S), ("kind", Int8)),
+    Schema(THROTTLE, ERROR, ("error_message", S), ("node_id", Int32), ("host", S), ("port", Int32)),
 )
 LIST_OFFSETS = Api(
     "ListOffsets",
@@ -405,15 +428,15 @@ LIST_OFFSETS = Api(
     Schema(
         ("replica_id", Int32),
         ("isolation", Int8),
-        ("topics", _each(("name", _S), ("partitions", _each(("partition", Int32), ("timestamp", Int64))))),
+        ("topics", each(("name", S), ("partitions", each(("partition", Int32), ("timestamp", Int64))))),
     ),
     Schema(
-        _THROTTLE,
+        THROTTLE,
         (
             "topics",
-            _each(
-                ("name", _S),
-                ("partitions", _each(("partition", Int32), _ERROR, ("timestamp", Int64), ("offset", Int64))),
+            each(
+                ("name", S),
+                ("partitions", each(("partition", Int32), ERROR, ("timestamp", Int64), ("offset", Int64))),
             ),
         ),
     ),
@@ -421,9 +444,16 @@ LIST_OFFSETS = Api(
 INIT_PRODUCER_ID = Api(
     "InitProducerId",
     22,
-    1,
-    Schema(("transactional_id", _S), ("transaction_timeout_ms", Int32)),
-    Schema(_THROTTLE, _ERROR, ("producer_id", Int64), ("producer_epoch", Int16)),
+    3,
+    Schema(
+        ("transactional_id", CS),
+        ("transaction_timeout_ms", Int32),
+        ("producer_id", Int64),
+        ("producer_epoch", Int16),
+        TAGS,
+    ),
+    Schema(THROTTLE, ERROR, ("producer_id", Int64), ("producer_epoch", Int16), TAGS),
+    flexible=True,
 )
 
 
@@ -434,22 +464,22 @@ JOIN_GROUP = Api(
     11,
     5,
     Schema(
-        ("group", _S),
+        ("group", S),
         ("session_timeout_ms", Int32),
         ("rebalance_timeout_ms", Int32),
-        ("member_id", _S),
-        ("instance_id", _S),
-        ("protocol_type", _S),
-        ("protocols", _each(("name", _S), ("metadata", Bytes))),
+        ("member_id", S),
+        ("instance_id", S),
+        ("protocol_type", S),
+        ("protocols", each(("name", S), ("metadata", Bytes))),
     ),
     Schema(
-        _THROTTLE,
-        _ERROR,
+        THROTTLE,
+        ERROR,
         ("generation", Int32),
-        ("protocol", _S),
-        ("leader", _S),
-        ("member_id", _S),
-        ("members", _each(("member_id", _S), ("instance_id", _S), ("metadata", Bytes))),
+        ("protocol", S),
+        ("leader", S),
+        ("member_id", S),
+        ("members", each(("member_id", S), ("instance_id", S), ("metadata", Bytes))),
     ),
 )
 SYNC_GROUP = Api(
@@ -457,89 +487,89 @@ SYNC_GROUP = Api(
     14,
     3,
     Schema(
-        ("group", _S),
+        ("group", S),
         ("generation", Int32),
-        ("member_id", _S),
-        ("instance_id", _S),
-        ("assignments", _each(("member_id", _S), ("assignment", Bytes))),
+        ("member_id", S),
+        ("instance_id", S),
+        ("assignments", each(("member_id", S), ("assignment", Bytes))),
     ),
-    Schema(_THROTTLE, _ERROR, ("assignment", Bytes)),
+    Schema(THROTTLE, ERROR, ("assignment", Bytes)),
 )
 HEARTBEAT = Api(
     "Heartbeat",
     12,
     3,
-    Schema(("group", _S), ("generation", Int32), ("member_id", _S), ("instance_id", _S)),
-    Schema(_THROTTLE, _ERROR),
+    Schema(("group", S), ("generation", Int32), ("member_id", S), ("instance_id", S)),
+    Schema(THROTTLE, ERROR),
 )
-LEAVE_GROUP = Api("LeaveGroup", 13, 1, Schema(("group", _S), ("member_id", _S)), Schema(_THROTTLE, _ERROR))
+LEAVE_GROUP = Api("LeaveGroup", 13, 1, Schema(("group", S), ("member_id", S)), Schema(THROTTLE, ERROR))
 OFFSET_COMMIT = Api(
     "OffsetCommit",
     8,
     7,
     Schema(
-        ("group", _S),
+        ("group", S),
         ("generation", Int32),
-        ("member_id", _S),
-        ("instance_id", _S),
+        ("member_id", S),
+        ("instance_id", S),
         (
             "topics",
-            _each(
-                ("name", _S),
+            each(
+                ("name", S),
                 (
                     "partitions",
-                    _each(("partition", Int32), ("offset", Int64), ("leader_epoch", Int32), ("metadata", _S)),
+                    each(("partition", Int32), ("offset", Int64), ("leader_epoch", Int32), ("metadata", S)),
                 ),
             ),
         ),
     ),
-    Schema(_THROTTLE, ("topics", _each(("name", _S), ("partitions", _each(("partition", Int32), _ERROR))))),
+    Schema(THROTTLE, ("topics", each(("name", S), ("partitions", each(("partition", Int32), ERROR))))),
 )
 OFFSET_FETCH = Api(
     "OffsetFetch",
     9,
     7,
     Schema(
-        ("group", _CS),
-        ("topics", CompactArray(("name", _CS), ("partitions", CompactArray(Int32)), _T)),
+        ("group", CS),
+        ("topics", CompactArray(("name", CS), ("partitions", CompactArray(Int32)), TAGS)),
         ("require_stable", Boolean),
-        _T,
+        TAGS,
     ),
     Schema(
-        _THROTTLE,
+        THROTTLE,
         (
             "topics",
-            _each(
-                ("name", _CS),
+            each(
+                ("name", CS),
                 (
                     "partitions",
-                    _each(
+                    each(
                         ("partition", Int32),
                         ("offset", Int64),
                         ("leader_epoch", Int32),
-                        ("metadata", _CS),
-                        _ERROR,
+                        ("metadata", CS),
+                        ERROR,
                         flexible=True,
                     ),
                 ),
                 flexible=True,
             ),
         ),
-        _ERROR,
-        _T,
+        ERROR,
+        TAGS,
     ),
     flexible=True,
 )
 
 _SUBSCRIPTION = Schema(
     ("version", Int16),
-    ("topics", Array(_S)),
+    ("topics", Array(S)),
     ("user_data", Bytes),
-    ("owned", _each(("topic", _S), ("partitions", Array(Int32)))),
+    ("owned", each(("topic", S), ("partitions", Array(Int32)))),
     ("generation", Int32),
 )
 _ASSIGNMENT = Schema(
-    ("version", Int16), ("assigned", _each(("topic", _S), ("partitions", Array(Int32)))), ("user_data", Bytes)
+    ("version", Int16), ("assigned", each(("topic", S), ("partitions", Array(Int32)))), ("user_data", Bytes)
 )
 _SUBSCRIPTION_VERSION = 2  # with owned partitions (KIP-429) and the generation they were owned in (KIP-792)
 
@@ -579,39 +609,39 @@ CREATE_TOPICS = Api(
     Schema(
         (
             "topics",
-            _each(
-                ("name", _S),
+            each(
+                ("name", S),
                 ("partitions", Int32),
                 ("replication", Int16),
-                ("assignments", _each(("partition", Int32), ("replicas", Array(Int32)))),
-                ("config", _each(("name", _S), ("value", _S))),
+                ("assignments", each(("partition", Int32), ("replicas", Array(Int32)))),
+                ("config", each(("name", S), ("value", S))),
             ),
         ),
         ("timeout_ms", Int32),
         ("validate_only", Boolean),
     ),
-    Schema(_THROTTLE, ("topics", _each(("name", _S), _ERROR, ("error_message", _S)))),
+    Schema(THROTTLE, ("topics", each(("name", S), ERROR, ("error_message", S)))),
 )
 DELETE_TOPICS = Api(
     "DeleteTopics",
     20,
     3,
-    Schema(("topics", Array(_S)), ("timeout_ms", Int32)),
-    Schema(_THROTTLE, ("topics", _each(("name", _S), _ERROR))),
+    Schema(("topics", Array(S)), ("timeout_ms", Int32)),
+    Schema(THROTTLE, ("topics", each(("name", S), ERROR))),
 )
 DELETE_RECORDS = Api(
     "DeleteRecords",
     21,
     1,
     Schema(
-        ("topics", _each(("name", _S), ("partitions", _each(("partition", Int32), ("offset", Int64))))),
+        ("topics", each(("name", S), ("partitions", each(("partition", Int32), ("offset", Int64))))),
         ("timeout_ms", Int32),
     ),
     Schema(
-        _THROTTLE,
+        THROTTLE,
         (
             "topics",
-            _each(("name", _S), ("partitions", _each(("partition", Int32), ("low_watermark", Int64), _ERROR))),
+            each(("name", S), ("partitions", each(("partition", Int32), ("low_watermark", Int64), ERROR))),
         ),
     ),
 )
@@ -619,25 +649,25 @@ DESCRIBE_CONFIGS = Api(
     "DescribeConfigs",
     32,
     2,
-    Schema(("resources", _each(("kind", Int8), ("name", _S), ("keys", Array(_S)))), ("synonyms", Boolean)),
+    Schema(("resources", each(("kind", Int8), ("name", S), ("keys", Array(S)))), ("synonyms", Boolean)),
     Schema(
-        _THROTTLE,
+        THROTTLE,
         (
             "resources",
-            _each(
-                _ERROR,
-                ("error_message", _S),
+            each(
+                ERROR,
+                ("error_message", S),
                 ("kind", Int8),
-                ("name", _S),
+                ("name", S),
                 (
                     "entries",
-                    _each(
-                        ("name", _S),
-                        ("value", _S),
+                    each(
+                        ("name", S),
+                        ("value", S),
                         ("read_only", Boolean),
                         ("source", Int8),
                         ("sensitive", Boolean),
-                        ("synonyms", _each(("name", _S), ("value", _S), ("source", Int8))),
+                        ("synonyms", each(("name", S), ("value", S), ("source", Int8))),
                     ),
                 ),
             ),
@@ -649,5 +679,5 @@ LIST_GROUPS = Api(
     16,
     2,
     Schema(),
-    Schema(_THROTTLE, _ERROR, ("groups", _each(("group", _S), ("protocol_type", _S)))),
+    Schema(THROTTLE, ERROR, ("groups", each(("group", S), ("protocol_type", S)))),
 )

@@ -84,6 +84,9 @@ class SqliteAdmin(Admin):
     async def end_offsets(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         return {tp: row.end_offset for tp, row in (await self._rows(partitions)).items()}
 
+    async def high_watermarks(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return await self.end_offsets(partitions)  # nothing uncommitted is ever stored
+
     async def delete_records(self, before: Mapping[TopicPartition, int]) -> None:
         for tp, offset in before.items():
             while await self._database.writer.write(lambda sql, tp=tp, offset=offset: self._purge(sql, tp, offset)):  # type: ignore[misc]

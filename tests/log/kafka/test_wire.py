@@ -17,6 +17,13 @@ from streamflow.errors import (
 from streamflow.log.kafka import codes, wire
 from streamflow.log.kafka.hot import FETCH, PRODUCE
 from streamflow.log.kafka.producer import next_sequence
+from streamflow.log.kafka.wire_transaction import (
+    API_VERSIONS,
+    END_TXN_2,
+    PRODUCE_2,
+    TXN_OFFSET_COMMIT_2,
+    transaction_version,
+)
 from streamflow.model.record import TopicPartition
 
 
@@ -41,13 +48,16 @@ def test_a_broker_that_does_not_speak_a_version_is_named():
 
 
 @pytest.mark.kafka
-async def test_the_broker_speaks_every_request_we_send(kafka_broker):
-    host, port = kafka_broker.bootstrap.split(":")
+@pytest.mark.parametrize(("broker", "transactions"), [("kafka_broker", 2), ("old_kafka_broker", 1)])
+async def test_the_broker_speaks_every_request_we_send(broker, transactions, request):
+    host, port = request.getfixturevalue(broker).bootstrap.split(":")
+    newer = {TXN_OFFSET_COMMIT_2, END_TXN_2, PRODUCE_2} if transactions == 1 else set()
     connection = await wire.connect(host, int(port), client_id="test")
     try:
-        for api in [*wire.Api.known, FETCH, PRODUCE]:
+        for api in {*wire.Api.known, FETCH, PRODUCE, PRODUCE_2, API_VERSIONS} - newer:
             lowest, highest = connection._versions[api.key]
             assert lowest <= api.version <= highest, api.name
+        assert transaction_version(await connection.send(API_VERSIONS())) == transactions
     finally:
         await connection.close()
 
