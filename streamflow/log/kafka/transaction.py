@@ -86,12 +86,11 @@ class KafkaTransactionalProducer(TransactionalProducer):
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
-        if self._committing is not None:  # its caller was cancelled
+        if (task := self._committing) is not None:  # its caller was cancelled
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([self._committing], timeout=_CLOSE_TIMEOUT_S)
-                if not self._committing.done():
-                    self._committing.cancel()
-                    await asyncio.wait([self._committing])
+                await asyncio.wait([task], timeout=_CLOSE_TIMEOUT_S)
+                task.cancel()
+                await asyncio.wait([task])
         self._client.close_lane(self)
 
     # --- contract ------------------------------------------------------------------------------------------------

@@ -93,13 +93,14 @@ class TransactionOutputs:
         self._lane = lane
         self._timeout_ms = timeout_ms
         self._sequences: dict[TopicPartition, int] = {}
+        self._leaders_in_doubt = False
 
     def restart_sequences(self) -> None:
         """The next batch is the first of a new identity."""
         self._sequences.clear()
 
     async def find_leaders(self, tps: Iterable[TopicPartition], attempt: Attempt) -> None:
-        """Know who leads these partitions.
+        """Know who leads these partitions; asked anew after one has not answered.
 
         Raises:
             UnknownTopicError: One does not exist, for some seconds already.
@@ -107,11 +108,12 @@ class TransactionOutputs:
         """
         tps = list(tps)
         failures = 0
-        while any(self._client.leader(tp) is None for tp in tps):
+        while tps and (self._leaders_in_doubt or any(self._client.leader(tp) is None for tp in tps)):
             error = await self._refresh(tps, attempt)
-            if error is not None:
-                failures += 1
-                await attempt.pause(failures, error)
+            if error is None:
+                return
+            failures += 1
+            await attempt.pause(failures, error)
 
     async def _refresh(self, tps: Sequence[TopicPartition], attempt: Attempt) -> RetriableError | None:
         try:
@@ -126,6 +128,7 @@ class TransactionOutputs:
             return RetriableError(str(exc))
         except RetriableError as exc:
             return exc
+        self._leaders_in_doubt = False
         return None
 
     async def store(
@@ -182,6 +185,7 @@ class TransactionOutputs:
         else:
             await asyncio.gather(*(wave.send_all(*each) for each in requests))
         if wave.failure is not None:
+            self._leaders_in_doubt = True
             raise wave.failure
         refused: RetriableError | None = None
         has_moved = False

@@ -61,6 +61,7 @@ __all__ = [
     "Call",
     "CloseReason",
     "CompactArray",
+    "Int8",
     "Int16",
     "Int32",
     "Int64",

@@ -10,6 +10,7 @@ from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import Watched, numbered, receive, spread, until
+from tests.log.kafka.committing import Committer
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
@@ -79,6 +80,27 @@ async def test_a_coordinator_that_dies_is_replaced(kafka_cluster):
                 assert await second.committed([tp]) == {tp: OffsetMark(2)}
             assert (a.owned, b.owned) == owned
         await asyncio.to_thread(victim.start)
+
+
+@pytest.mark.parametrize("victim", ["transaction coordinator", "leader"])
+async def test_commits_go_on_exactly_once_when_a_broker_dies(kafka_cluster, victim, name):
+    total = 80
+    async with KafkaLog(Kafka(servers=kafka_cluster.bootstrap), client_id="test") as log:
+        committer = Committer(log, name)
+        await committer.create(replication=3)
+        async with committer.joined(), asyncio.timeout(60):
+            for number in range(total):
+                await committer.commit(number)
+                if number == 30:
+                    if victim == "leader":
+                        node = log._client.leader(committer.outputs[0])
+                    else:
+                        node = await log._client.coordinator("transaction", committer.transactional_id)
+                    broker = kafka_cluster.brokers[node]
+                    killing = asyncio.create_task(asyncio.to_thread(broker.kill))
+            await killing
+            await committer.check(range(total))
+        await asyncio.to_thread(broker.start)
 
 
 async def test_bootstrap_servers_that_are_away_are_passed_over(kafka_cluster):

@@ -9,9 +9,11 @@ import time
 import pytest
 
 from streamflow.errors import AuthorizationError, ConfigurationError, LogUnavailableError
-from streamflow.log.api import GroupSettings, NewTopic
+from streamflow.log.api import AtomicCommit, GroupSettings, Membership, NewTopic, OffsetMark
+from streamflow.log.kafka import wire
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
+from streamflow.log.kafka.wire import ERROR, THROTTLE, Int8, S, Schema, each
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import Watched, batch, read_to, receive, spread, until, values
 from tests.kafka import certificates
@@ -239,6 +241,83 @@ async def test_what_a_user_may_not_do_is_named(secure, name):
             with pytest.raises(AuthorizationError, match=f"{group_id}.*GROUP_AUTHORIZATION_FAILED"):
                 async with asyncio.timeout(10):
                     await group.next_event()
+
+
+CREATE_ACLS = wire.Api(
+    "CreateAcls",
+    30,
+    1,
+    Schema(
+        (
+            "acls",
+            each(
+                ("kind", Int8),
+                ("name", S),
+                ("pattern", Int8),
+                ("principal", S),
+                ("host", S),
+                ("operation", Int8),
+                ("permission", Int8),
+            ),
+        )
+    ),
+    Schema(THROTTLE, ("results", each(ERROR, ("message", S)))),
+)
+TOPIC, GROUP, TRANSACTIONAL_ID = 2, 3, 5
+READ, WRITE, DESCRIBE = 3, 4, 8
+
+
+async def grant(log, kind, resource, *operations):
+    await log._client.refresh()
+    acls = [(kind, resource, 3, f"User:{POWERLESS_USER}", "*", operation, 3) for operation in operations]
+    response = await log._client.send(log._client.controller_node(), CREATE_ACLS(acls))
+    assert [code for code, _ in response.results] == [0] * len(acls)
+
+
+async def until_allowed(attempt):
+    """ACLs come into force a moment later."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                return await attempt()
+            except AuthorizationError:
+                await asyncio.sleep(0.05)
+
+
+async def test_a_missing_acl_of_a_transaction_is_named_and_nothing_is_stored(secure, name):
+    tp, source, transactional_id = TopicPartition(name("t"), 0), TopicPartition(name("s"), 0), name("x")
+    powerless = Kafka(
+        servers=secure.listener("SASL_PLAINTEXT"),
+        security_protocol="SASL_PLAINTEXT",
+        sasl_mechanism="PLAIN",
+        sasl_username=POWERLESS_USER,
+        sasl_password=POWERLESS_PASSWORD,
+    )
+    async with (
+        KafkaLog(Kafka(servers=secure.bootstrap), client_id="test") as all_powerful,
+        KafkaLog(powerless, client_id="test") as log,
+    ):
+        await all_powerful.admin.create([NewTopic(topic, 1) for topic in (tp.topic, source.topic)])
+        opening = log.transactional_producer(transactional_id)
+        with pytest.raises(AuthorizationError, match=f"{transactional_id}.*Write and Describe on the transactional id"):
+            await opening.__aenter__()
+        await grant(all_powerful, TRANSACTIONAL_ID, transactional_id, DESCRIBE, WRITE)
+        await until_allowed(opening.__aenter__)
+        async with opening as producer:
+            outputs = AtomicCommit([(tp, batch(b"x"))], {}, None)
+            await grant(all_powerful, TOPIC, tp.topic, DESCRIBE)
+            await until_allowed(lambda: log._client.leaders([tp]))
+            with pytest.raises(AuthorizationError, match=f"write to .*{tp.topic}.*Write to write to it"):
+                await producer.commit(outputs)
+            await grant(all_powerful, TOPIC, tp.topic, WRITE)
+            await until_allowed(lambda: producer.commit(outputs))
+            membership = Membership(name("g"), "somebody", 1)
+            with pytest.raises(AuthorizationError, match=f"group {membership.group_id}.*Read on the group"):
+                await producer.commit(AtomicCommit(outputs.outputs, {source: OffsetMark(1)}, membership))
+        async with all_powerful.reader("check") as reader:
+            reader.add(tp, 0)
+            end = (await all_powerful.admin.high_watermarks([tp]))[tp]
+            assert values(await read_to(reader, tp, end)) == [b"x"]
 
 
 def test_a_wrong_key_password_is_said_and_not_repeated(tls):
