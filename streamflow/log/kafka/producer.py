@@ -324,9 +324,7 @@ class KafkaProducer(Producer):
         self._count(f"produce: {codes.name(code)}", partition)
         error = codes.error(code, f"write to {partition.tp}")
         if code in codes.UNACCEPTABLE_RECORDS:
-            self._fail(
-                partition, unacceptable(partition.tp, outgoing.batch, code, self._limits)
-            )
+            self._fail(partition, unacceptable(partition.tp, outgoing.batch, code, self._limits))
         elif code in _IDENTITY_REFUSED:
             await self._on_identity_refused(partition, outgoing, code)
         elif isinstance(error, FatalError) and not isinstance(error, UnknownTopicError):

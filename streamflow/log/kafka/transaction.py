@@ -29,7 +29,6 @@ from streamflow.errors import (
     TaskMigratedError,
 )
 from streamflow.log.api import AtomicCommit, Membership, OffsetMark, TransactionalProducer
-from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
 from streamflow.log.kafka.attempt import Attempt
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.group import check_membership
@@ -62,7 +61,6 @@ class KafkaTransactionalProducer(TransactionalProducer):
     ) -> None:
         timeout_ms = client.options.transaction_timeout_ms
         self._client = client
-        self._limits = limits
         self._id = transactional_id
         self._check_owned = check_owned
         self._timeout_s = timeout_ms / 1000
@@ -105,9 +103,6 @@ class KafkaTransactionalProducer(TransactionalProducer):
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([task])
             return task.result()
-
-    def max_batch_bytes(self, topic: str) -> int:
-        return self._limits.get(topic, DEFAULT_MAX_BATCH_BYTES)
 
     def _raise_if_of_no_use(self) -> None:
         if isinstance(self._of_no_use, ProducerFencedError):

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import anyio
 
 from streamflow.errors import LogUnavailableError, RetriableError, StreamFlowError, UnknownTopicError
-from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES, SealedBatch
+from streamflow.log.batch import SealedBatch
 from streamflow.log.kafka import codes
 from streamflow.log.kafka.attempt import Attempt
 from streamflow.log.kafka.client import Client
@@ -190,7 +190,7 @@ class TransactionOutputs:
         refused: RetriableError | None = None
         has_moved = False
         for partition in partitions:
-            code = wave.apply(partition, self._limits.get(partition.tp.topic, DEFAULT_MAX_BATCH_BYTES))
+            code = wave.apply(partition, self._limits)
             if code:
                 refused = RetriableError(f"write to {partition.tp}: {codes.name(code)}")
                 has_moved |= code not in _STILL_ENDING
@@ -253,7 +253,7 @@ class _Wave:
         for outgoing in request:
             self._told[outgoing] = told.get(outgoing.tp)
 
-    def apply(self, partition: _Partition, limit: int) -> int:
+    def apply(self, partition: _Partition, limits: Mapping[str, int]) -> int:
         """Take off what is stored.
 
         Returns:
@@ -267,7 +267,7 @@ class _Wave:
             part = self._told[outgoing]
             code = codes.UNKNOWN_SERVER_ERROR if part is None else part.error_code
             if part is None or code:
-                _raise_unless_repeatable(outgoing, code, limit)
+                _raise_unless_repeatable(outgoing, code, limits)
                 return code
             partition.queue.popleft()
             partition.is_known = True
@@ -275,9 +275,9 @@ class _Wave:
         return codes.NONE
 
 
-def _raise_unless_repeatable(outgoing: _Outgoing, code: int, limit: int) -> None:
+def _raise_unless_repeatable(outgoing: _Outgoing, code: int, limits: Mapping[str, int]) -> None:
     if code in codes.UNACCEPTABLE_RECORDS:
-        raise unacceptable(outgoing.tp, outgoing.batch, code, limit)
+        raise unacceptable(outgoing.tp, outgoing.batch, code, limits)
     error = codes.error(code, f"write to {outgoing.tp}")
     may_appear = isinstance(error, UnknownTopicError)  # whether the topic is gone, the metadata say
     if code in _ABORT or not (isinstance(error, RetriableError) or may_appear):
