@@ -22,7 +22,7 @@ import anyio
 import anyio.lowlevel
 
 from streamflow.errors import ClosedError, LogUnavailableError, StreamFlowError
-from streamflow.log.sqlite.faults import locked_too_long, translated
+from streamflow.log.sqlite.faults import held_by, locked_too_long, translated
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -33,6 +33,8 @@ CHECKPOINT_BYTES = 8 * 1024 * 1024
 """The write-ahead log is copied into the database after so much; about 20 ms under the write lock."""
 _ROWS_BYTES = 16 * 1024
 """What a transaction puts into the write-ahead log for its rows and index entries: a few pages."""
+TELL_WAITING_S = 2.0
+"""Whoever has waited for the lock so long says so, before it gives up after `BUSY_TIMEOUT_S`."""
 _TELL_FROM_S = 0.25
 """A write that waited less for the lock before it was given up waited for nobody in particular."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.005
@@ -194,7 +196,7 @@ class Session:
         started = time.monotonic()
         if order is not None:
             order.waits_since = started
-        pause = _FIRST_PAUSE_S
+        pause, told = _FIRST_PAUSE_S, False
         while True:
             try:
                 return work(self._sql)
@@ -204,6 +206,9 @@ class Session:
                 waited = time.monotonic() - started
                 if waited >= self._busy_timeout_s or self.stopping or (order is not None and order.given_up):
                     raise locked_too_long(self.path, waited) from exc
+                if waited >= TELL_WAITING_S and not told:
+                    told = True
+                    logger.warning("log %s: waiting for another process to unlock it%s", self.path, held_by(self.path))
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(_LONGEST_PAUSE_S, pause * 1.3)
 

@@ -218,8 +218,9 @@ def prepare_directory(path: str) -> None:
         raise ConfigurationError(f"log {path}: this is a directory; name a file in it, such as {path}/log.db")
     if not _may(directory, os.W_OK | os.X_OK):
         raise ConfigurationError(f"log {path}: its directory cannot be written by this user: {directory}")
-    if os.path.exists(path) and not _may(path, os.R_OK | os.W_OK):
-        raise ConfigurationError(f"log {path}: the file cannot be read and written by this user")
+    for file in (path, f"{path}-wal", f"{path}-shm"):
+        if os.path.exists(file) and not _may(file, os.R_OK | os.W_OK):
+            raise ConfigurationError(f"log {path}: the file {file} cannot be read and written by this user")
 
 
 def _may(path: str, mode: int) -> bool:

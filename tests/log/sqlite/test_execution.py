@@ -7,7 +7,11 @@ import threading
 import anyio
 import pytest
 
+from streamflow.clock import SystemClock
+from streamflow.errors import LogUnavailableError
 from streamflow.log.api import NewTopic
+from streamflow.log.sqlite import execution
+from streamflow.log.sqlite.log import SqliteLog
 
 
 @pytest.fixture
@@ -35,6 +39,24 @@ async def test_a_write_that_waits_for_the_lock_is_given_up_at_once(log, blocker,
     assert await names(log) == {"later"}
     (warning,) = (record.message for record in caplog.records)
     assert "another process has kept it locked" in warning
+
+
+async def test_a_lock_that_is_held_for_long_is_told_and_then_refuses_the_write(path, log, monkeypatch, caplog):
+    monkeypatch.setattr(execution, "TELL_WAITING_S", 0.1)
+    async with SqliteLog.at_path(path, clock=SystemClock(), busy_timeout_s=0.4) as impatient:
+        holder = sqlite3.connect(path, isolation_level=None)
+        try:
+            holder.execute("BEGIN IMMEDIATE")
+            with pytest.raises(LogUnavailableError, match=r"has kept it locked.*Nothing was stored"):
+                await impatient._database.writer.write(add("refused"))
+            told = [record.message for record in caplog.records]
+            assert told == [message for message in told if "waiting for another process to unlock it" in message]
+            assert len(told) == 1
+            holder.execute("ROLLBACK")
+            await impatient._database.writer.write(add("later"))
+        finally:
+            holder.close()
+    assert await names(log) == {"later"}
 
 
 async def test_a_write_that_waits_for_its_turn_is_given_up_at_once(log, blocker, caplog):

@@ -88,6 +88,15 @@ def not_root(tmp_path_factory):
         shutil.rmtree(directory)
 
 
+@pytest.mark.parametrize("neighbour", ["-wal", "-shm"])
+async def test_a_neighbour_that_cannot_be_written_is_refused(not_root, neighbour):
+    path = os.path.join(not_root, "log.db")
+    await made(path)
+    Path(path + neighbour).write_bytes(b"")  # noqa: ASYNC240
+    os.chmod(path + neighbour, 0o400)
+    assert f"the file {path}{neighbour} cannot be read and written" in await refused(path)
+
+
 @pytest.mark.parametrize("what", ["directory", "file", "new file"])
 async def test_what_cannot_be_written_is_refused(not_root, what):
     path = os.path.join(not_root, "place", "log.db")
