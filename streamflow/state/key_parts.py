@@ -1,7 +1,7 @@
 """Order-preserving bytes of values that can stand one after the other: what the keys of `state/keys.py` consist of.
 
 Each part ends by itself (a fixed size, or an end mark), so that a tuple needs no lengths in between: the bytes are in
-the order of the tuples, and the bytes of the first elements are a prefix of the whole. The layout follows FoundationDB's
+the order of the tuples, and those of the first elements are a prefix of the whole. The layout follows FoundationDB's
 tuple layer, with the types known beforehand instead of written as codes.
 """
 

@@ -198,6 +198,12 @@ class MemoryStores(Stores):
             content.identity = identity
         return MemoryStore(path, content, aside)
 
+    def peek(self, path: str) -> Checkpoint | None:
+        content = self._contents.get(path)
+        if content is not None and content.user is not None:
+            raise StateLockedError(f"state {path} is open in this process")
+        return None if content is None else content.checkpoint
+
     def set_aside(self, path: str, reason: str, text: str) -> SetAside | None:
         content = self._contents.get(path)
         if content is None:

@@ -127,6 +127,25 @@ class RocksStore(Store):
             self._release()
             raise faults.translate(exc, self.path) from exc
 
+    def peek(self) -> Checkpoint:
+        """Open the database as it is, read its checkpoint, and close it.
+
+        Raises:
+            StreamFlowError: As `translate` says.
+        """
+        options = self._memory.options
+        try:
+            families = {name: options() for name in Rdict.list_cf(self.path) if name != "default"}
+            if META not in families:
+                raise StateCorruptedError("it does not say how far it is")
+            self._db = Rdict(self.path, options(), families)
+            data = self._bind(META).get(_CHECKPOINT)
+            return Checkpoint() if data is None else _read_checkpoint(data)
+        except Exception as exc:
+            raise faults.translate(exc, self.path) from exc
+        finally:
+            self._release()
+
     def _open(self) -> None:
         options, small = self._memory.options, self._memory.small_options
         if os.path.lexists(os.path.join(self.path, "CURRENT")):
@@ -470,6 +489,16 @@ class RocksStores(Stores):
             with self._lock:
                 self._stores.add(store)
             return store
+
+    def peek(self, path: str) -> Checkpoint | None:
+        path = os.path.abspath(path)
+        if not os.path.lexists(os.path.join(path, "CURRENT")):
+            return None
+        store = RocksStore(path, Identity("", "", 0, {}), self.memory, self.relieve)
+        try:
+            return store.peek()
+        except StateCorruptedError:
+            return None
 
     def set_aside(self, path: str, reason: str, text: str) -> SetAside | None:
         path = os.path.abspath(path)

@@ -267,6 +267,20 @@ class Stores(ABC):
         """
 
     @abstractmethod
+    def peek(self, path: str) -> Checkpoint | None:
+        """The checkpoint of a store that nobody has open, which is left as it is.
+
+        Args:
+            path: Its directory.
+
+        Returns:
+            None when there is no store, or it cannot be read.
+
+        Raises:
+            StateLockedError: Somebody has it open.
+        """
+
+    @abstractmethod
     def set_aside(self, path: str, reason: str, text: str) -> SetAside | None:
         """Move a closed store out of the way, so that the next `open` makes a new one.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from streamflow import disk
 from streamflow.errors import (
     ConfigurationError,
     FatalError,
@@ -20,10 +20,6 @@ from streamflow.errors import (
     StreamFlowError,
 )
 
-NETWORK_FILE_SYSTEMS = frozenset(
-    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"}
-    | {"gfs2", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4", "ocfs2", "smb", "smb3", "smbfs"}
-)
 _WRITE_LOCK_BYTE = 120
 """Where SQLite's write lock lies in the `-shm` file (its WAL-index format is fixed)."""
 _NO_ROOM = frozenset(
@@ -154,47 +150,18 @@ def _described(pid: str) -> str:
 def refuse_network_file_system(path: str) -> None:
     """Refuse a place whose locks and shared memory SQLite's WAL cannot rely on.
 
-    Known on Linux only, from /proc/self/mountinfo; macOS tells the type through an interface Python does not have.
-
     Args:
         path: Absolute path of the log.
 
     Raises:
         ConfigurationError: It lies on a network file system.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    kind = file_system_type(path)
-    if kind in NETWORK_FILE_SYSTEMS:
+    kind = disk.network_file_system(path)
+    if kind is not None:
         raise ConfigurationError(
             f"log {path}: it lies on a network file system ({kind}), where SQLite's locks and shared memory do not "
             "work and the log would be damaged. Put data_dir on a local disk, or use kafka:// for several machines"
         )
-
-
-def file_system_type(path: str, mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """The type of the file system that holds a path, or None when it cannot be told.
-
-    Args:
-        path: Absolute path; it need not exist.
-        mountinfo: Where the kernel lists the mounts.
-    """
-    try:
-        lines = Path(mountinfo).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    real = os.path.realpath(path)
-    best, kind = "", None
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        fields = left.split()
-        if len(fields) < 5 or not right:
-            continue
-        point = fields[4].encode(errors="surrogateescape").decode("unicode_escape")  # a space stands as \040
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):  # of several mounts on one point, the last is on top
-            best, kind = point, right.split()[0]
-    return kind
 
 
 def prepare_directory(path: str) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from streamflow import disk
 from streamflow.clock import SystemClock
 from streamflow.errors import ConfigurationError, FatalError, LogCorruptedError, LogFullError, UnknownTopicError
 from streamflow.log.api import AtomicCommit, NewTopic
 from streamflow.log.connect import connect
-from streamflow.log.sqlite import faults, schema
+from streamflow.log.sqlite import schema
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import batch, numbered, read_to, records, values
@@ -137,21 +138,8 @@ def test_an_address_without_a_file_is_refused():
         connect("sqlite:///", clock=SystemClock(), client_id="test")
 
 
-def test_the_type_of_a_file_system_is_that_of_the_innermost_mount(tmp_path):
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(
-        "1 0 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n"
-        "2 1 0:40 / /srv/data rw,relatime - nfs4 host:/data rw\n"
-        "3 1 0:41 / /srv/my\\040disk rw,relatime shared:3 - cifs //host/disk rw\n"
-    )
-    kinds = {"/srv/data/x/log.db": "nfs4", "/srv/database": "ext4", "/srv/my disk/log.db": "cifs", "/": "ext4"}
-    for path, kind in kinds.items():
-        assert faults.file_system_type(path, str(mounts)) == kind
-    assert faults.file_system_type("/x", str(tmp_path / "missing")) is None
-
-
 async def test_network_file_systems_are_refused(path, monkeypatch):
-    monkeypatch.setattr(faults, "file_system_type", lambda path: "nfs4")
+    monkeypatch.setattr(disk, "file_system_type", lambda path: "nfs4")
     assert "nfs4" in await refused(path)
     assert os.listdir(os.path.dirname(path)) == []
 
