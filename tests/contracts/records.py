@@ -22,8 +22,8 @@ def batch(
     return builder.seal()
 
 
-def numbered(numbers: Iterable[int]) -> SealedBatch:
-    return batch(*(b"%d" % number for number in numbers))
+def numbered(numbers: Iterable[int], *, timestamp_ms: int = 1) -> SealedBatch:
+    return batch(*(b"%d" % number for number in numbers), timestamp_ms=timestamp_ms)
 
 
 def records(fetched: Fetched) -> list[LogRecord]:

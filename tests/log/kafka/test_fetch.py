@@ -179,8 +179,10 @@ async def test_a_broker_that_is_killed_loses_nothing_doubles_nothing_and_keeps_t
         async with log.producer() as producer, log.reader("source") as reader:
 
             async def write():
+                # By its last record's timestamp a broker that starts decides whether it still knows a producer.
+                now_ms = int(time.time() * 1000)
                 for first in range(0, total, 10):
-                    await producer.enqueue(tp, numbered(range(first, first + 10)))
+                    await producer.enqueue(tp, numbered(range(first, first + 10), timestamp_ms=now_ms))
                     await asyncio.sleep(0.005)
                 await producer.flush()
 

@@ -130,3 +130,35 @@ def test_exceptions_of_others_are_translated():
 )
 def test_sequence_numbers_wrap_to_zero_as_the_broker_wants_it(sequence, records, expected):
     assert next_sequence(sequence, records) == expected
+
+
+def test_a_produce_request_of_transaction_version_2_is_written():
+    call = PRODUCE_2([(TopicPartition("t", 3), b"x" * 200)], timeout_ms=9, transactional_id="id")
+    wanted = b"\x03id" + struct.pack(">hi", -1, 9) + b"\x02" + b"\x02t" + b"\x02" + struct.pack(">i", 3)
+    assert call.encode() == wanted + b"\xc9\x01" + b"x" * 200 + b"\0\0\0"
+
+
+def test_its_response_is_read_with_the_records_that_were_refused_and_tags_from_the_future():
+    refused = struct.pack(">i", 7) + b"\x04why\0" + struct.pack(">i", 8) + b"\0\0"
+    part = struct.pack(">ihqqq", 3, 87, -1, -1, 5) + b"\x03" + refused + b"\x06wrong" + b"\x01\0\x03abc"
+    fine = struct.pack(">ihqqq", 4, 0, 42, -1, 5) + b"\x01\0\0"
+    data = b"\x02" + b"\x02t" + b"\x03" + part + fine + b"\0" + struct.pack(">i", 17) + b"\0"
+    response = PRODUCE_2.decode(BytesIO(data))
+    assert response.throttle_time_ms == 17
+    assert [tuple(each) for each in response.partitions] == [
+        (TopicPartition("t", 3), 87, -1, 5),
+        (TopicPartition("t", 4), 0, 42, 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("features", "produce", "version"),
+    [
+        ({"transaction.version": 2}, 12, 2),
+        ({"transaction.version": 1}, 12, 1),
+        ({}, 12, 1),
+        ({"transaction.version": 2}, 11, 1),
+    ],
+)
+def test_version_2_is_spoken_where_the_cluster_has_agreed_and_the_broker_can(features, produce, version):
+    assert transaction_version(wire.Response(features=features, highest={0: produce, 26: 5, 28: 5})) == version
