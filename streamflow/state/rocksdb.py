@@ -2,7 +2,9 @@
 
 The seam to rocksdict, found out by trying (0.3.29): a write, a read and an iterator's step hold the interpreter's lock,
 flush and compaction release it; hence writes in slices. `ReadOptions.set_iterate_lower_bound` moves the upper bound,
-hence the check of a reverse scan's start in Python. An iterator keeps the database open, hence `_Scan`.
+hence the check of a reverse scan's start in Python. `items` ends without a word where a file is damaged, hence
+`iter` and its `status`. Every native object keeps the database open, and locked: hence
+`_Scan`, and no variable holds one in a frame that may raise, since whoever keeps the error keeps the frame.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import msgspec
-from rocksdict import ColumnFamily, Rdict, ReadOptions, WriteBatch
+from rocksdict import ColumnFamily, Rdict, RdictIter, ReadOptions, WriteBatch
 
 from streamflow.errors import ClosedError, StateCorruptedError, StateFullError, StateLockedError, StateRefusedError
 from streamflow.state import rocksdb_faults as faults
@@ -44,6 +47,7 @@ _PREFIX = "table."
 _PAUSE_S = 0.0002
 """Pause between two slices of a write: long enough for a waiting thread to wake up and take the interpreter's lock."""
 _STALL_S = 0.005
+_BUFFERS_TIMEOUT_S = 1.0
 _ROOM_BYTES = 1024 * 1024
 _PUTS = 64
 
@@ -51,38 +55,46 @@ _encode_identity = msgspec.json.Encoder(order="deterministic").encode
 _decode_identity = msgspec.json.Decoder(Identity).decode
 
 
-_OVER: Iterator[Any] = iter(())
-
-
 class _Scan(Iterator[tuple[bytes, bytes]]):
     """An iterator that its store can end: a native one would keep the database open, and locked."""
 
-    __slots__ = ("__weakref__", "_native", "_path", "_start")
+    __slots__ = ("__weakref__", "_native", "_path", "_reverse", "_start", "is_over")
 
-    def __init__(self, native: Iterator[Any], path: str, start: bytes | None) -> None:
-        self._native: Iterator[Any] | None = native
+    def __init__(self, native: RdictIter, path: str, start: bytes | None, reverse: bool) -> None:
+        self.is_over = False
+        self._native: RdictIter | None = native
         self._path = path
         self._start = start
+        self._reverse = reverse
+        if reverse:
+            native.seek_to_last()
+        elif start is None:
+            native.seek_to_first()
+        else:
+            native.seek(start)
 
     def __next__(self) -> tuple[bytes, bytes]:
-        native = self._native
-        if native is None:
+        if self._native is None:
+            if self.is_over:
+                raise StopIteration
             raise ClosedError(f"state {self._path} was closed while it was iterated over")
         try:
-            pair: tuple[bytes, bytes] = next(native)
-        except StopIteration:
-            self._native = _OVER
-            raise
+            if self._native.valid():
+                key: bytes = self._native.key()
+                value: bytes = self._native.value()
+                if not self._reverse:
+                    self._native.next()
+                    return key, value
+                if self._start is None or key >= self._start:
+                    self._native.prev()
+                    return key, value
+            else:
+                self._native.status()  # raises when damage has ended it
         except Exception as exc:
             raise faults.translate(exc, self._path) from exc
-        if self._start is not None and pair[0] < self._start:
-            self._native = _OVER
-            raise StopIteration
-        return pair
-
-    @property
-    def is_over(self) -> bool:
-        return self._native is _OVER
+        self.is_over = True
+        self._native = None
+        raise StopIteration
 
     def end(self) -> None:
         self._native = None
@@ -120,10 +132,12 @@ class RocksStore(Store):
         """
         try:
             self._open()
-        except UnfitError:
+        except UnfitError as exc:
+            traceback.clear_frames(exc.__traceback__)
             self._release()
             raise
         except Exception as exc:
+            traceback.clear_frames(exc.__traceback__)
             self._release()
             raise faults.translate(exc, self.path) from exc
 
@@ -142,6 +156,7 @@ class RocksStore(Store):
             data = self._bind(META).get(_CHECKPOINT)
             return Checkpoint() if data is None else _read_checkpoint(data)
         except Exception as exc:
+            traceback.clear_frames(exc.__traceback__)
             raise faults.translate(exc, self.path) from exc
         finally:
             self._release()
@@ -308,15 +323,14 @@ class RocksStore(Store):
         self, table: str, start: bytes | None = None, stop: bytes | None = None, *, reverse: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:
         with self._natives:
-            family = self._family(table)
+            self._family(table)
             options = ReadOptions()
             if stop is not None:
                 options.set_iterate_upper_bound(stop)
             try:
-                native = family.items(reverse, None if reverse else start, options)
+                scan = _Scan(self._family(table).iter(options), self.path, start, reverse)
             except Exception as exc:
                 raise faults.translate(exc, self.path) from exc
-            scan = _Scan(native, self.path, start if reverse else None)
             self._scans.add(scan)
         return scan
 
@@ -366,8 +380,7 @@ class RocksStore(Store):
                 native.put(_CHECKPOINT, batch.checkpoint.encode(), self._handles[META])
             self._commit(native)
             self._checkpoint = batch.checkpoint or self._checkpoint
-        if self._memory.is_tight:
-            self._relieve()
+            self._wait_for_buffers()
 
     def _writable(self, tables: set[str]) -> None:
         self._check_open()
@@ -379,27 +392,34 @@ class RocksStore(Store):
 
     def _put_all(self, native: WriteBatch, table: str, changes: dict[bytes, bytes | None]) -> WriteBatch:
         """Add changes, writing whenever a slice is full; give the slice that is not yet written."""
-        handle = self._handles[_PREFIX + table]
         rest = iter(changes.items())
         while some := list(islice(rest, _PUTS)):
             if len(native) + len(some) > ATOMIC_CHANGES or native.size_in_bytes() > ATOMIC_BYTES:
                 self._commit(native)
                 time.sleep(_PAUSE_S)
+                self._wait_for_buffers()
                 native = WriteBatch(raw_mode=True)
-            put, delete = native.put, native.delete
-            for key, value in some:
-                if value is None:
-                    delete(key, handle)
-                else:
-                    put(key, value, handle)
+            _fill(native, self._handles[_PREFIX + table], some)
         return native
+
+    def _wait_for_buffers(self) -> None:
+        """Keep the write buffers of all stores within their share, as RocksDB would by stalling the write.
+
+        Not for ever: whoever iterates keeps buffers in memory that were flushed long ago.
+        """
+        if self._memory.is_tight:
+            self._relieve()
+        until = time.monotonic() + _BUFFERS_TIMEOUT_S
+        while self._memory.is_full and time.monotonic() < until:
+            time.sleep(_STALL_S)
+            self._relieve()
 
     def _delete_range(self, native: WriteBatch, table: str, start: bytes, stop: bytes | None) -> None:
         if stop is None:
-            last: Any = next(self._family(table).keys(True), None)
+            last = _last_key(self._family(table).iter(), self.path)
             if last is None or last < start:
                 return
-            stop = bytes(last) + b"\0"
+            stop = last + b"\0"
         native.delete_range(start, stop, self._handles[_PREFIX + table])
 
     def _commit(self, native: WriteBatch) -> None:
@@ -424,14 +444,36 @@ class RocksStore(Store):
     def flush(self) -> None:
         with self._lock:
             self._writable(set())
-            families = list(self._families.values())
+            families = list(self._families)
         try:
-            for family in families:
-                family.flush(True)
+            for name in families:
+                self._families[name].flush(True)
         except Exception as exc:
             translated = faults.translate(exc, self.path)
             self._is_full = self._is_full or isinstance(translated, StateFullError)
             raise translated from exc
+
+
+def _last_key(native: RdictIter, path: str) -> bytes | None:
+    native.seek_to_last()
+    try:
+        if native.valid():
+            key: bytes = native.key()
+            return key
+        native.status()
+    except Exception as exc:
+        del native
+        raise faults.translate(exc, path) from exc
+    return None
+
+
+def _fill(native: WriteBatch, handle: ColumnFamily, some: list[tuple[bytes, bytes | None]]) -> None:
+    put, delete = native.put, native.delete
+    for key, value in some:
+        if value is None:
+            delete(key, handle)
+        else:
+            put(key, value, handle)
 
 
 class UnfitError(Exception):

@@ -41,13 +41,18 @@ class Memory:
         self.cache_bytes = max(int(budget_bytes * CACHE_SHARE), 4 * _MIB)
         self.buffer_bytes = max(int(self.cache_bytes * BUFFER_SHARE), 2 * _MIB)
         self.cache = Cache(self.cache_bytes)
-        # It never stalls a write: a stall would hold the interpreter's lock. `RocksStores.relieve` flushes in time.
+        # It never stalls a write: a stall would hold the interpreter's lock. `RocksStore.write` waits outside of it.
         self.buffers = WriteBufferManager.new_write_buffer_manager_with_cache(self.buffer_bytes, False, self.cache)
 
     @property
     def is_tight(self) -> bool:
         """Whether write buffers fill most of their share."""
         return self.buffers.get_usage() > 0.7 * self.buffer_bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether write buffers have all of their share."""
+        return self.buffers.get_usage() > self.buffer_bytes
 
     def small_options(self) -> Options:
         """Options of the store itself, and of a column family that holds next to nothing."""
