@@ -15,10 +15,12 @@ from streamflow.errors import (
     FatalError,
     LogFullError,
     LogUnavailableError,
+    NotHeld,
     ProcessingError,
     ProductionError,
     RefusedError,
     SchemaError,
+    StateError,
     StreamFlowError,
     TopologyError,
 )
@@ -29,6 +31,7 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.out import Out
 from streamflow.processing.policy import DeadLetter, Retry, Skip, Stop
 from streamflow.processing.stream import Event, Stream
+from streamflow.processing.table import Table
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import Topology
 
@@ -60,6 +63,7 @@ __all__ = [
     "LogFullError",
     "LogUnavailableError",
     "NeedSchema",
+    "NotHeld",
     "Out",
     "ProcessingError",
     "ProductionError",
@@ -69,9 +73,11 @@ __all__ = [
     "SchemaError",
     "Serializer",
     "Skip",
+    "StateError",
     "Stop",
     "Stream",
     "StreamFlowError",
+    "Table",
     "Topic",
     "TopicPartition",
     "Topology",

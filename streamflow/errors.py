@@ -161,6 +161,10 @@ class ClosedError(StreamFlowError):
     """The object was closed by its owner, or a record's turn is over."""
 
 
+class NotHeld(StreamFlowError):
+    """A table's partition is not held by this process; the message says which one it is and what is held."""
+
+
 class OffsetOutOfRangeError(StreamFlowError):
     """A position lies outside what the log holds.
 

@@ -89,6 +89,61 @@ def shape_of(form: Any) -> Shape:
     return Shape(form, _without_none(known), outer, _exact_type(known))
 
 
+_IMMUTABLE = (
+    info.BoolType,
+    info.IntType,
+    info.FloatType,
+    info.StrType,
+    info.BytesType,
+    info.DateTimeType,
+    info.DateType,
+    info.TimeType,
+    info.TimeDeltaType,
+    info.UUIDType,
+    info.DecimalType,
+    info.EnumType,
+    info.LiteralType,
+    info.NoneType,
+)
+
+
+def is_immutable(form: Any) -> bool:
+    """Whether values of a type can surely not be changed in place, nor anything inside them.
+
+    Args:
+        form: A type that `shape_of` takes.
+    """
+    try:
+        return _is_immutable(info.type_info(form), set())
+    except (TypeError, ValueError, NameError):
+        return False
+
+
+def _is_immutable(known: info.Type, seen: set[Any]) -> bool:
+    known = _without_metadata(known)
+    if isinstance(known, info.UnionType):
+        return all(_is_immutable(part, seen) for part in known.types)
+    if isinstance(known, info.VarTupleType | info.FrozenSetType):
+        return _is_immutable(known.item_type, seen)
+    if isinstance(known, info.TupleType):
+        return all(_is_immutable(part, seen) for part in known.item_types)
+    if isinstance(known, info.StructType | info.DataclassType | info.NamedTupleType):
+        if known.cls in seen:
+            return True
+        seen.add(known.cls)
+        return _is_frozen(known.cls) and all(_is_immutable(field.type, seen) for field in known.fields)
+    return isinstance(known, _IMMUTABLE)
+
+
+def _is_frozen(cls: Any) -> bool:
+    origin = get_origin(cls) or cls
+    if issubclass(origin, msgspec.Struct):
+        return bool(origin.__struct_config__.frozen)
+    if is_dataclass(origin):
+        return bool(getattr(origin, "__dataclass_params__").frozen)  # noqa: B009 - typeshed has it not
+    return issubclass(origin, tuple)
+
+
 def type_name(form: Any) -> str:
     """A type as a user would write it: `Order | None`, `list[Order]`."""
     if form is None or form is type(None):

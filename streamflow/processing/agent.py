@@ -10,11 +10,13 @@ from streamflow.errors import ConfigurationError, TopologyError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.model.schema import members, surely_differs, type_name
 from streamflow.processing.context import current_turn, sender_of
+from streamflow.processing.names import named_objects
 from streamflow.processing.out import Out
 from streamflow.processing.places import place_of_call
 from streamflow.processing.policy import ErrorPolicy, check_policy, dead_letter_topic
 from streamflow.processing.signature import UNKNOWN, Kind, Signature, code_names, signature_of
 from streamflow.processing.stream import Stream
+from streamflow.processing.table import Table
 from streamflow.processing.topic import Derived, Owner, Topic, check_name, is_whole
 
 K = TypeVar("K")
@@ -42,6 +44,7 @@ class Agent(Generic[K, V, R]):
         concurrency: Records of one partition in progress at once, at most one per key.
         on_error: What happens to a record that fails.
         thread: Whether its batches run in a worker thread.
+        declared_tables: The tables it was declared with; None takes those that its code names.
         kind: `generator` (async generator over the stream), `stream` (coroutine over it) or `record` (called with each
             value).
         is_async: Whether the function is asynchronous.
@@ -62,6 +65,7 @@ class Agent(Generic[K, V, R]):
         concurrency: int,
         on_error: ErrorPolicy,
         thread: bool,
+        tables: Sequence[Table[Any, Any]] | None = None,
     ) -> None:
         self.app = app
         self.name = name
@@ -75,6 +79,7 @@ class Agent(Generic[K, V, R]):
         self.concurrency = concurrency
         self.on_error = on_error
         self.thread = thread
+        self.declared_tables = None if tables is None else tuple(tables)
         self.signature = signature
         self.kind: Kind = signature.kind
         self.is_async = signature.is_async
@@ -86,6 +91,10 @@ class Agent(Generic[K, V, R]):
 
     def __repr__(self) -> str:
         return f"<agent {self.name!r} over {', '.join(topic.name for topic in self.input_topics)}>"
+
+    def tables(self) -> tuple[Table[Any, Any], ...]:
+        """The tables it may touch: those it was declared with, or those that its code names."""
+        return named_objects(self.fn, (Table,)) if self.declared_tables is None else self.declared_tables
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function itself, for unit tests; nothing is sent anywhere."""
@@ -169,6 +178,7 @@ class AgentOptions:
         on_error: See there.
         name: See there.
         thread: See there.
+        tables: See there.
     """
 
     source: Any
@@ -177,6 +187,7 @@ class AgentOptions:
     on_error: Any
     name: str | None
     thread: bool
+    tables: Any = None
 
 
 def input_topic(source: Source[Any, Any]) -> Topic[Any, Any]:
@@ -228,6 +239,7 @@ def make_agent(
         concurrency=options.concurrency,
         on_error=options.on_error,
         thread=options.thread,
+        tables=_tables(app, options.tables, where),
     )
 
 
@@ -235,6 +247,18 @@ def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
     """Whether an encoded key may go from one topic to the other as it is: same type (or or-null of it), same bytes."""
     same_type = sink.key_type in (source.key_type, Optional[source.key_type])  # noqa: UP045 - of a value
     return same_type and source.key_serializer == sink.key_serializer
+
+
+def _tables(app: Owner, given: Any, where: str) -> tuple[Table[Any, Any], ...] | None:
+    if given is None:
+        return None
+    tables = (given,) if isinstance(given, Table) else _listed(given)
+    for one in tables:
+        if not isinstance(one, Table):
+            raise TopologyError(f"{where}: tables={one!r}: give tables made by `app.table(...)`")
+        if one.app is not app:
+            raise TopologyError(f"{where}: tables= names {one.name!r}, which is of app {one.app.id!r}")
+    return tables
 
 
 def _sources(app: Owner, given: Any, where: str) -> tuple[Source[Any, Any], ...]:

@@ -34,6 +34,7 @@ from streamflow.processing.policy import ErrorPolicy, Stop
 from streamflow.processing.selector import Field
 from streamflow.processing.signature import UNKNOWN, Signature
 from streamflow.processing.stream import Stream
+from streamflow.processing.table import Table
 from streamflow.processing.topic import Derived, Partitioner, Topic, TopicOptions, check_name
 from streamflow.processing.topology import Job, Topology, build_topology, every_topic
 
@@ -60,6 +61,7 @@ class Declarations:
         topics: Declared topics by name.
         agents: Agents by name.
         derived: Steps made by `group_by` and `through`, by name.
+        tables: Declared tables by name.
         timers: Timers, in order of declaration.
         crontabs: Crontabs.
         tasks: Tasks.
@@ -82,6 +84,7 @@ class Declarations:
         self.topics: dict[str, Topic[Any, Any]] = {}
         self.agents: dict[str, Agent[Any, Any, Any]] = {}
         self.derived: dict[str, Derived[Any, Any]] = {}
+        self.tables: dict[str, Table[Any, Any]] = {}
         self.timers: list[Timer] = []
         self.crontabs: list[Crontab] = []
         self.tasks: list[BackgroundTask] = []
@@ -226,6 +229,66 @@ class Declarations:
             raise TopologyError(f"topic {topic.name!r} is declared twice, with {difference}")
         return known
 
+    # --- tables ------------------------------------------------------------------------------------------------
+
+    def table(
+        self,
+        name: str,
+        *,
+        key_type: TypeForm[K],
+        value_type: TypeForm[V],
+        key_serializer: str | Serializer | None = None,
+        value_serializer: str | Serializer | None = None,
+        default: Callable[[], V] | None = None,
+        ttl_s: float | None = None,
+        on_recover: Callable[..., Any] | None = None,
+        help: str = "",
+    ) -> Table[K, V]:
+        """Declare a table: a mapping that agents share and that survives crashes.
+
+        Each partition of the sources of the agents that use it has a part of its own, in a local store and in a
+        compacted topic, `<app>-<name>-changelog`. What a record writes is committed with the record's offset and
+        outputs, and not at all when the record fails.
+
+        Args:
+            name: Its name.
+            key_type: Type of its keys; iteration is in their order.
+            value_type: Type of its values. `None` is no value: it is how a deletion is written.
+            key_serializer: How the changelog has its keys; see `topic`.
+            value_serializer: How changelog and store have its values.
+            default: Makes the value that `table[key]` reads where there is none; it is not stored by reading. Left out:
+                `KeyError`.
+            ttl_s: Seconds that a value lives after its last write, above 0, in stream time: the greatest timestamp of
+                the records that touched the table in its partition. Left out: for ever.
+            on_recover: Called (sync or async) with the partition's number when a partition of it was restored.
+            help: What it holds, for people.
+
+        Returns:
+            The table; the same object for the same declaration.
+
+        Raises:
+            ConfigurationError: An option does not fit.
+            SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
+            TopologyError: The name was declared before with something else.
+        """
+        declared: Table[K, V] = Table(
+            self,
+            name,
+            key_type=key_type,
+            value_type=value_type,
+            key_serializer=key_serializer,
+            value_serializer=value_serializer,
+            default=default,
+            ttl_s=ttl_s,
+            on_recover=on_recover,
+            help=help,
+        )
+        known = self.tables.setdefault(name, declared)
+        difference = known.difference(declared) if known is not declared else None
+        if difference is not None:
+            raise TopologyError(f"table {name!r} is declared twice, with {difference}")
+        return known
+
     # --- agents ------------------------------------------------------------------------------------------------
 
     @overload
@@ -243,6 +306,7 @@ class Declarations:
         on_error: ErrorPolicy = ...,
         name: str | None = None,
         thread: bool = False,
+        tables: Sequence[Table[Any, Any]] | None = None,
     ) -> SinkDecorator[K, V, S]: ...
     @overload
     def agent(
@@ -255,6 +319,7 @@ class Declarations:
         on_error: ErrorPolicy = ...,
         name: str | None = None,
         thread: bool = False,
+        tables: Sequence[Table[Any, Any]] | None = None,
     ) -> AgentDecorator[K, V]: ...
     @overload
     def agent(
@@ -267,6 +332,7 @@ class Declarations:
         on_error: ErrorPolicy = ...,
         name: str | None = None,
         thread: bool = False,
+        tables: Sequence[Table[Any, Any]] | None = None,
     ) -> FreeDecorator: ...
     @overload
     def agent(self, source: Callable[[V], Awaitable[R]], /) -> Agent[Any, V, R]: ...
@@ -283,6 +349,7 @@ class Declarations:
         on_error: ErrorPolicy = Stop(),  # noqa: B008 - frozen, without state
         name: str | None = None,
         thread: bool = False,
+        tables: Sequence[Table[Any, Any]] | None = None,
     ) -> Any:
         """Declare an agent: `@app.agent(topic)`, or bare `@app.agent` for one with a topic of its own.
 
@@ -298,6 +365,8 @@ class Declarations:
             on_error: `sf.Stop()` (default), `sf.Skip()`, `sf.Retry(times)` or `sf.DeadLetter(topic)`.
             name: Its name. Left out: the function's.
             thread: Run a `def` in a worker thread, a batch at a time.
+            tables: The tables it may touch. Left out: those that its code names, followed through functions of its
+                module; touching another one raises.
 
         Returns:
             The agent, in the function's place; `.fn` is the function.
@@ -309,7 +378,9 @@ class Declarations:
         place = place_of_call()
 
         def declare(function: Callable[..., Any]) -> Agent[Any, Any, Any]:
-            options = AgentOptions(None if fn is not None else source, sink, concurrency, on_error, name, thread)
+            options = AgentOptions(
+                None if fn is not None else source, sink, concurrency, on_error, name, thread, tables
+            )
             agent = make_agent(self, function, options, self._own_topic)
             known = self.agents.get(agent.name)
             if known is not None:
@@ -446,7 +517,8 @@ class Declarations:
 
     def every_topic(self) -> dict[str, Topic[Any, Any]]:
         """All topics by name: those declared, in order, then the internal ones of its steps."""
-        return every_topic(self.topics, self.derived)
+        changelogs = {table.changelog.name: table.changelog for table in self.tables.values()}
+        return {**every_topic(self.topics, self.derived), **changelogs}
 
     def topology(self) -> Topology:
         """What was declared, as frozen data: topics, agents, steps and how they are joined.
@@ -454,4 +526,11 @@ class Declarations:
         Raises:
             TopologyError: The declarations do not fit together; the message names the places.
         """
-        return build_topology(self.id, topics=self.topics, agents=self.agents, derived=self.derived, jobs=self.jobs())
+        return build_topology(
+            self.id,
+            topics=self.topics,
+            agents=self.agents,
+            derived=self.derived,
+            tables=self.tables,
+            jobs=self.jobs(),
+        )

@@ -15,9 +15,10 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.hooks import BackgroundTask, Crontab, Timer
 from streamflow.processing.names import named_objects
 from streamflow.processing.policy import dead_letter_topic, policy_text
+from streamflow.processing.table import Table
 from streamflow.processing.topic import Derived, Through, Topic
 
-EdgeKind: TypeAlias = Literal["reads", "sinks", "sends", "repartitions", "copies", "dead_letters"]
+EdgeKind: TypeAlias = Literal["reads", "sinks", "sends", "repartitions", "copies", "dead_letters", "uses"]
 Job: TypeAlias = Timer | Crontab | BackgroundTask
 
 
@@ -96,6 +97,34 @@ class StepNode:
 
 
 @dataclass(frozen=True, slots=True)
+class TableNode:
+    """A table.
+
+    Attributes:
+        name: Its name.
+        key_type: Type of its keys, as text.
+        value_type: Type of its values, as text.
+        changelog: Name of the topic behind it.
+        ttl_s: Seconds a value lives after its last write, or None.
+        help: What it holds, for people.
+        place: Where it was declared, `file:line`.
+    """
+
+    name: str
+    key_type: str
+    value_type: str
+    changelog: str
+    ttl_s: float | None
+    help: str
+    place: str
+
+    @property
+    def id(self) -> str:
+        """How edges call it."""
+        return f"table:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class JobNode:
     """A timer, crontab or task.
 
@@ -117,7 +146,7 @@ class JobNode:
         return f"{self.kind}:{self.name}"
 
 
-Node: TypeAlias = TopicNode | AgentNode | StepNode | JobNode
+Node: TypeAlias = TopicNode | AgentNode | StepNode | TableNode | JobNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +157,8 @@ class Edge:
         source: Id of the node they come from.
         target: Id of the node they go to.
         kind: `reads` (a topic into an agent or step), `sinks` (an agent's results), `sends` (what code sends, as far as
-            it can be read there), `repartitions`, `copies` (a step's output), `dead_letters`.
+            it can be read there), `repartitions`, `copies` (a step's output), `dead_letters`,
+            `uses` (an agent its table).
     """
 
     source: str
@@ -138,19 +168,21 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class SubTopology:
-    """What is processed together: agents and steps that share a source topic. A task is one partition of it.
+    """What is processed together: agents and steps that share a source topic or a table. A task is one partition of it.
 
     Attributes:
         name: Made of user names: its first source topic.
         topics: Names of its source topics, sorted.
         agents: Names of its agents, sorted.
         steps: Names of its steps, sorted.
+        tables: Names of its tables, sorted.
     """
 
     name: str
     topics: tuple[str, ...]
     agents: tuple[str, ...]
     steps: tuple[str, ...]
+    tables: tuple[str, ...] = ()
 
     def has_agent(self, name: str) -> bool:
         """Whether an agent belongs to it."""
@@ -163,7 +195,7 @@ class Topology:
 
     Attributes:
         app: The app's name.
-        nodes: Topics, agents, steps and jobs, each kind in order of name.
+        nodes: Topics, agents, steps, tables and jobs, each kind in order of name.
         edges: How records go between them.
         sub_topologies: What is processed together, in order of name.
     """
@@ -187,6 +219,11 @@ class Topology:
     def steps(self) -> tuple[StepNode, ...]:
         """The steps made by `group_by` and `through`, in order of name."""
         return tuple(node for node in self.nodes if isinstance(node, StepNode))
+
+    @property
+    def tables(self) -> tuple[TableNode, ...]:
+        """The tables, in order of name."""
+        return tuple(node for node in self.nodes if isinstance(node, TableNode))
 
     @property
     def jobs(self) -> tuple[JobNode, ...]:
@@ -226,6 +263,7 @@ class Topology:
             "topics": self.topics,
             "agents": self.agents,
             "steps": self.steps,
+            "tables": self.tables,
             "jobs": self.jobs,
         }
         listed: dict[str, Any] = {"app": self.app}
@@ -241,7 +279,13 @@ class Topology:
     def to_mermaid(self) -> str:
         """The topology as a Mermaid flowchart."""
         ids = {node.id: f"n{number}" for number, node in enumerate(self.nodes)}
-        shapes = {TopicNode: ("[(", ")]"), AgentNode: ("(", ")"), StepNode: ("{{", "}}"), JobNode: ("([", "])")}
+        shapes = {
+            TopicNode: ("[(", ")]"),
+            AgentNode: ("(", ")"),
+            StepNode: ("{{", "}}"),
+            TableNode: ("[[", "]]"),
+            JobNode: ("([", "])"),
+        }
         lines = ["flowchart LR"]
         for node in self.nodes:
             left, right = shapes[type(node)]
@@ -253,7 +297,7 @@ class Topology:
         return "\n".join(lines) + "\n"
 
     def _caption(self, node: Node) -> str:
-        if isinstance(node, TopicNode):
+        if isinstance(node, TopicNode | TableNode):
             return f"{node.name}<br/>{_escaped(f'{node.key_type}: {node.value_type}')}"
         return (
             f"{node.name}<br/>{_escaped(node.schedule)}" if isinstance(node, JobNode) and node.schedule else node.name
@@ -272,6 +316,8 @@ class Topology:
             )
         if isinstance(node, StepNode):
             return f"step    {node.name} ({node.kind})"
+        if isinstance(node, TableNode):
+            return f"table {node.name} ({node.key_type}: {node.value_type})"
         leader = ", on the leader" if node.on_leader else ""
         return f"{node.kind} {node.name}" + (
             f" ({node.schedule}{leader})" if node.schedule else leader.replace(",", " ", 1)
@@ -302,6 +348,7 @@ def build_topology(
     topics: Mapping[str, Topic[Any, Any]],
     agents: Mapping[str, Agent[Any, Any, Any]],
     derived: Mapping[str, Derived[Any, Any]],
+    tables: Mapping[str, Table[Any, Any]],
     jobs: Collection[Job],
 ) -> Topology:
     """Put declarations together and check them.
@@ -311,23 +358,29 @@ def build_topology(
         topics: Declared topics by name.
         agents: Agents by name.
         derived: Steps by name.
+        tables: Tables by name.
         jobs: Timers, crontabs and tasks.
 
     Raises:
         TopologyError: They do not fit together.
     """
     _check_steps(topics, agents, derived)
+    used = {name: sorted(agent.tables(), key=lambda table: table.name) for name, agent in agents.items()}
+    _check_tables(tables, used)
     every = every_topic(topics, derived)
     nodes: list[Node] = [_topic_node(every[name]) for name in sorted(every)]
     nodes += [_agent_node(agents[name]) for name in sorted(agents)]
     nodes += [StepNode(name, _step_kind(derived[name]), derived[name].place) for name in sorted(derived)]
+    nodes += [_table_node(tables[name]) for name in sorted(tables)]
     nodes += sorted((_job_node(job) for job in jobs), key=lambda node: node.id)
     edges = [
         *(edge for name in sorted(derived) for edge in _step_edges(derived[name])),
         *(edge for name in sorted(agents) for edge in _agent_edges(agents[name], every)),
+        *(Edge(f"agent:{name}", f"table:{table.name}", "uses") for name in sorted(agents) for table in used[name]),
         *(edge for job in jobs for edge in _sends(f"{_job_kind(job)}:{job.name}", job.fn, every)),
     ]
-    return Topology(app, tuple(nodes), tuple(dict.fromkeys(edges)), _sub_topologies(agents.values(), derived.values()))
+    subs = _sub_topologies(agents.values(), derived.values(), used)
+    return Topology(app, tuple(nodes), tuple(dict.fromkeys(edges)), subs)
 
 
 def _check_steps(
@@ -355,6 +408,17 @@ def _check_steps(
                 f"({step.place}): rename one"
             )
     _check_cycles(derived.values())
+
+
+def _check_tables(tables: Mapping[str, Table[Any, Any]], used: Mapping[str, Collection[Table[Any, Any]]]) -> None:
+    """A table's partitions are those of what its agents read, so a table without an agent has none."""
+    named = {table.name for each in used.values() for table in each}
+    for table in tables.values():
+        if table.name not in named:
+            raise TopologyError(
+                f"table {table.name!r} ({table.place}) is named by no agent, so nothing says how it is partitioned: "
+                "use it in an agent's code, give it by `@app.agent(..., tables=[...])`, or take it out"
+            )
 
 
 def _check_cycles(steps: Iterable[Derived[Any, Any]]) -> None:
@@ -385,6 +449,11 @@ def _topic_node(topic: Topic[Any, Any]) -> TopicNode:
         topic.partitions,
         topic.internal,
     )
+
+
+def _table_node(table: Table[Any, Any]) -> TableNode:
+    types = type_name(table.key_type), type_name(table.value_type)
+    return TableNode(table.name, *types, table.changelog.name, table.ttl_s, table.help, table.place)
 
 
 def _agent_node(agent: Agent[Any, Any, Any]) -> AgentNode:
@@ -432,10 +501,14 @@ def _sends(id: str, fn: Any, topics: Mapping[str, Topic[Any, Any]]) -> list[Edge
 
 
 def _sub_topologies(
-    agents: Collection[Agent[Any, Any, Any]], steps: Collection[Derived[Any, Any]]
+    agents: Collection[Agent[Any, Any, Any]],
+    steps: Collection[Derived[Any, Any]],
+    used: Mapping[str, Collection[Table[Any, Any]]],
 ) -> tuple[SubTopology, ...]:
-    """Agents and steps that share a source topic, directly or by way of others (union-find over topics)."""
+    """Agents and steps that share a source topic or a table, directly or by way of others (union-find over topics)."""
     parents: dict[str, str] = {}
+
+    users: dict[str, str] = {}  # a table to a topic of an agent that uses it
 
     def root(topic: str) -> str:
         while parents.setdefault(topic, topic) != topic:
@@ -447,6 +520,8 @@ def _sub_topologies(
         root(first)
         for other in others:
             parents[root(other)] = root(first)
+        for table in used[agent.name]:
+            parents[root(users.setdefault(table.name, first))] = root(first)
     for step in steps:
         root(step.source_topic.name)
     groups: dict[str, list[str]] = {}
@@ -458,6 +533,7 @@ def _sub_topologies(
             tuple(names),
             tuple(sorted(agent.name for agent in agents if root(agent.input_topics[0].name) == top)),
             tuple(sorted(step.name for step in steps if root(step.source_topic.name) == top)),
+            tuple(sorted(name for name, topic in users.items() if root(topic) == top)),
         )
         for top, names in sorted(groups.items(), key=lambda item: item[1][0])
     )

@@ -64,7 +64,7 @@ class Client:
     async def _open(self) -> None:
         async with AsyncExitStack() as stack:
             log = await stack.enter_async_context(self._log)
-            descriptions = await prepare_topics(self._app, self._settings, log.admin)
+            descriptions = await prepare_topics(self._app, self._app.topology(), self._settings, log.admin)
             known = KnownTargets(log.admin, compression_number(self._settings.compression))
             known.add_all(self._app, descriptions)
             self._sender = await stack.enter_async_context(

@@ -82,7 +82,7 @@ class DirectFeed(Feed[LogRecord]):
         self.unit = None
 
     def put_back(self) -> None:
-        self.stage.clear()
+        self.drop_stage()
         self.forget_headers()
         in_hand = self.in_hand()
         for tp, record in reversed(in_hand):
@@ -131,7 +131,9 @@ class DirectFeed(Feed[LogRecord]):
         while True:
             if self.stopping:
                 await self.park()
-            if task.outputs.sealed_bytes >= task.max_unsent_bytes:
+            if task.changes and keep is None:
+                task.make_changes()
+            if task.is_full():
                 await task.delivery.make_room(task)
                 continue
             run = self._again.popleft() if self._again else self._next_of_inputs()

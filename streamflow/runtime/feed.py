@@ -141,7 +141,7 @@ class Feed(Turn, Generic[T]):
             self._slice_started_s = perf_counter()
 
     def _check_asker(self) -> None:
-        if asyncio.current_task() is not self.task.owner_of(self) or self._asking:
+        if asyncio.current_task() is not self.owner or self._asking:
             raise ClosedError(
                 f"agent {self.agent.name!r}: its stream is asked for a record from another task, or for two at once. A "
                 "record is done when the next one is asked for, so a wrapper must not read ahead; use take() for "
@@ -275,7 +275,7 @@ class Feed(Turn, Generic[T]):
         Raises:
             RecordError: The policy is to stop; inside a stream this parks the agent instead.
         """
-        self.stage.clear()
+        self.drop_stage()
         decision = self.errors.decide(error, attempt)
         if decision.retry_after_s is not None:
             await self._back_off(decision.retry_after_s)

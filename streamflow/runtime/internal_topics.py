@@ -10,6 +10,8 @@ from streamflow.errors import TopologyError
 from streamflow.log.api import Admin, NewTopic, TopicDescription
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
+from streamflow.processing.topology import Topology
+from streamflow.runtime.changelogs import new_changelogs
 
 _REPLY_RETENTION_MS = 3_600_000
 
@@ -24,11 +26,14 @@ def repartition_topics(app: Declarations) -> list[str]:
     return [derived.topic.name for derived in app.derived.values() if derived.topic.internal]
 
 
-async def prepare_topics(app: Declarations, settings: Settings, admin: Admin) -> Mapping[str, TopicDescription]:
+async def prepare_topics(
+    app: Declarations, topology: Topology, settings: Settings, admin: Admin
+) -> Mapping[str, TopicDescription]:
     """Make sure that all declared topics exist with the right number of partitions.
 
     Args:
         app: The app.
+        topology: Its topology.
         settings: Defaults for topics that are created.
         admin: The log's administration.
 
@@ -48,6 +53,7 @@ async def prepare_topics(app: Declarations, settings: Settings, admin: Admin) ->
     counts = {name: description.partitions for name, description in existing.items()}
     new = _new_external(topics, settings, counts)
     new += _new_internal(app, counts)
+    new += new_changelogs(app, topology, counts, existing, settings.replication)
     if reply_topic_name(app.id) not in existing:
         config = {"retention.ms": str(_REPLY_RETENTION_MS), "cleanup.policy": "delete"}
         new.append(NewTopic(reply_topic_name(app.id), settings.partitions, settings.replication, config))

@@ -25,6 +25,7 @@ from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.task import Task
 from streamflow.sensors import Sensors
+from streamflow.state.stage import Stage
 
 logger = logging.getLogger("streamflow.jobs")
 
@@ -44,6 +45,8 @@ class LeaderTurn:
         self._at_once = at_once
         self._stage: list[Staged] = []
         self._open = True
+        # Tables are read here as elsewhere outside of records: what is committed.
+        self.stages: dict[str, Stage] = {}
 
     def send(self, outgoing: Outgoing) -> None:
         """See `processing.context.Turn.send`."""
@@ -65,6 +68,12 @@ class LeaderTurn:
 
     def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
         """Asking is allowed: the turn blocks no record."""
+
+    def refuse_table(self, table: object) -> None:
+        """Tables are read as elsewhere; see `stages`."""
+
+    def check_alive(self) -> None:
+        """Nothing to check: tables are not written in this turn."""
 
     def done(self) -> None:
         """The turn succeeded: its sends join the task's outputs, if it still is ours."""

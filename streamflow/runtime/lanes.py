@@ -138,6 +138,7 @@ class LaneFeed(Feed[Entry]):
         self.task.sensors.records_processed(self.agent.name, self.tp.topic, 1, seconds)
 
     def finish(self) -> None:
+        closed = self.close_stage()
         entries, self._entries = self._entries, []
         self.record = self.unit = None
         if not entries:
@@ -145,12 +146,13 @@ class LaneFeed(Feed[Entry]):
         if self.replies:
             self.answer_nothing()
         self.forget_headers()
-        stage = [staged for staged in self.stage if not isinstance(staged[0], EndOfHeaders)]
+        closed += self.stage
         self.stage.clear()
+        stage = [staged for staged in closed if not isinstance(staged[0], EndOfHeaders)]
         self._ledger.finish(entries, stage)
 
     def put_back(self) -> None:
-        self.stage.clear()
+        self.drop_stage()
         self.forget_headers()
         self.queue.extendleft(reversed(self._entries))
         self._entries = []
@@ -228,7 +230,12 @@ class Dispatcher:
             if len(ledger) >= self._max_in_flight and not waiting:
                 await ledger.wait_moved()
                 continue
-            if task.outputs.sealed_bytes >= task.max_unsent_bytes:
+            if task.changes:
+                if len(ledger):
+                    await ledger.wait_moved()
+                    continue
+                task.make_changes()
+            if task.is_full():
                 await task.delivery.make_room(task)
                 continue
             if self.stopping:

@@ -12,8 +12,9 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
+from streamflow.errors import StateFullError
 from streamflow.log.api import GroupEvent
-from streamflow.runtime.commit import AtLeastOnce
+from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.sensors import Sensors
@@ -22,6 +23,7 @@ logger = logging.getLogger("streamflow.worker")
 
 _WATCH_S = 0.1
 _STALL_S = 0.01
+_STORE_POLL_S = 0.25
 _WARNED_STALL_S = 1.0
 
 
@@ -50,6 +52,7 @@ class Loops:
         services.start_soon(self._commit, manager)
         services.start_soon(self._follow_group, manager)
         services.start_soon(self._watch, manager)
+        services.start_soon(self._store, manager)
         if isinstance(self._delivery, AtLeastOnce):
             services.start_soon(self._linger, manager)
 
@@ -65,6 +68,22 @@ class Loops:
             await self._clock.wait(self._delivery.wanted, interval_s)
             self._delivery.wanted.clear()
             await self._delivery.commit(manager.running())
+
+    async def _store(self, manager: TaskManager) -> None:
+        """Write committed table values to the local stores, beside the work."""
+        told = False
+        while True:
+            await asyncio.sleep(_STORE_POLL_S)
+            for task in manager.running():
+                if task.tables is None or not task.tables.is_due:
+                    continue
+                try:
+                    await task.tables.write_store()
+                    told = False
+                except StateFullError as error:
+                    if not told:
+                        logger.warning("%s; committed values stay in memory until there is room", error)
+                    told = True
 
     async def _linger(self, manager: TaskManager) -> None:
         linger_s = self._settings.linger_ms / 1000

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamflow.log.api import Admin, Group, Reader
-from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
+from streamflow.runtime.at_least_once import AtLeastOnce
+from streamflow.runtime.exactly_once import ExactlyOnce
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class AgentRun:
 
     async def run(self) -> None:
         """Run until cancelled (after the feed was cut, or its records were lost)."""
+        self.feed.owner = asyncio.current_task()
         current_turn.set(self.feed)
         body = self._body()
         while True:
@@ -148,10 +149,9 @@ class AgentRun:
                 feed.record = record
             try:
                 feed.emit(function(value))
+                done.append(feed.close_stage())
             except (Exception, SystemExit) as exc:
                 return done, exc
-            done.append(list(feed.stage))
-            feed.stage.clear()
         return done, None
 
     # --- failures ------------------------------------------------------------------------------------------------

@@ -8,31 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import RecordError, StreamFlowError
+from streamflow.errors import FatalError, NotHeld, RecordError, StreamFlowError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
 from streamflow.model.serde import BoundCodec
+from streamflow.processing.table import Table
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
+from streamflow.runtime.cancellation import call_user
+from streamflow.runtime.commit_mark import CommitMark, anchor_of
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.direct import DirectFeed
 from streamflow.runtime.feed import Feed
+from streamflow.runtime.homes import Homes
 from streamflow.runtime.inputs import Input, Inputs
 from streamflow.runtime.lanes import Dispatcher, LaneFeed
 from streamflow.runtime.ledger import Ledger
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
 from streamflow.runtime.record_errors import RecordErrors
+from streamflow.runtime.restore import Restorer
 from streamflow.runtime.run import AgentRun
-from streamflow.runtime.task_view import Delivery
+from streamflow.runtime.table_change import TableChange
+from streamflow.runtime.task_tables import TaskTables
+from streamflow.runtime.task_view import Delivery, Sealed
 from streamflow.sensors import Sensors
+from streamflow.state.stage import Stage
+from streamflow.state.store import Store
+
+_DIRTY_TO_COMMIT = 50_000
+_MAX_DIRTY = 200_000
 
 logger = logging.getLogger("streamflow.tasks")
 
@@ -54,6 +68,7 @@ class Surroundings:
         output_waits: Told when a task has something to send.
         max_task_idle_s: See `Inputs`.
         max_unsent_bytes: Unsent output of one task above which it waits.
+        homes: Knows the partitions of table keys.
     """
 
     def __init__(
@@ -70,6 +85,7 @@ class Surroundings:
         output_waits: Callable[[], None],
         max_task_idle_s: float,
         max_unsent_bytes: int,
+        homes: Homes,
     ) -> None:
         self.clock = clock
         self.sensors = sensors
@@ -82,6 +98,26 @@ class Surroundings:
         self.output_waits = output_waits
         self.max_task_idle_s = max_task_idle_s
         self.max_unsent_bytes = max_unsent_bytes
+        self.homes = homes
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """The tables of a task, before it runs.
+
+    Attributes:
+        tables: Their declarations.
+        by_agent: The names of the tables that each agent may touch.
+        store: The open store.
+        restorer: Brings it level with the log.
+        live_entries: See `Overlay`.
+    """
+
+    tables: Sequence[Table[Any, Any]]
+    by_agent: Mapping[str, Sequence[str]]
+    store: Store
+    restorer: Restorer
+    live_entries: int
 
 
 class Task:
@@ -94,6 +130,8 @@ class Task:
         topics: Its source topics.
         positions: Next offset per source partition.
         shared: What the worker's tasks share.
+        mark: What its last commit says; None where there was none.
+        local: Its tables and their store; None without tables.
     """
 
     def __init__(
@@ -104,6 +142,8 @@ class Task:
         topics: list[Topic[Any, Any]],
         positions: Mapping[TopicPartition, int],
         shared: Surroundings,
+        mark: CommitMark | None = None,
+        local: LocalState | None = None,
     ) -> None:
         self.sub_topology = sub_topology
         self.partition = partition
@@ -120,7 +160,6 @@ class Task:
         self._positions = dict(positions)
         inputs = [Input(tp, at, self._timestamp_of(self._topics[tp.topic])) for tp, at in positions.items()]
         self.inputs = Inputs(inputs, shared.clock, shared.max_task_idle_s, shared.ask, shared.end_of)
-        self._owners: dict[int, asyncio.Task[Any] | None] = {}
         self._dispatcher: Dispatcher | None = None
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
@@ -132,11 +171,27 @@ class Task:
         self._patience_s = PATIENCE_S
         # Agents that went on after they were cancelled and patience was over, by name.
         self.deaf: dict[str, asyncio.Task[None]] = {}
+        self.anchor = anchor_of(positions)
+        # What the offset of the anchor says in the log: the last commit's id, and what one under way would write.
+        self.commit_id = "" if mark is None else mark.id
+        self.commit_id_under_way = ""
+        self.tables: TaskTables | None = None
+        self.changes: deque[TableChange] = deque()
+        self._made: list[TableChange] = []
+        self._mark = mark
+        self._local = local
+        self._fail = shared.fail
+        self._shared_homes = shared.homes
+        if local is not None:
+            self.tables = TaskTables(
+                local.tables, partition, local.store, self.outputs, shared.clock, local.live_entries, self._check_home
+            )
         self._runs = self._make_runs(agents)
 
     def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
         if len(agents) == 1 and agents[0].concurrency == 1:
             feed = DirectFeed(self, agents[0], RecordErrors(agents[0], self.sensors))
+            self._give_tables(feed, shared=agents[0].thread)
             return [AgentRun(agents[0], feed)]
         ledger = Ledger(self.start_positions(), self.inputs.wake)
         lanes = [
@@ -144,7 +199,17 @@ class Task:
             for agent in agents
         ]
         self._dispatcher = Dispatcher(self, ledger, lanes)
+        for lane in (feed for each in lanes for feed in each):
+            self._give_tables(lane, shared=True)
         return [AgentRun(feed.agent, feed) for each in lanes for feed in each]
+
+    def _give_tables(self, feed: Feed[Any], *, shared: bool) -> None:
+        if self.tables is not None and self._local is not None:
+            names = self._local.by_agent.get(feed.agent.name, ())
+            feed.stages = self.tables.stages(names, feed.touched, shared=shared)
+
+    def _check_home(self, table: str, key: bytes, shown: Any) -> None:
+        self._shared_homes.check(self.sub_topology, self.partition, table, key, shown)
 
     # --- what feeds and turns ask ------------------------------------------------------------------------------
 
@@ -160,10 +225,6 @@ class Task:
         """The topic's timestamp extractor over raw records; None where the record's own timestamp counts."""
         extract = topic.timestamp_ms_of
         return None if extract is None else partial(_extracted, extract, topic.value_codec)
-
-    def owner_of(self, feed: Feed[Any]) -> asyncio.Task[Any] | None:
-        """The asyncio task in which the agent of a feed runs."""
-        return self._owners.get(id(feed))
 
     def reply_output(self, topic: str) -> OutputTopic | None:
         """Where answers go; None when the asking app's reply topic is unknown here."""
@@ -184,9 +245,10 @@ class Task:
 
     async def run(self) -> None:
         """Run the agents until `close`; owned by the worker's task group."""
-        self.state = "running"
         try:
             with self._scope:
+                if not await self._restored():
+                    return
                 async with anyio.create_task_group() as group:
                     for each in self._runs:
                         group.start_soon(self._run_agent, each)
@@ -211,7 +273,6 @@ class Task:
                 await run.run()
 
         agent = asyncio.create_task(within_scope(), name=f"agent {run.agent.name} of task {self.name}")
-        self._owners[id(run.feed)] = agent
         try:
             await asyncio.wait((agent,))
         except asyncio.CancelledError:
@@ -236,9 +297,39 @@ class Task:
             self._patience_s,
         )
 
+    async def _restored(self) -> bool:
+        """Bring the tables level with the log; False where that failed, or a stop came first."""
+        local = self._local
+        if self.tables is not None and local is not None:
+            if self.state == "finishing":
+                return False
+            self.state = "restoring"
+            try:
+                await local.restorer.restore(
+                    self.name, self.tables, self._mark or CommitMark(), is_new=self._mark is None
+                )
+                for table in local.tables:
+                    if table.on_recover is not None:
+                        await call_user(partial(table.on_recover, self.partition))
+            except StreamFlowError as error:
+                self._fail(error)
+                return False
+            except Exception as exc:
+                failed = FatalError(f"on_recover of a table of task {self.name} raised {type(exc).__name__}: {exc}")
+                failed.__cause__ = exc
+                self._fail(failed)
+                return False
+            if self.state != "restoring":
+                return False
+        self.state = "running"
+        return True
+
     async def finish_records(self) -> None:
         """Hand out nothing more and wait until every agent is done with the record in its hands."""
+        is_early = self.tables is not None and self.state in ("created", "restoring")
         self.state = "finishing"
+        if is_early:
+            return
         if self._dispatcher is not None:
             self._dispatcher.stopping = True
         for run in self._runs:
@@ -265,6 +356,31 @@ class Task:
         """Wait until the agents are gone, or patience is over."""
         await self._ended.wait()
 
+    async def close_tables(self) -> None:
+        """Let go of the store, with what is committed in it; changes that were not committed are told so."""
+        for change in (*self.changes, *self._made):
+            change.fail(NotHeld(f"task {self.name} was closed before the change was committed"))
+        if self.tables is not None:
+            await self.tables.close()
+
+    # --- changes of tables from outside ------------------------------------------------------------------------
+
+    async def change(self, table: str, work: Callable[[Stage], Any]) -> Any:
+        """Run a function in a turn of the task's own, between records; see `processing.holding.Holder`."""
+        change = TableChange(table, work)
+        self.changes.append(change)
+        self.inputs.wake()
+        return await change.result()
+
+    def make_changes(self) -> None:
+        """Make the changes of tables that were asked for from outside; only between units."""
+        tables = self.tables
+        while self.changes and tables is not None:
+            change = self.changes.popleft()
+            if change.make(tables.overlays[change.table]):
+                self._made.append(change)
+        self.delivery.hurry()
+
     # --- positions ---------------------------------------------------------------------------------------------
 
     def positions(self) -> Mapping[TopicPartition, int]:
@@ -274,6 +390,32 @@ class Task:
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit; back, too, where a topic was made anew."""
         return {tp: OffsetMark(position) for tp, position in self.positions().items() if position != self.committed[tp]}
+
+    def is_changed(self) -> bool:
+        """Whether there is anything to commit."""
+        return (
+            bool(self.uncommitted())
+            or self.outputs.waiting
+            or (self.tables is not None and self.tables.dirty_entries > 0)
+        )
+
+    def is_full(self) -> bool:
+        """Whether it holds as much that is in no commit as it may."""
+        if self.tables is not None and (dirty := self.tables.dirty_entries) >= _DIRTY_TO_COMMIT:
+            self.delivery.hurry()
+            if dirty >= _MAX_DIRTY:
+                return True
+        return self.outputs.sealed_bytes >= self.max_unsent_bytes
+
+    def seal(self) -> Sealed:
+        """Take out what the records that are done have made of outputs, tables and positions, in one step."""
+        if self.tables is not None and not self.tables.is_level:
+            return Sealed(self, {}, [], False, {}, [])
+        marks = self.uncommitted()
+        tables_sealed = self.tables is not None and self.tables.seal()
+        times = self.tables.times() if self.tables is not None else {}
+        made, self._made = self._made, []
+        return Sealed(self, marks, self.outputs.seal(), tables_sealed, times, made)
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""
@@ -292,6 +434,10 @@ class Task:
 
     def unsettled(self) -> str:
         """What is being processed here, in words; empty when nothing is, or all of it waits for StreamFlow's time."""
+        if self.tables is not None and self.state in ("created", "restoring"):
+            return f"task {self.name} is being restored"
+        if self.changes:
+            return f"task {self.name} has a table to change"
         if self._dispatcher is not None and self._dispatcher.has_more():
             return f"task {self.name} has records to hand out"
         for run in self._runs:

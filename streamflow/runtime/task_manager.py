@@ -1,7 +1,8 @@
 """Opens and closes tasks as the group assigns, revokes and loses partitions.
 
 What is assigned starts at its committed offsets; what is revoked finishes the records in hand, commits, and only then
-is let go; what is lost is dropped with all that is uncommitted. Tasks that stay are never touched.
+is let go; what is lost is dropped with all that is uncommitted. Tasks that stay are not touched, unless the log shows
+that another worker has had them in between: those start anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -16,16 +18,29 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.config import Settings
-from streamflow.errors import ClosedError, FatalError, OffsetOutOfRangeError, RetriableError, UnknownTopicError
+from streamflow.errors import (
+    ClosedError,
+    FatalError,
+    NotHeld,
+    OffsetOutOfRangeError,
+    RetriableError,
+    StreamFlowError,
+    TopologyError,
+    UnknownTopicError,
+)
 from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
+from streamflow.runtime.commit_mark import CommitMark, anchor_of
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.layout import Layout
+from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task import PATIENCE_S, Surroundings, Task
 from streamflow.sensors import Sensors
+from streamflow.state.overlay import Overlay
+from streamflow.state.stage import Stage
 
 logger = logging.getLogger("streamflow.tasks")
 
@@ -42,6 +57,7 @@ class TaskManager:
         settings: Time-outs, offset reset.
         log: What is open of the log.
         shared: What tasks share.
+        local: Opens what tasks keep on this machine.
         tasks: Task group the tasks run in.
     """
 
@@ -52,6 +68,7 @@ class TaskManager:
         settings: Settings,
         log: OpenLog,
         shared: Surroundings,
+        local: LocalStates,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
         self._app = app
@@ -61,6 +78,7 @@ class TaskManager:
         self._admin = log.admin
         self._delivery = log.delivery
         self._shared = shared
+        self._local = local
         self._task_group = tasks
         self._layout = layout
         self._topics = app.every_topic()
@@ -125,6 +143,10 @@ class TaskManager:
         for key, tps in complete.items():
             if (grown := self.tasks.get(key)) is not None:
                 tps |= await self._let_go(grown)
+        for key, task in (await self._overtaken()).items():
+            task.lost = True
+            complete[key] = set(task.committed)
+            await self._close([task], frozenset())
         starts = await self._starts([tp for tps in complete.values() for tp in tps])
         if partitions:
             logger.info("assigned: %s", _named(partitions))
@@ -134,8 +156,31 @@ class TaskManager:
             return  # a task that began now would have nobody to commit it
         self._delivery.generation = event.generation
         for key, tps in complete.items():
-            self._open(key, {tp: starts[tp] for tp in tps})
+            try:
+                await self._open(key, {tp: starts[tp] for tp in tps})
+            except StreamFlowError as error:
+                self._shared.fail(error)
+                return
         self.assigned_once.set()
+
+    async def _overtaken(self) -> dict[tuple[str, int], Task]:
+        """The tasks that another worker has had since they were committed last, though they are held here.
+
+        A partition may leave and come back while this member hears of neither: then what it goes on with stands on old
+        positions. The commit id in the log tells.
+        """
+        kept = {task.anchor: (key, task) for key, task in self.tasks.items() if task.commit_id and not task.lost}
+        if not kept:
+            return {}
+        known = {tp: {task.commit_id, task.commit_id_under_way} for tp, (_, task) in kept.items()}
+        marks = await self._committed(list(kept))
+        found: dict[tuple[str, int], Task] = {}
+        for tp, (key, task) in kept.items():
+            commit_id = CommitMark.of(marks[tp]).id
+            if commit_id not in known[tp] | {task.commit_id, task.commit_id_under_way} and not task.lost:
+                logger.warning("task %s was committed for by another worker meanwhile: it starts anew", task.name)
+                found[key] = task
+        return found
 
     def _is_complete(self, key: tuple[str, int], tps: set[TopicPartition]) -> bool:
         sub = self._by_topic[next(iter(tps)).topic]
@@ -147,6 +192,9 @@ class TaskManager:
         for tp in filter(self._is_new, partitions):
             counts[tp.topic] = max(tp.partition + 1, counts.get(tp.topic, 0))
         for topic, count in sorted(counts.items()):
+            if self._by_topic[topic].tables:
+                self._shared.fail(_grown(topic, count, self._layout.counts[topic], self._by_topic[topic].tables))
+                continue
             logger.warning(
                 "topic %s has %d partitions or more, and had %d when this worker started: the new ones are processed "
                 "from their beginning. Keys may have moved to other partitions, and what this app sends to the topic "
@@ -175,16 +223,19 @@ class TaskManager:
                 for task in tasks:
                     group.start_soon(task.finish_records)
 
-    def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, tuple[int, bool]]) -> None:
+    async def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, _Start]) -> None:
         sub = self._by_topic[next(iter(starts)).topic]
         topics = [self._topics[name] for name in sub.topics]
-        positions = {tp: position for tp, (position, _) in starts.items()}
-        task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared)
-        for tp, (position, is_committed) in starts.items():
+        positions = {tp: start.position for tp, start in starts.items()}
+        anchor = starts[anchor_of(starts)].mark
+        mark = None if anchor is None else CommitMark.of(anchor)
+        local = await self._local.open(sub, key[1])
+        task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared, mark, local)
+        for tp, start in starts.items():
             self._by_tp[tp] = task
-            if not is_committed:
+            if start.mark is None:
                 task.committed[tp] = -1  # so that the first commit pins where the task started
-            self._reader.add(tp, position)
+            self._reader.add(tp, start.position)
             task.inputs.by_tp[tp].limit = self.limits.get(tp)
         self.tasks[key] = task
         self._task_group.start_soon(task.run, name=f"task {task.name}")
@@ -221,6 +272,7 @@ class TaskManager:
         for task in tasks:
             await task.closed()
             self._deaf.extend((task.name, *each) for each in task.deaf.items())
+            await task.close_tables()
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
@@ -236,20 +288,28 @@ class TaskManager:
 
     # --- where a task starts -----------------------------------------------------------------------------------
 
-    async def _starts(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, bool]]:
-        """Start position per partition, and whether it is a committed one."""
+    async def _starts(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, _Start]:
+        """Where partitions start, and what the log has committed for them."""
+        committed = await self._committed(partitions)
+        missing = [tp for tp in partitions if committed[tp] is None]
         while True:
             try:
-                committed = await self._group.committed(partitions)
-                missing = [tp for tp in partitions if committed[tp] is None]
                 fresh = await self._reset(missing)
                 break
             except RetriableError as error:
+                logger.warning("looking for the starts of partitions: %s; trying again", error)
+                await self._clock.sleep(_RETRY_S)
+        starts = {tp: _Start(position, None) for tp, position in fresh.items()}
+        starts.update({tp: _Start(mark.offset, mark) for tp, mark in committed.items() if mark is not None})
+        return starts
+
+    async def _committed(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, OffsetMark | None]:
+        while True:
+            try:
+                return await self._group.committed(partitions)
+            except RetriableError as error:
                 logger.warning("reading committed offsets: %s; trying again", error)
                 await self._clock.sleep(_RETRY_S)
-        starts = {tp: (position, False) for tp, position in fresh.items()}
-        starts.update({tp: (mark.offset, True) for tp, mark in committed.items() if isinstance(mark, OffsetMark)})
-        return starts
 
     async def _reset(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Where partitions without an offset start; all of what came into a new one came since this worker started."""
@@ -315,6 +375,28 @@ class TaskManager:
                 await self._clock.sleep(_RETRY_S)
         return None
 
+    # --- tables, for code outside of turns (`processing.holding.Holder`) ---------------------------------------
+
+    def overlays(self, table: str) -> Mapping[int, Overlay]:
+        """The partitions of a table that are held here and restored, by number."""
+        return {
+            task.partition: task.tables.overlays[table]
+            for task in self.tasks.values()
+            if task.tables is not None and task.state == "running" and not task.lost and table in task.tables.overlays
+        }
+
+    def partition_of(self, table: str, key: bytes) -> int:
+        """The partition of a key, given as the changelog has it."""
+        sub = next(sub for sub in self._layout.sub_topologies if table in sub.tables)
+        return self._shared.homes.of(sub, key)
+
+    async def change(self, table: str, partition: int, work: Callable[[Stage], Any]) -> Any:
+        """Run a function in a turn of the partition's task, between records; see `processing.holding.Holder`."""
+        for task in self.tasks.values():
+            if task.partition == partition and task.tables is not None and table in task.tables.overlays:
+                return await task.change(table, work)
+        raise NotHeld(f"table {table!r}: partition {partition} has left this process")
+
     # --- stop --------------------------------------------------------------------------------------------------
 
     async def finish_records(self) -> None:
@@ -337,6 +419,27 @@ class TaskManager:
                         "Let `asyncio.CancelledError` pass: catch Exception, not BaseException, and raise it again"
                     )
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """Where a partition starts.
+
+    Attributes:
+        position: The next offset to process.
+        mark: What is committed; None where nothing is.
+    """
+
+    position: int
+    mark: OffsetMark | None
+
+
+def _grown(topic: str, count: int, before: int, tables: Sequence[str]) -> TopologyError:
+    return TopologyError(
+        f"topic {topic!r} has {count} partitions or more, and had {before} when the tables {', '.join(tables)} were "
+        "partitioned like it: keys are in other partitions now than what was kept for them. Stop all workers and start "
+        "the app over, `streamflow reset APP`, or read the topic by way of `group_by`, whose topic keeps its count"
+    )
 
 
 def _named(partitions: Iterable[TopicPartition]) -> str:

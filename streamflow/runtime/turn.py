@@ -25,6 +25,8 @@ from streamflow.runtime.births import Unit
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged
 from streamflow.runtime.task_view import TaskView
+from streamflow.runtime.turn_tables import Touched, Written
+from streamflow.state.stage import Stage
 
 NO_HEADERS: list[tuple[str, bytes | None]] = []
 
@@ -74,6 +76,10 @@ class Turn:
         self.call: object = None
         self.has_answered = False
         self.thread_id: int | None = None
+        # The asyncio task the agent runs in, and what it sees of the tables it may touch, by name.
+        self.owner: Any = None
+        self.stages: dict[str, Stage] = {}
+        self._touched = Touched()
         # The record whose event time was read last, and that time: to read it is to decode the value once more.
         self._timed: LogRecord | None = None
         self._timed_ms = 0
@@ -96,6 +102,37 @@ class Turn:
             self.replies.append(reply)
         self.is_plain = False
         self.stage.append((self._end_of_headers, 0, None, None, NO_HEADERS))
+
+    def touched(self, stage: Stage) -> None:
+        """A table has to be looked at when the unit is over."""
+        touched = self._touched.stages
+        if stage not in touched:
+            if not touched:
+                self.stage.insert(0, (self._touched, 0, None, None, NO_HEADERS))
+            touched.append(stage)
+
+    def drop_stage(self) -> None:
+        """The unit failed: it has sent and written nothing."""
+        self.stage.clear()
+        if self._touched.stages:
+            self._touched.drop()
+
+    def close_stage(self) -> list[Staged]:
+        """Take out what a unit that is done has sent and written, to be merged later.
+
+        Raises:
+            ProductionError: A value of a table cannot be written; the unit is still open.
+        """
+        stage = self.stage
+        if self._touched.stages:
+            effects = self._touched.close()
+            stage = [staged for staged in stage if staged[0] is not self._touched]
+            if effects:
+                stage.insert(0, (Written(effects), 0, None, None, NO_HEADERS))
+        else:
+            stage = list(stage)
+        self.stage.clear()
+        return stage
 
     def forget_headers(self) -> None:
         """The unit is over."""
@@ -130,28 +167,52 @@ class Turn:
         """See `births.Worked`: after an error the same records come again in another call."""
         return self.call, self.unit if self.unit is not None else self.record
 
-    def _check_alive(self) -> None:
+    def may_touch(self) -> bool:
+        """Whether the caller works for the unit in hand: it is the agent, or a task or thread that it waits for."""
+        try:
+            self.check_alive()
+        except ClosedError:
+            return False
+        return True
+
+    def refuse_table(self, table: Any) -> None:
+        """Say that a table is not one of the agent's.
+
+        Raises:
+            TopologyError: Always, where the caller is in a turn.
+        """
+        raise TopologyError(
+            f"agent {self.agent.name!r} touches table {table.name!r}, which its code does not name: declare it, "
+            f"`@app.agent(..., tables=[...])`, so that the table lies where the agent runs"
+        )
+
+    def check_alive(self) -> None:
+        """Check that the caller works for the unit in hand.
+
+        Raises:
+            ClosedError: It does not: the unit is done, or the caller is no task of the agent's.
+        """
         call, unit = self.unit_in_work()
         if unit is not None and threading.get_ident() == self.thread_id:
             return
         caller = births.current()
         if caller is None:
             raise ClosedError(
-                f"agent {self.agent.name!r}: something was sent from a thread or a callback of the event loop; send "
-                "from the agent itself, or from a task it awaits"
+                f"agent {self.agent.name!r}: something was sent or written from a thread or a callback of the event "
+                "loop; do it in the agent itself, or from a task it awaits"
             )
-        if caller is self.task.owner_of(self) and unit is not None:
+        if caller is self.owner and unit is not None:
             return
         born = births.unit_of(caller)
         if born is None or unit is None or born[0] is not call or born[1] is not unit:
             raise ClosedError(
                 f"agent {self.agent.name!r}: a task that was started while an earlier record was processed sent "
-                "something after that record was done; await it before asking for the next record"
+                "or wrote something after that record was done; await it before asking for the next record"
             )
 
     def send(self, outgoing: Outgoing) -> None:
         """See `processing.context.Turn.send`."""
-        self._check_alive()
+        self.check_alive()
         topic, key, value, partition, timestamp_ms, headers = outgoing
         at_ms = self.timestamp_ms() if timestamp_ms is None else timestamp_ms
         headers = [*self.headers, *headers]
@@ -160,7 +221,7 @@ class Turn:
 
     def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
         """See `processing.context.Turn.refuse_ask`."""
-        self._check_alive()
+        self.check_alive()
         if self.task.sub_topology.has_agent(agent.name):
             raise TopologyError(
                 f"agent {self.agent.name!r} asks {agent.name!r}, which is of the same sub-topology: it could be asking "

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 from uuid import uuid4
 
 import anyio
+import anyio.to_thread
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
@@ -27,25 +28,30 @@ from streamflow.errors import (
     StreamFlowError,
     TopologyError,
 )
-from streamflow.log.api import Group, GroupSettings, Log
+from streamflow.log.api import Group, GroupSettings, Log, TopicDescription
 from streamflow.log.codec import compression_number
 from streamflow.log.connect import connect
 from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
+from streamflow.processing.holding import registered_holder
 from streamflow.processing.topology import Topology
 from streamflow.runtime.assignor import TaskAssignor
+from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.births import noting_births
-from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
 from streamflow.runtime.derived import Processor
+from streamflow.runtime.exactly_once import ExactlyOnce
+from streamflow.runtime.homes import Homes
 from streamflow.runtime.hooks import call_hooks, call_start_hooks
 from streamflow.runtime.internal_topics import prepare_topics, repartition_topics
 from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.layout import Layout
+from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.outputs import Staged
 from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
+from streamflow.runtime.restore import Restorer
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.status import Outcome, Progress, WorkerStatus
 from streamflow.runtime.supervision import snapshot
@@ -54,6 +60,9 @@ from streamflow.runtime.task import Surroundings, Task
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.runtime.until_end import UntilEnd
 from streamflow.sensors import Sensors
+from streamflow.state.memory import MemoryStores
+from streamflow.state.rocksdb import RocksStores
+from streamflow.state.slots import Slot, claim
 
 logger = logging.getLogger("streamflow.worker")
 
@@ -246,7 +255,7 @@ class Worker:
             self._log = self._connect()
 
     async def _run_on(self, log: Log, topology: Topology) -> None:
-        descriptions = await prepare_topics(self.app, self.settings, log.admin)
+        descriptions = await prepare_topics(self.app, topology, self.settings, log.admin)
         known = KnownTargets(log.admin, compression_number(self.settings.compression))
         known.add_all(self.app, descriptions)
         async with AsyncExitStack() as stack:
@@ -265,21 +274,57 @@ class Worker:
                 ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress, from_end=from_end)
                 await ends.find_ends()
                 self._ends = ends
-            self._delivery = await self._open_delivery(stack, log)
+            slot = await self._claim_slot(stack)
+            self._delivery = await self._open_delivery(stack, log, slot)
+            restorer = Restorer(
+                await stack.enter_async_context(log.reader("restore")), log.admin, self.clock, self.sensors
+            )
+            local = self._local_states(stack, descriptions, slot, restorer, layout)
             reader = await stack.enter_async_context(log.reader("source"))
             assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
             async with log.group(self.app.id, frozenset(layout.counts), assignor, self._group_settings()) as group:
                 self.group = group
-                await self._process(OpenLog(group, reader, log.admin, self._delivery), known, layout)
+                await self._process(OpenLog(group, reader, log.admin, self._delivery), known, layout, local, restorer)
 
-    async def _open_delivery(self, stack: AsyncExitStack, log: Log) -> AtLeastOnce | ExactlyOnce:
+    async def _open_delivery(self, stack: AsyncExitStack, log: Log, slot: Slot | None) -> AtLeastOnce | ExactlyOnce:
         if self.guarantee == "exactly_once":
-            transactional_id = f"{self.app.id}-{uuid4().hex}"
-            transactional = await stack.enter_async_context(log.transactional_producer(transactional_id))
-            return ExactlyOnce(transactional, self._current_group, self.sensors, self.clock)
+            transactional_id = f"{self.app.id}-{uuid4().hex if slot is None else slot.id}"
+            exactly_once = ExactlyOnce(
+                lambda: log.transactional_producer(transactional_id),
+                log.admin,
+                self._current_group,
+                self.sensors,
+                self.clock,
+            )
+            return await stack.enter_async_context(exactly_once)
         producer = await stack.enter_async_context(log.producer(delivery_timeout_s=float("inf")))
         session_timeout_s = self.settings.session_timeout_ms / 1000
         return AtLeastOnce(producer, self._current_group, self.sensors, self.clock, session_timeout_s)
+
+    async def _claim_slot(self, stack: AsyncExitStack) -> Slot | None:
+        """A directory of this process's own, which has a name for ever; None where nothing is kept on disk."""
+        if self._is_in_memory:
+            return None
+        slot = await anyio.to_thread.run_sync(claim, self.settings.data_dir, self.app.id)
+        return stack.enter_context(slot)
+
+    @property
+    def _is_in_memory(self) -> bool:
+        return self.address.startswith("memory://")
+
+    def _local_states(
+        self,
+        stack: AsyncExitStack,
+        descriptions: Mapping[str, TopicDescription],
+        slot: Slot | None,
+        restorer: Restorer,
+        layout: Layout,
+    ) -> LocalStates:
+        budget_bytes = self.settings.memory_budget_bytes
+        stores = MemoryStores() if slot is None else RocksStores(budget_bytes)
+        stack.callback(stores.close)
+        partitions = layout.partitions()
+        return LocalStates(self.app, descriptions, stores, slot, restorer, budget_bytes, partitions)
 
     def _current_group(self) -> Group:
         if self.group is None:
@@ -303,19 +348,23 @@ class Worker:
                 await self._stop.wait()
             group.cancel_scope.cancel()
 
-    async def _process(self, log: OpenLog, known: KnownTargets, layout: Layout) -> None:
+    async def _process(
+        self, log: OpenLog, known: KnownTargets, layout: Layout, local: LocalStates, restorer: Restorer
+    ) -> None:
         """Be a member: process until a stop is asked for, then wind down."""
         ends = self._ends
-        async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as tasks, AsyncExitStack() as stack:
             loops = Loops(self.settings, self.clock, self.sensors, log)
             shared = self._surroundings(log, known, layout, loops)
-            manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, tasks)
+            manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, local, tasks)
             if ends is not None:
                 manager.limits = ends.limits
             tasks.start_soon(self._announce, manager, log.group)
+            stack.enter_context(registered_holder(self.app, manager))
             purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
+                services.start_soon(restorer.run)
                 self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task, self._fail)
                 services.start_soon(self._jobs.run)
                 services.start_soon(purge.run)
@@ -344,6 +393,9 @@ class Worker:
             output_waits=loops.output_waits.set,
             max_task_idle_s=self.settings.max_task_idle_ms / 1000,
             max_unsent_bytes=max(_LEAST_UNSENT_BYTES, unsent_bytes),
+            homes=Homes(
+                self.app.every_topic(), layout.counts, self.sensors, is_strict=not self.address.startswith("kafka://")
+            ),
         )
 
     async def _announce(self, manager: TaskManager, group: Group) -> None:

@@ -171,6 +171,7 @@ def test_as_json():
         "topics": ["orders"],
         "agents": ["log", "total"],
         "steps": ["orders-by-country"],
+        "tables": [],
     }
 
 

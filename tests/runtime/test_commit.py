@@ -1,14 +1,25 @@
 """Commits against a group and a producer that refuse: who is dropped, what is repeated, what is never sent twice."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
 
 from streamflow.clock import VirtualClock
-from streamflow.errors import FatalError, LogFullError, LogUnavailableError, ProductionError, TaskMigratedError
+from streamflow.errors import (
+    ConfigurationError,
+    FatalError,
+    IndeterminateCommitError,
+    LogFullError,
+    LogUnavailableError,
+    ProducerFencedError,
+    ProductionError,
+    TaskMigratedError,
+)
 from streamflow.log.api import (
+    Admin,
     AtomicCommit,
     Group,
     GroupStatistics,
@@ -19,7 +30,10 @@ from streamflow.log.api import (
 )
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.commit import AtLeastOnce, ExactlyOnce
+from streamflow.runtime.at_least_once import AtLeastOnce
+from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.exactly_once import ExactlyOnce
+from streamflow.runtime.task_view import Sealed
 from streamflow.sensors import Sensors
 
 SESSION_S = 10.0
@@ -49,6 +63,12 @@ class FakeTask:
         self.committed = {tp: 0}
         self.lost = False
         self.outputs = FakeOutputs()
+        self.anchor = tp
+        self.commit_id = self.commit_id_under_way = ""
+        self.tables = None
+
+    def seal(self) -> Sealed:
+        return Sealed(cast(Any, self), self.uncommitted(), self.outputs.seal(), False, {}, [])
 
     def work(self, position: int) -> None:
         self.position = position
@@ -68,9 +88,13 @@ class FakeGroup:
         self.commits: list[dict[TopicPartition, int]] = []
         self.refuse: Callable[[], None] = lambda: None
         self.silent_s: float | None = 0.1
+        self.marks: dict[TopicPartition, OffsetMark] = {}
 
     def statistics(self) -> GroupStatistics:
         return GroupStatistics(last_heartbeat_age_s=self.silent_s)
+
+    async def committed(self, partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetMark | None]:
+        return {tp: self.marks.get(tp) for tp in partitions}
 
     async def commit(self, offsets: dict[TopicPartition, OffsetMark], membership: Membership) -> None:
         self.refuse()
@@ -87,13 +111,14 @@ class FakeProducer:
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
 
-    async def commit(self, commit: AtomicCommit) -> None:
+    async def commit(self, commit: AtomicCommit) -> dict[TopicPartition, int]:
         if self.gate is not None:
             await self.gate.wait()
         self.decide(commit)
         offsets = {tp: mark.offset for tp, mark in commit.offsets.items()}
         generation = commit.membership.generation if commit.membership else -1
         self.stored.append(([batch.unstamped() for _, batch in commit.outputs], offsets, generation))
+        return {}
 
     async def enqueue(self, tp: TopicPartition, batch: SealedBatch) -> "asyncio.Future[int]":
         if self.gate is not None:
@@ -110,16 +135,28 @@ class FakeProducer:
 class Fixture:
     def __init__(self, kind: type[ExactlyOnce] | type[AtLeastOnce]) -> None:
         self.producer, self.group, self.clock = FakeProducer(), FakeGroup(), VirtualClock()
-        make: Any = kind
-        producer = cast(TransactionalProducer | Producer, self.producer)
-        more = () if kind is ExactlyOnce else (SESSION_S,)
-        self.delivery = make(producer, lambda: cast(Group, self.group), Sensors(), self.clock, *more)
+        self.opened = 0
+        group = lambda: cast(Group, self.group)  # noqa: E731
+        self.delivery: ExactlyOnce | AtLeastOnce
+        if kind is ExactlyOnce:
+            self.delivery = ExactlyOnce(self._open, cast(Admin, None), group, Sensors(), self.clock)
+            self.delivery.patience_s = 0.05
+        else:
+            producer = cast(Producer, self.producer)
+            self.delivery = AtLeastOnce(producer, group, Sensors(), self.clock, SESSION_S)
         self.delivery.generation = 7
         self.a, self.b = FakeTask(A), FakeTask(B)
         self.a.work(5)
         self.b.work(3)
 
+    @asynccontextmanager
+    async def _open(self) -> AsyncGenerator[TransactionalProducer]:
+        self.opened += 1
+        yield cast(TransactionalProducer, self.producer)
+
     async def commit(self) -> None:
+        if isinstance(self.delivery, ExactlyOnce) and not self.opened:
+            await self.delivery.__aenter__()
         await self.delivery.commit(cast(Any, [self.a, self.b]))
 
     async def commit_over_time(self) -> None:
@@ -219,6 +256,69 @@ async def test_what_a_cancelled_commit_had_sealed_comes_first_in_the_next() -> N
     await at.commit()
     assert [stored[1] for stored in at.producer.stored] == [{A: 5, B: 3}, {A: 6, B: 3}]
     assert [output for stored in at.producer.stored for output in stored[0]] == [b"5", b"3", b"6"]
+
+
+async def test_a_rebalance_that_ends_meanwhile_sends_the_commit_again_under_the_new_generation() -> None:
+    at = Fixture(ExactlyOnce)
+    at.delivery.patience_s = 5.0  # type: ignore[union-attr]
+
+    def refuse_old(commit: AtomicCommit) -> None:
+        if at.delivery.generation == 7:
+            at.group.membership = Membership("g", "me", 8)
+            asyncio.get_running_loop().call_later(0.05, setattr, at.delivery, "generation", 8)
+            raise TaskMigratedError("generation 7 is over")
+
+    at.producer.decide = refuse_old
+    await at.commit()
+    assert at.producer.stored == [([b"5", b"3"], {A: 5, B: 3}, 8)]
+    assert not at.a.lost
+
+
+@pytest.mark.parametrize("was_stored", [True, False])
+async def test_a_commit_without_an_answer_is_looked_up_by_its_id_with_a_new_producer(was_stored: bool) -> None:
+    at = Fixture(ExactlyOnce)
+    ids: list[str] = []
+
+    def lose_the_answer(commit: AtomicCommit) -> None:
+        ids.append(CommitMark.of(commit.offsets[A]).id)
+        if len(ids) == 1:
+            at.a.work(50)  # work goes on meanwhile, and stands on what may have been committed
+            if was_stored:
+                at.group.marks = dict(commit.offsets)
+            raise IndeterminateCommitError("no answer")
+
+    at.producer.decide = lose_the_answer
+    await at.commit()
+    assert at.opened == 2
+    assert len(ids) == (1 if was_stored else 2)
+    assert len(set(ids)) == 1  # sent again as it was
+    assert (at.a.committed, at.b.committed) == ({A: 5}, {B: 3})
+    await at.commit()
+    assert at.producer.stored[-1][:2] == ([b"50"], {A: 50})
+
+
+async def test_an_unknown_commit_of_tasks_that_have_gone_is_dropped() -> None:
+    at = Fixture(ExactlyOnce)
+
+    def lose_both(commit: AtomicCommit) -> None:
+        at.a.lost = at.b.lost = True
+        raise IndeterminateCommitError("no answer")
+
+    at.producer.decide = lose_both
+    await at.commit()
+    assert at.producer.stored == []
+    assert (at.a.committed, at.b.committed) == ({A: 0}, {B: 0})
+
+
+async def test_a_fenced_producer_of_a_member_is_a_copied_data_directory() -> None:
+    at = Fixture(ExactlyOnce)
+
+    def fenced(commit: AtomicCommit) -> None:
+        raise ProducerFencedError("a later producer has the id orders-1")
+
+    at.producer.decide = fenced
+    with pytest.raises(ConfigurationError, match="the data directory was copied"):
+        await at.commit()
 
 
 async def test_at_least_once_commits_offsets_after_the_outputs_are_acknowledged() -> None:

@@ -1,0 +1,381 @@
+"""Tables: mappings that agents share, one part per partition, written through a changelog.
+
+All of it is declaration. Inside a record's turn a table finds the turn's stage and works on the task's own partition;
+elsewhere it reads what is committed, of the partitions that this process holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
+from typing import Any, Generic, Protocol, TypeVar, cast, overload
+
+from streamflow.errors import ClosedError, ConfigurationError, NotHeld
+from streamflow.model.schema import type_name
+from streamflow.model.serde import BoundCodec, Serializer
+from streamflow.processing.context import current_turn
+from streamflow.processing.holding import Holder, holders_of
+from streamflow.processing.places import place_of_call
+from streamflow.processing.topic import Topic, check_name
+from streamflow.state.keys import KeyOrder, key_order
+from streamflow.state.overlay import Overlay
+from streamflow.state.stage import Stage
+from streamflow.state.values import MISSING, Values
+
+K = TypeVar("K")
+V = TypeVar("V")
+T = TypeVar("T")
+
+_UNSET: Any = object()
+
+
+class TableOwner(Protocol):
+    """What tables need of their app."""
+
+    id: str
+    derived: dict[str, Any]
+
+
+class Table(MutableMapping[K, V], Generic[K, V]):
+    """A table; made by `app.table(...)`.
+
+    In a record's turn it is the part of the table that belongs to the record's partition, with what the turn has
+    written itself. Elsewhere (timers, tasks, HTTP handlers) it is what is committed of all partitions that this process
+    holds (`partitions` says which); a key of another one raises `NotHeld`. Writes elsewhere go through
+    `update_async`.
+
+    Iteration is in key order, over the table as it was when the iteration began. `len` counts by iterating.
+
+    Attributes:
+        app: The app that declared it.
+        name: Its name.
+        key_type: Type of its keys.
+        value_type: Type of its values.
+        default: Makes the value that is read where there is none; None raises `KeyError` there.
+        ttl_s: Seconds of stream time a value lives after its last write; None for ever.
+        on_recover: Called when a partition was restored.
+        help: What it holds, for people.
+        changelog: The internal topic behind it.
+        place: Where it was declared, `file:line`.
+    """
+
+    def __init__(
+        self,
+        app: TableOwner,
+        name: str,
+        *,
+        key_type: Any,
+        value_type: Any,
+        key_serializer: str | Serializer | None = None,
+        value_serializer: str | Serializer | None = None,
+        default: Callable[[], V] | None = None,
+        ttl_s: float | None = None,
+        on_recover: Callable[..., Any] | None = None,
+        help: str = "",
+    ) -> None:
+        self.app = app
+        self.name = check_name(name, "table")
+        self.place = place_of_call()
+        self.changelog: Topic[K, V] = Topic(
+            app,
+            f"{app.id}-{name}-changelog",
+            key_type=key_type,
+            value_type=value_type,
+            key_serializer=key_serializer,
+            value_serializer=value_serializer,
+            compacting=True,
+            internal=True,
+        )
+        self.key_type = self.changelog.key_type
+        self.value_type = self.changelog.value_type
+        self.default = self._checked_default(default)
+        self.ttl_s = ttl_s
+        self.on_recover = on_recover
+        self.help = help
+        self.keys_in_order: KeyOrder = key_order(self.changelog.key_codec, table=name)
+        self.held_values = Values(name, self.changelog.value_codec)
+
+    def _checked_default(self, default: Any) -> Any:
+        if default is None:
+            return None
+        if not callable(default):
+            raise ConfigurationError(
+                f"table {self.name!r} ({self.place}): default= is a function that makes the value, such as "
+                f"`default={type(default).__name__}` or `default=lambda: {default!r}`"
+            )
+        made = default()
+        if made is None:
+            raise ConfigurationError(
+                f"table {self.name!r} ({self.place}): default= makes None; leave it out and use `table.get(key)`"
+            )
+        self.changelog.value_codec.encode(made, ())
+        return default
+
+    def __repr__(self) -> str:
+        return f"<table {self.name!r}: {type_name(self.key_type)} to {type_name(self.value_type)}>"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def key_codec(self) -> BoundCodec[K]:
+        """Writes keys as the changelog has them."""
+        return self.changelog.key_codec
+
+    def difference(self, other: Table[Any, Any]) -> str | None:
+        """What differs from another declaration of the same name, in words; None when nothing does."""
+        for field in ("default", "ttl_s", "on_recover"):
+            if getattr(self, field) != getattr(other, field):
+                return f"another {field}= ({self.place} and {other.place})"
+        return self.changelog.difference(other.changelog)
+
+    # --- where it is -------------------------------------------------------------------------------------------
+
+    def _stage(self) -> Stage | None:
+        """The stage of the record's turn that the caller stands in; None elsewhere."""
+        turn: Any = current_turn.get()
+        if turn is None:
+            return None
+        try:
+            stage: Stage = turn.stages[self.name]
+            in_turn = asyncio.current_task() is turn.owner and turn.record is not None
+        except KeyError:
+            return cast("Stage | None", turn.refuse_table(self))
+        except RuntimeError:  # in a worker thread
+            in_turn = False
+        if not in_turn and not turn.may_touch():
+            return None
+        if stage.overlay.ttl_ms is not None:
+            stage.overlay.advance(turn.timestamp_ms())
+        return stage
+
+    def _writable(self) -> Stage:
+        stage = self._stage()
+        if stage is None:
+            turn: Any = current_turn.get()
+            if turn is not None:
+                turn.check_alive()
+            raise ClosedError(
+                f"table {self.name!r}: written outside of a record's turn; there, write "
+                f"`await {self.name}.update_async(key, change)`, which runs in the turn of the key's partition"
+            )
+        return stage
+
+    @property
+    def partitions(self) -> frozenset[int]:
+        """The partitions that reads and iteration cover here."""
+        stage = self._stage()
+        if stage is not None:
+            return frozenset({stage.overlay.partition})
+        return frozenset(number for holder in holders_of(self.app) for number in holder.overlays(self.name))
+
+    def _held_of(self, key: K) -> tuple[Holder, int, Overlay]:
+        """Where the partition of a key is held.
+
+        Raises:
+            NotHeld: Not in this process.
+        """
+        data = self.key_codec.encode(key, ())
+        holders = holders_of(self.app)
+        if data is None or not holders:
+            raise NotHeld(
+                f"table {self.name!r}: app {self.app.id!r} is not running in this process: read it from an agent, a "
+                "timer, or within `async with app.running():`"
+            )
+        partition = -1
+        for holder in holders:
+            partition = holder.partition_of(self.name, data)
+            overlay = holder.overlays(self.name).get(partition)
+            if overlay is not None:
+                return holder, partition, overlay
+        raise NotHeld(
+            f"table {self.name!r}: the key {key!r} is in partition {partition}, which this process does not hold (it "
+            f"has {sorted(self.partitions)})"
+        )
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: K) -> V:
+        stage = self._stage()
+        value = self._committed(key) if stage is None else stage.get(key)
+        if value is MISSING:
+            if self.default is None:
+                raise KeyError(key)
+            return self.default() if stage is None else cast("V", stage.default(key, self.default))
+        return cast("V", value)
+
+    def _committed(self, key: K) -> Any:
+        _, _, overlay = self._held_of(key)
+        held = overlay.committed(key)
+        return held if held is MISSING else overlay.values.value(held)
+
+    @overload
+    def get(self, key: K, /) -> V | None: ...
+    @overload
+    def get(self, key: K, default: V, /) -> V: ...
+    @overload
+    def get(self, key: K, default: T, /) -> V | T: ...
+    def get(self, key: K, default: Any = None, /) -> Any:
+        """The value of a key.
+
+        Args:
+            key: The key.
+            default: What to return where there is none; the table's own default is not used.
+        """
+        stage = self._stage()
+        value = self._committed(key) if stage is None else stage.get(key)
+        return default if value is MISSING else value
+
+    def __contains__(self, key: object) -> bool:
+        stage = self._stage()
+        return self._committed(cast("K", key)) is not MISSING if stage is None else stage.contains(key)
+
+    def __iter__(self) -> Iterator[K]:
+        return (key for key, _ in self.scan())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.scan())
+
+    def __bool__(self) -> bool:
+        return next(iter(self), _UNSET) is not _UNSET
+
+    def keys(self) -> KeysView[K]:
+        """Keys, in order."""
+        return KeysView(self)
+
+    def items(self) -> ItemsView[K, V]:
+        """Keys and values, in key order."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[V]:
+        """Values, in key order."""
+        return _Values(self)
+
+    def scan(
+        self, start: K | None = None, stop: K | None = None, *, prefix: Any = None, reverse: bool = False
+    ) -> Iterator[tuple[K, V]]:
+        """Iterate over a range in key order.
+
+        Args:
+            start: First key, inclusive; None for the beginning.
+            stop: End, exclusive; None for the end.
+            prefix: Only keys that begin with it: part of a str or bytes key, the first elements of a tuple. Not
+                together with `start` and `stop`.
+            reverse: From the end to the start.
+
+        Returns:
+            Keys and values as they are at the time of the call; elsewhere than in a turn partition after partition.
+        """
+        low, high = self._bounds(start, stop, prefix)
+        stage = self._stage()
+        if stage is not None:
+            return stage.entries(low, high, reverse=reverse)
+        return self._committed_entries(low, high, reverse=reverse)
+
+    def _bounds(self, start: K | None, stop: K | None, prefix: Any) -> tuple[bytes | None, bytes | None]:
+        order = self.keys_in_order
+        if prefix is not None:
+            if start is not None or stop is not None:
+                raise ConfigurationError(f"table {self.name!r}: scan() takes prefix=, or start and stop, not both")
+            return order.prefix(prefix)
+        return order.range(start, stop)
+
+    def _committed_entries(self, low: bytes | None, high: bytes | None, *, reverse: bool) -> Iterator[tuple[K, V]]:
+        held = {number: one for holder in holders_of(self.app) for number, one in holder.overlays(self.name).items()}
+        if not holders_of(self.app):
+            raise NotHeld(f"table {self.name!r}: app {self.app.id!r} is not running in this process")
+        scans = [
+            held[number].entries(low, high, reverse=reverse, committed=True) for number in sorted(held, reverse=reverse)
+        ]
+        decode_key, decode = self.keys_in_order.decode, self.held_values.decode_payload
+        return ((decode_key(key), decode(payload)) for scan in scans for key, payload in scan)
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self._writable().set(key, value)
+
+    def __delitem__(self, key: K) -> None:
+        stage = self._writable()
+        if not stage.contains(key):
+            raise KeyError(key)
+        stage.delete(key)
+
+    def pop(self, key: K, default: Any = _UNSET) -> Any:
+        """Delete a key and return its value.
+
+        Args:
+            key: The key.
+            default: What to return where there is none; left out, that is a `KeyError`.
+        """
+        stage = self._writable()
+        value = stage.get(key)
+        if value is MISSING:
+            if default is _UNSET:
+                raise KeyError(key)
+            return default
+        stage.delete(key)
+        return value
+
+    def setdefault(self, key: K, default: Any = None) -> Any:
+        """The value of a key, written first where there is none."""
+        stage = self._writable()
+        if not stage.contains(key):
+            stage.set(key, default)
+        return stage.get(key)
+
+    def clear(self) -> None:
+        """Delete every key of this partition."""
+        stage = self._writable()
+        for key in [key for key, _ in stage.entries(None, None)]:
+            stage.delete(key)
+
+    async def update_async(self, key: K, change: Callable[[V | None], V | None]) -> V | None:
+        """Change a value from outside of a record's turn: in a timer, a task, an HTTP handler.
+
+        It runs in a turn of the key's partition, between two records, and commits like a record's writes.
+
+        Args:
+            key: The key.
+            change: Takes the value there is (the table's default, or None, where there is none) and returns the new
+                one, None to delete. It is called once, must not wait, and may change the value in place.
+
+        Returns:
+            The new value, once it is committed.
+
+        Raises:
+            NotHeld: Another worker has the partition, or took it before the commit.
+
+        Cancellation: the change may have been made.
+        """
+        if self._stage() is not None:
+            raise ClosedError(f"table {self.name!r}: update_async is for code outside of a record's turn; write here")
+        holder, partition, _ = self._held_of(key)
+
+        def work(stage: Stage) -> V | None:
+            value = stage.get(key)
+            old = (None if self.default is None else self.default()) if value is MISSING else value
+            new = change(old)
+            if new is not None:
+                stage.set(key, new)
+            elif value is not MISSING:
+                stage.delete(key)
+            return new
+
+        return cast("V | None", await holder.change(self.name, partition, work))
+
+
+class _Items(ItemsView[K, V]):
+    _mapping: Table[K, V]
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        return self._mapping.scan()
+
+
+class _Values(ValuesView[V]):
+    _mapping: Table[Any, V]
+
+    def __iter__(self) -> Iterator[V]:
+        return (value for _, value in self._mapping.scan())

@@ -1,0 +1,190 @@
+"""At least once: outputs as soon as possible, acknowledged before the offsets are committed.
+
+Table changes are acknowledged first, too, and the offsets say up to where of each changelog: what a crash leaves behind
+that mark is taken back by the next owner, so that a replay does not count an update twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from time import perf_counter
+
+from streamflow.clock import Clock
+from streamflow.errors import FatalError, ProductionError, RetriableError, TaskMigratedError
+from streamflow.log.api import Group, OffsetMark, Producer
+from streamflow.log.batch import SealedBatch
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit import FIRST_RETRY_S, Commits
+from streamflow.runtime.commit_mark import CommitMark, new_commit_id
+from streamflow.runtime.task_view import Sealed, TaskView
+from streamflow.sensors import Sensors
+
+_SILENCE_POLL_S = 0.05
+
+
+class AtLeastOnce(Commits):
+    """Outputs as soon as possible, acknowledged before the offsets are committed.
+
+    Args:
+        producer: Sends the outputs.
+        group: See `Commits`.
+        sensors: See `Commits`.
+        clock: See `Commits`.
+        session_timeout_s: Silence of the group after which the partitions may be another member's, in seconds.
+    """
+
+    def __init__(
+        self,
+        producer: Producer,
+        group: Callable[[], Group],
+        sensors: Sensors,
+        clock: Clock,
+        session_timeout_s: float,
+    ) -> None:
+        super().__init__(group, sensors, clock)
+        self._producer = producer
+        self._session_timeout_s = session_timeout_s
+        self._sending = asyncio.Lock()
+        self._unsent: deque[tuple[TopicPartition, SealedBatch]] = deque()
+        self._unacknowledged: set[asyncio.Future[int]] = set()
+        # The newest batch per partition that was handed over, and how many records it has.
+        self._newest: dict[TopicPartition, tuple[asyncio.Future[int], int]] = {}
+        self._failed: BaseException | None = None
+
+    async def idle(self, task: TaskView) -> None:
+        """Send what the batch that ended has left; while the group is silent, the next commit does."""
+        if task.outputs.waiting and not self._group_is_silent():
+            await self._send(task)
+
+    async def linger(self, tasks: Iterable[TaskView]) -> None:
+        """Send what slow agents have left."""
+        for task in list(tasks):
+            if task.outputs.waiting and not self._group_is_silent():
+                await self._send(task)
+
+    async def make_room(self, task: TaskView) -> None:
+        """Send it; the producer's memory bound holds the task back."""
+        await self._send(task)
+        if task.is_full():
+            self.wanted.set()
+            await asyncio.sleep(_SILENCE_POLL_S)
+
+    async def _send(self, task: TaskView) -> None:
+        """Send the outputs of a task; its table changes wait for the commit."""
+        async with self._sending:
+            await self._heard_from_group()
+            if not task.lost:
+                self._unsent.extend(task.outputs.seal())
+                await self._send_unsent()
+
+    async def _send_sealed(self, task: TaskView) -> Sealed | None:
+        """Send everything that a task has; what it stands for, None where the task is lost."""
+        async with self._sending:
+            await self._heard_from_group()
+            if task.lost:
+                return None
+            sealed = task.seal()
+            self._unsent.extend(sealed.batches)
+            await self._send_unsent()
+        return sealed
+
+    async def _send_unsent(self) -> None:
+        while self._unsent:  # also what a cancelled call has left
+            tp, batch = self._unsent[0]
+            future = await self._producer.enqueue(tp, batch)
+            self._sent([self._unsent.popleft()])
+            self._unacknowledged.add(future)
+            self._newest[tp] = future, batch.num_records
+            future.add_done_callback(self._acknowledged)
+
+    async def _heard_from_group(self) -> None:
+        """Hold back while the group has been silent for a session.
+
+        A process that was stopped and wakes up must learn first whether its partitions have gone to another member.
+        """
+        while self._group_is_silent():
+            await self._clock.sleep(_SILENCE_POLL_S)
+
+    def _group_is_silent(self) -> bool:
+        age_s = self._group().statistics().last_heartbeat_age_s
+        return age_s is not None and age_s > self._session_timeout_s
+
+    def _acknowledged(self, future: asyncio.Future[int]) -> None:
+        self._unacknowledged.discard(future)
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._failed = self._failed or error
+
+    async def commit(self, tasks: Iterable[TaskView]) -> None:
+        """See `Delivery`."""
+        async with self._one_at_a_time:
+            started_s = perf_counter()
+            self.trying_since_s = self._clock.monotonic()
+            tasks = list(tasks)
+            await self._pin(tasks)
+            taken = [sealed for task in tasks if (sealed := await self._send_sealed(task))]
+            if self._unacknowledged:
+                await asyncio.wait(self._unacknowledged)
+            if self._failed is not None:
+                raise (
+                    self._failed
+                    if not isinstance(self._failed, ProductionError)
+                    else FatalError(f"an output could not be written: {self._failed}")
+                ) from self._failed
+            ends = {tp: newest.result() + records for tp, (newest, records) in self._newest.items()}
+            self._newest.clear()
+            commit_id = new_commit_id()
+            offsets = [(each.task, _marks(each, commit_id, ends)) for each in taken]
+            committed = await self._commit_offsets([each for each in offsets if each[1]], started_s)
+            for each in taken:
+                if each.task in committed:
+                    each.committed(commit_id, ends)
+            self.trying_since_s = None
+
+    async def _pin(self, tasks: Iterable[TaskView]) -> None:
+        """Say where the changelogs of new tasks stand before anything is added to them."""
+        fresh = [task for task in tasks if task.tables is not None and not task.commit_id and not task.lost]
+        if fresh := [task for task in fresh if task.is_changed()]:
+            commit_id = new_commit_id()
+            offsets = []
+            for task in fresh:
+                committed = task.committed[task.anchor]
+                start = task.start_positions()[task.anchor] if committed < 0 else committed
+                mark = CommitMark(commit_id, dict(task.tables.positions) if task.tables is not None else {})
+                offsets.append((task, {task.anchor: OffsetMark(start, mark.metadata())}))
+            for task in await self._commit_offsets(offsets, perf_counter()):
+                task.commit_id = commit_id
+
+    async def _commit_offsets(
+        self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]], started_s: float
+    ) -> list[TaskView]:
+        """Commit the offsets of the tasks that are still owned; returns those tasks."""
+        delay_s = FIRST_RETRY_S
+        while taken := self._owned(taken):
+            membership = self._group().membership
+            offsets = {tp: mark for _, marks in taken for tp, mark in marks.items()}
+            try:
+                if membership is None:
+                    raise TaskMigratedError("not a member of the group at present")
+                await self._group().commit(offsets, membership)
+            except (TaskMigratedError, RetriableError) as error:
+                delay_s = await self._back_off(error, delay_s)
+            else:
+                self._succeeded(started_s, offsets)
+                return [task for task, _ in taken]
+        return []
+
+    def _owned(
+        self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]
+    ) -> list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]:
+        """Those of the tasks whose partitions are all still this member's."""
+        assignment = self._group().assignment
+        return [each for each in taken if not each[0].lost and assignment.issuperset(each[0].committed)]
+
+
+def _marks(sealed: Sealed, commit_id: str, ends: Mapping[TopicPartition, int]) -> dict[TopicPartition, OffsetMark]:
+    tables = sealed.task.tables
+    if tables is None:
+        return sealed.marks
+    return sealed.marked(commit_id, tables.positions_after(ends))

@@ -1,0 +1,73 @@
+"""What a commit writes beside an offset: which commit it was, and how far the task's changelogs were in it.
+
+It stands in the metadata of one committed offset per task, the anchor's (its first source partition). Comparing commit
+ids, never offsets, tells whether a commit whose outcome is unknown was made, and whether another worker has had the
+task in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from uuid import uuid4
+
+import msgspec
+
+from streamflow.errors import TopologyError
+from streamflow.log.api import OffsetMark
+from streamflow.model.record import TopicPartition
+
+MAX_METADATA_BYTES = 4096
+"""Kafka's `offset.metadata.max.bytes`."""
+
+
+class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename={"id": "c", "changelogs": "l", "times": "t"}):
+    """One task's part of a commit.
+
+    Attributes:
+        id: Random, one per commit; empty where there is none.
+        changelogs: By table: the changelog offset up to which records are committed; what lies behind it is not. None
+            where the log commits both together, so that everything it shows is committed.
+        times: By table: stream time, where values expire.
+    """
+
+    id: str = ""
+    changelogs: Mapping[str, int] | None = None
+    times: Mapping[str, int] = {}
+
+    def metadata(self) -> str:
+        """The mark as an offset's metadata.
+
+        Raises:
+            TopologyError: It has more tables than fit.
+        """
+        text = _encode(self).decode()
+        if len(text) > MAX_METADATA_BYTES:
+            raise TopologyError(
+                f"a task's tables are too many: what is written beside its offset takes {len(text):,} bytes, and "
+                f"{MAX_METADATA_BYTES:,} fit. Let agents that need not share tables read topics of their own"
+            )
+        return text
+
+    @classmethod
+    def of(cls, mark: OffsetMark | None) -> CommitMark:
+        """Read a committed offset's metadata; an empty mark where something else wrote it, or nobody."""
+        if mark is None or not mark.metadata.startswith("{"):
+            return cls()
+        try:
+            return _decode(mark.metadata)
+        except msgspec.MsgspecError:
+            return cls()
+
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+_decode = msgspec.json.Decoder(CommitMark).decode
+
+
+def new_commit_id() -> str:
+    """An id that no other commit has."""
+    return uuid4().hex
+
+
+def anchor_of(partitions: Iterable[TopicPartition]) -> TopicPartition:
+    """The source partition of a task that carries its commit mark."""
+    return min(partitions)

@@ -1,0 +1,238 @@
+"""Exactly once: one atomic commit over outputs, changelogs and offsets of all tasks.
+
+A commit does not stop the work: what it holds is sealed, and processing goes on while the log answers. What was sealed
+is sent unchanged until the log has decided, and before anything newer. Where the outcome is unknown, a new producer
+with the same id settles it, and the commit id in the stable committed offsets tells which way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Self, TypeVar
+
+import anyio
+
+from streamflow.clock import Clock
+from streamflow.errors import (
+    ConfigurationError,
+    FatalError,
+    IndeterminateCommitError,
+    ProducerFencedError,
+    ProductionError,
+    RetriableError,
+    TaskMigratedError,
+)
+from streamflow.log.api import Admin, AtomicCommit, Group, Membership, TransactionalProducer
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit import FIRST_RETRY_S, Commits, Offsets
+from streamflow.runtime.commit_mark import CommitMark, new_commit_id
+from streamflow.runtime.task_view import Sealed, TaskView
+from streamflow.sensors import Sensors
+
+logger = logging.getLogger("streamflow.commits")
+
+_CHANGE_PATIENCE_S = 2.0
+_CHANGE_POLL_S = 0.02
+
+T = TypeVar("T")
+OpenProducer = Callable[[], AbstractAsyncContextManager[TransactionalProducer]]
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What one commit holds, of all tasks."""
+
+    id: str
+    sealed: list[Sealed]
+
+
+class ExactlyOnce(Commits):
+    """One atomic commit over outputs, changelogs and offsets.
+
+    Args:
+        open_producer: Opens a producer with this worker's transactional id.
+        admin: For the ends of changelogs after a commit whose answer was lost.
+        group: See `Commits`.
+        sensors: See `Commits`.
+        clock: See `Commits`.
+
+    Attributes:
+        patience_s: How long a commit that the log refuses waits for the group to say why, in seconds.
+    """
+
+    def __init__(
+        self,
+        open_producer: OpenProducer,
+        admin: Admin,
+        group: Callable[[], Group],
+        sensors: Sensors,
+        clock: Clock,
+    ) -> None:
+        super().__init__(group, sensors, clock)
+        self._open_producer = open_producer
+        self._admin = admin
+        self._opened = AsyncExitStack()
+        self._producer: TransactionalProducer | None = None
+        self._committed = asyncio.Event()
+        self.patience_s = _CHANGE_PATIENCE_S
+        # Sealed and not yet with the log: they are first in line, also when the commit that took them was cancelled.
+        self._taken: deque[_Taken] = deque()
+
+    async def __aenter__(self) -> Self:
+        self._producer = await self._opened.enter_async_context(self._open_producer())
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._opened.aclose()
+
+    async def idle(self, task: TaskView) -> None:
+        """Nothing leaves before its commit."""
+
+    async def linger(self, tasks: Iterable[TaskView]) -> None:
+        """Nothing leaves before its commit."""
+
+    async def make_room(self, task: TaskView) -> None:
+        """Ask for a commit and wait for it."""
+        self._committed.clear()
+        self.wanted.set()
+        await self._committed.wait()
+
+    async def commit(self, tasks: Iterable[TaskView]) -> None:
+        """See `Delivery`."""
+        async with self._one_at_a_time:
+            sealed = [each for task in tasks if not task.lost and (each := task.seal())]
+            if sealed:
+                self._taken.append(_Taken(new_commit_id(), sealed))
+            delay_s = FIRST_RETRY_S
+            while self._taken:
+                if self.trying_since_s is None:
+                    self.trying_since_s = self._clock.monotonic()
+                try:
+                    await self._commit_first()
+                except TaskMigratedError as error:
+                    await self._migrated(error)
+                except IndeterminateCommitError as error:
+                    await self._settle_unknown(error)
+                except RetriableError as error:
+                    delay_s = await self._back_off(error, delay_s)
+            self.trying_since_s = None
+            self._committed.set()
+
+    async def _commit_first(self) -> None:
+        """Commit what is first in line.
+
+        The generation is that of the last assignment the task manager has acted on, not the group's newest: partitions
+        that were lost and came back in between are then refused, as what was sealed stands on their old positions.
+        """
+        taken = self._taken[0]
+        taken.sealed = [each for each in taken.sealed if not each.task.lost]
+        if taken.sealed:
+            started_s = perf_counter()
+            offsets = {tp: mark for each in taken.sealed for tp, mark in each.marked(taken.id).items()}
+            outputs = [batch for each in taken.sealed for batch in each.batches]
+            for each in taken.sealed:
+                each.task.commit_id_under_way = taken.id
+            ends = await self._store(AtomicCommit(outputs, offsets, self._membership()))
+            self._is_committed(taken, offsets, ends, started_s)
+        self._taken.popleft()
+
+    async def _store(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
+        if self._producer is None:
+            raise FatalError("exactly once: committed before the producer was opened")
+        try:
+            return await self._producer.commit(commit)
+        except ProductionError as error:
+            raise FatalError(f"an output could not be written: {error}") from error
+        except ProducerFencedError as error:
+            if self._group().membership is None:
+                raise TaskMigratedError(str(error)) from error
+            raise ConfigurationError(
+                f"{error}. This worker is still a member of its group, so another process has the same slot: the data "
+                "directory was copied, or two workers on different machines share it. Give each its own data_dir"
+            ) from error
+
+    def _membership(self) -> Membership:
+        current = self._group().membership
+        if current is None:
+            raise TaskMigratedError("not a member of the group at present")
+        return Membership(current.group_id, current.member_id, min(self.generation, current.generation))
+
+    def _is_committed(
+        self, taken: _Taken, offsets: Offsets, ends: Mapping[TopicPartition, int], started_s: float
+    ) -> None:
+        for each in taken.sealed:
+            each.committed(taken.id, ends)
+            self._sent(each.batches)
+        self._succeeded(started_s, offsets)
+
+    # --- when it does not succeed ------------------------------------------------------------------------------
+
+    async def _migrated(self, error: TaskMigratedError) -> None:
+        """The log refuses the membership: wait for what the group has to say, then find out whose partitions are gone.
+
+        A rebalance under way ends with a new generation (the commit is sent again under it) or with the loss of tasks
+        (the commit is sent without them). Where neither comes, each task is tried alone; one that is refused alone
+        commits nothing any more.
+        """
+        self._sensors.commit_failed(type(error).__name__)
+        if await self._has_group_changed(self.generation):
+            return
+        taken = self._taken.popleft()
+        if len(taken.sealed) > 1:
+            self._taken.extendleft(_Taken(taken.id, [each]) for each in reversed(taken.sealed))
+            return
+        for each in taken.sealed:
+            each.task.lost = True
+            logger.warning("task %s has gone to another worker; what it had is dropped: %s", each.task.name, error)
+
+    async def _has_group_changed(self, generation: int) -> bool:
+        sealed = self._taken[0].sealed
+        with anyio.move_on_after(self.patience_s):
+            while True:
+                if self.generation != generation or any(each.task.lost for each in sealed):
+                    return True
+                await anyio.sleep(_CHANGE_POLL_S)
+        return False
+
+    async def _settle_unknown(self, error: IndeterminateCommitError) -> None:
+        """Learn whether the first commit in line was stored; if it was not, it is sent again."""
+        self._sensors.commit_failed(type(error).__name__)
+        logger.warning("commit: %s; finding out whether it was stored", error)
+        started_s = perf_counter()
+        await self._until_answered(self._replace_producer)
+        taken = self._taken[0]
+        taken.sealed = [each for each in taken.sealed if not each.task.lost]
+        anchors = [each.task.anchor for each in taken.sealed]
+        if not anchors:
+            return
+        marks = await self._until_answered(lambda: self._group().committed(anchors))
+        if not any(CommitMark.of(marks[anchor]).id == taken.id for anchor in anchors):
+            logger.warning("commit: it was not stored, and is sent again")
+            return
+        changelogs = [tp for each in taken.sealed if each.task.tables for tp in each.task.tables.changelogs()]
+        ends = await self._until_answered(lambda: self._admin.high_watermarks(changelogs)) if changelogs else {}
+        logger.info("commit: it was stored")
+        self._is_committed(
+            taken, {tp: mark for each in taken.sealed for tp, mark in each.marks.items()}, ends, started_s
+        )
+        self._taken.popleft()
+
+    async def _replace_producer(self) -> None:
+        self._producer = None
+        await self._opened.aclose()
+        self._opened = AsyncExitStack()
+        self._producer = await self._opened.enter_async_context(self._open_producer())
+
+    async def _until_answered(self, call: Callable[[], Awaitable[T]]) -> T:
+        delay_s = FIRST_RETRY_S
+        while True:
+            try:
+                return await call()
+            except RetriableError as error:
+                delay_s = await self._back_off(error, delay_s)

@@ -1,0 +1,91 @@
+"""Where the tasks of one worker keep their tables: a slot of the data directory, or memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio.to_thread
+
+from streamflow.log.api import TopicDescription
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.table import Table
+from streamflow.processing.topology import SubTopology
+from streamflow.runtime.restore import Restorer
+from streamflow.runtime.task import LocalState
+from streamflow.state.format import FORMAT
+from streamflow.state.identity import Identity, TableIdentity
+from streamflow.state.slots import Slot
+from streamflow.state.store import Store, Stores
+
+logger = logging.getLogger("streamflow.tables")
+
+_LIVE_SHARE = 4
+_LIVE_ENTRY_BYTES = 256
+_LEAST_LIVE_ENTRIES = 2_048
+
+
+class LocalStates:
+    """Opens the local state of tasks.
+
+    Args:
+        app: The app.
+        descriptions: Topics as they are in the log, for the ids of changelogs.
+        stores: Where stores come from.
+        slot: The slot of the data directory; None where state is in memory only.
+        restorer: Brings stores level with the log.
+        memory_budget_bytes: The process's budget, of which a quarter is for decoded values.
+        partitions: How many tasks there may be.
+    """
+
+    def __init__(
+        self,
+        app: Declarations,
+        descriptions: Mapping[str, TopicDescription],
+        stores: Stores,
+        slot: Slot | None,
+        restorer: Restorer,
+        memory_budget_bytes: int,
+        partitions: int,
+    ) -> None:
+        self._app = app
+        self._descriptions = descriptions
+        self._stores = stores
+        self._slot = slot
+        self._restorer = restorer
+        self._by_agent = {name: tuple(table.name for table in agent.tables()) for name, agent in app.agents.items()}
+        entries = memory_budget_bytes // (_LIVE_SHARE * _LIVE_ENTRY_BYTES * max(1, partitions * len(app.tables)))
+        self._live_entries = max(_LEAST_LIVE_ENTRIES, entries)
+
+    async def open(self, sub: SubTopology, partition: int) -> LocalState | None:
+        """Open what a task keeps; None where it has no tables.
+
+        Raises:
+            StateError: It cannot be opened.
+        """
+        if not sub.tables:
+            return None
+        tables = [self._app.tables[name] for name in sub.tables]
+        store = await anyio.to_thread.run_sync(self._open, sub, partition, tables)
+        return LocalState(tables, self._by_agent, store, self._restorer, self._live_entries)
+
+    def _open(self, sub: SubTopology, partition: int, tables: Sequence[Table[Any, Any]]) -> Store:
+        task = f"{sub.name}-{partition}"
+        path = task
+        if self._slot is not None:
+            self._slot.adopt(task, self._stores)
+            path = self._slot.store_path(task)
+        described = {table.name: self._described(table) for table in tables}
+        return self._stores.open(path, Identity(self._app.id, sub.name, partition, described))
+
+    def _described(self, table: Table[Any, Any]) -> TableIdentity:
+        changelog = table.changelog
+        return TableIdentity(
+            changelog.name,
+            self._descriptions[changelog.name].topic_id,
+            table.keys_in_order.name,
+            changelog.key_codec.serializer,
+            changelog.value_codec.serializer,
+            FORMAT,
+        )

@@ -1,0 +1,308 @@
+"""One table's values in one task: those that are not in the local store yet, over the store.
+
+From the newest to the oldest:
+
+- `dirty`: written by turns that are done, and in no commit yet;
+- sealed: in a commit that the log has not confirmed yet, one layer per commit;
+- settled: committed, and waiting in memory for the next write of the store (or being written);
+- the store.
+
+`live` is a cache over all of them, of what a turn sees that has written nothing itself. It may be emptied at any
+moment. Committed reads look at the settled layers and the store only.
+
+Invariants: a key's newest value is in `live` or found in the layers below; nothing enters the store that the log has
+not committed; a layer moves down whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from streamflow.errors import ProductionError
+from streamflow.model.serde import BoundCodec
+from streamflow.state.format import pack, unpack
+from streamflow.state.keys import KeyOrder
+from streamflow.state.merge import merged
+from streamflow.state.store import Store
+from streamflow.state.values import MISSING, Values
+
+Layer = dict[bytes, bytes | None]
+"""Store keys to values as the store has them; None deletes."""
+Append = Callable[[bytes, bytes | None, int], None]
+"""Adds a changelog record: key, value, timestamp in milliseconds."""
+
+_ABSENT: Any = object()
+
+
+class Overlay:
+    """One table of one task.
+
+    Args:
+        name: The table's name.
+        partition: The task's partition.
+        keys: Order-preserving encoding of its keys.
+        key_codec: Writes keys as the changelog has them.
+        values: How its values are held.
+        store: The task's store.
+        live_entries: How many values `live` holds, about.
+        ttl_ms: How long a value lives after its last write, in stream time; None for ever.
+        check_home: Told the changelog's key bytes of keys that are new: raises for one of another partition.
+
+    Attributes:
+        live: See the module.
+        dirty: See the module.
+        stream_time_ms: Greatest timestamp the task has taken; moves expiry.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        partition: int,
+        *,
+        keys: KeyOrder,
+        key_codec: BoundCodec[Any],
+        values: Values,
+        store: Store,
+        live_entries: int,
+        ttl_ms: int | None = None,
+        check_home: Callable[[bytes, Any], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.partition = partition
+        self.keys = keys
+        self.values = values
+        self.ttl_ms = ttl_ms
+        self.live: dict[Any, Any] = {}
+        self.dirty: dict[Any, Any] = {}
+        self.stream_time_ms = -1
+        self.committed_stream_time_ms = -1
+        self._older: dict[Any, Any] = {}
+        self._live_entries = max(1024, live_entries // 2)
+        self._sealed: deque[Layer] = deque()
+        self._settled: Layer = {}
+        self._being_stored: Layer = {}
+        self._store = store
+        self._store_get = store.getter(name)
+        self._encode_key = keys.encode
+        self._changelog_key: Callable[[Any], bytes | None] = key_codec.encode
+        self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
+        self._check_home = check_home
+
+    # --- what turns do -----------------------------------------------------------------------------------------
+
+    def find(self, key: Any) -> Any:
+        """What is held of a key's newest value, those in no commit yet included; `MISSING` where there is none."""
+        held = self.live.get(key, _ABSENT)
+        if held is _ABSENT:
+            held = self._load(key)
+        return held if self.ttl_ms is None or held is MISSING else self._unexpired(held)
+
+    def _load(self, key: Any) -> Any:
+        held = self._older.get(key, _ABSENT)
+        if held is _ABSENT:
+            held = self.dirty.get(key, _ABSENT)
+        if held is _ABSENT:
+            store_key = self._encode_key(key)
+            held = self._held(self._newest(store_key))
+        if len(self.live) >= self._live_entries:
+            self._older, self.live = self.live, {}
+        self.live[key] = held
+        return held
+
+    def _newest(self, store_key: bytes) -> bytes | None:
+        for layer in reversed(self._sealed):
+            if store_key in layer:
+                return layer[store_key]
+        return self._newest_committed(store_key)
+
+    def _newest_committed(self, store_key: bytes) -> bytes | None:
+        data: Any = self._settled.get(store_key, _ABSENT)
+        if data is _ABSENT:
+            data = self._being_stored.get(store_key, _ABSENT)
+        return self._store_get(store_key) if data is _ABSENT else data
+
+    def _held(self, data: bytes | None) -> Any:
+        if data is None:
+            return MISSING
+        payload, expires_ms = unpack(data, table=self.name)
+        held = self.values.from_payload(payload)
+        return held if self.ttl_ms is None else (expires_ms, held)
+
+    def store_key_of(self, changelog_key: bytes) -> bytes:
+        """The store's key of a changelog record."""
+        return self._encode_key(self._decode_changelog_key(changelog_key))
+
+    def take_back(self, store_key: bytes) -> None:
+        """Write the committed value of a key once more, over what the changelog has of it."""
+        self.dirty[self.keys.decode(store_key)] = self._held(self._newest_committed(store_key))
+
+    def advance(self, timestamp_ms: int) -> None:
+        """Move stream time."""
+        if timestamp_ms > self.stream_time_ms:
+            self.stream_time_ms = timestamp_ms
+
+    def _unexpired(self, held: Any) -> Any:
+        expires_ms, value = held
+        return MISSING if expires_ms is not None and expires_ms <= self.stream_time_ms else value
+
+    def check_key(self, key: Any) -> None:
+        """Check a key that is new.
+
+        Raises:
+            ProductionError: It is not of the table's key type, cannot be written, or belongs to another partition.
+        """
+        data = self._changelog_key(key)
+        if data is None:
+            raise ProductionError(f"table {self.name!r}: a key cannot be None")
+        self._encode_key(key)
+        if self._check_home is not None:
+            self._check_home(data, key)
+
+    def merge(self, writes: Mapping[Any, Any]) -> None:
+        """Take what a turn that is done has written, in the order of its records."""
+        if self.ttl_ms is not None:
+            expires_ms = self.stream_time_ms + self.ttl_ms
+            writes = {key: held if held is MISSING else (expires_ms, held) for key, held in writes.items()}
+        self.live.update(writes)
+        self.dirty.update(writes)
+
+    # --- iteration ---------------------------------------------------------------------------------------------
+
+    def entries(
+        self,
+        start: bytes | None,
+        stop: bytes | None,
+        *,
+        reverse: bool = False,
+        writes: Mapping[Any, Any] | None = None,
+        committed: bool = False,
+    ) -> Iterator[tuple[bytes, bytes]]:
+        """Store keys and payloads of a range in key order, as they are at the time of the call.
+
+        Args:
+            start: First key, inclusive; None for the beginning.
+            stop: End, exclusive; None for the end.
+            reverse: From the end to the start.
+            writes: What the asking turn has written itself.
+            committed: Committed values only.
+        """
+        changes = {**self._being_stored, **self._settled}
+        if not committed:
+            for layer in self._sealed:
+                changes.update(layer)
+            changes.update(self._as_layer(self.dirty))
+            if writes:
+                changes.update(self._as_layer(writes if self.ttl_ms is None else self._never_expiring(writes)))
+        pairs = merged(self._store.scan(self.name, start, stop, reverse=reverse), changes, start, stop, reverse=reverse)
+        now_ms = self.committed_stream_time_ms if committed else self.stream_time_ms
+        return self._payloads(pairs, now_ms)
+
+    def _payloads(self, pairs: Iterator[tuple[bytes, bytes]], now_ms: int) -> Iterator[tuple[bytes, bytes]]:
+        for key, data in pairs:
+            payload, expires_ms = unpack(data, table=self.name)
+            if expires_ms is None or expires_ms > now_ms:
+                yield key, payload
+
+    def _as_layer(self, held: Mapping[Any, Any]) -> Layer:
+        return {self._encode_key(key): self._stored(value) for key, value in held.items()}
+
+    def _never_expiring(self, writes: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {key: held if held is MISSING else (None, held) for key, held in writes.items()}
+
+    def _stored(self, held: Any) -> bytes | None:
+        if held is MISSING:
+            return None
+        if self.ttl_ms is None:
+            return pack(self.values.payload(held), None)
+        expires_ms, value = held
+        return pack(self.values.payload(value), expires_ms)
+
+    # --- committed reads ---------------------------------------------------------------------------------------
+
+    def committed(self, key: Any) -> Any:
+        """What is held of a key's committed value; `MISSING` where there is none."""
+        held = self._held(self._newest_committed(self._encode_key(key)))
+        if self.ttl_ms is None or held is MISSING:
+            return held
+        expires_ms, value = held
+        return MISSING if expires_ms is not None and expires_ms <= self.committed_stream_time_ms else value
+
+    # --- commits -----------------------------------------------------------------------------------------------
+
+    def seal(self, append: Append, now_ms: int) -> bool:
+        """Close the layer of dirty values and write them as changelog records.
+
+        Args:
+            append: Takes the records, one per changed key.
+            now_ms: Their timestamp where values do not expire.
+
+        Returns:
+            Whether there were any.
+        """
+        dirty = self.dirty
+        if not dirty:
+            return False
+        self.dirty = {}
+        self._sealed.append(
+            self._sealed_plain(dirty, append, now_ms) if self.ttl_ms is None else self._sealed_expiring(dirty, append)
+        )
+        if len(self.live) >= self._live_entries:
+            self._older, self.live = self.live, {}
+        return True
+
+    def _sealed_plain(self, dirty: Mapping[Any, Any], append: Append, now_ms: int) -> Layer:
+        layer: Layer = {}
+        encode_key, payload_of, same = self._encode_key, self.values.payload, self.keys.same_as_serialized
+        changelog_key: Callable[[Any], Any] = self._changelog_key
+        for key, held in dirty.items():
+            store_key = encode_key(key)
+            payload = None if held is MISSING else payload_of(held)
+            layer[store_key] = None if payload is None else pack(payload, None)
+            append(store_key if same else changelog_key(key), payload, now_ms)
+        return layer
+
+    def _sealed_expiring(self, dirty: Mapping[Any, Any], append: Append) -> Layer:
+        """The record's timestamp is that of the write, so that a restore finds the same expiry."""
+        layer: Layer = {}
+        ttl_ms = self.ttl_ms or 0
+        for key, held in dirty.items():
+            layer[self._encode_key(key)] = data = self._stored(held)
+            changelog_key: Any = self._changelog_key(key)
+            if data is None:
+                append(changelog_key, None, max(0, self.stream_time_ms))
+            else:
+                expires_ms, value = held
+                append(changelog_key, self.values.payload(value), max(0, (expires_ms or 0) - ttl_ms))
+        return layer
+
+    def settle(self) -> None:
+        """The log has committed the oldest sealed layer."""
+        self._settled.update(self._sealed.popleft())
+
+    @property
+    def has_sealed(self) -> bool:
+        """Whether a commit is under way."""
+        return bool(self._sealed)
+
+    # --- the store ---------------------------------------------------------------------------------------------
+
+    @property
+    def settled_entries(self) -> int:
+        """How many committed values wait for the store."""
+        return len(self._settled)
+
+    def take_settled(self) -> Layer:
+        """What is to be written to the store now; it stays readable until `stored`."""
+        self._being_stored, self._settled = self._settled, {}
+        return self._being_stored
+
+    def stored(self) -> None:
+        """What `take_settled` gave is in the store."""
+        self._being_stored = {}
+
+    def not_stored(self) -> None:
+        """What `take_settled` gave is not in the store: it waits again."""
+        self._settled = {**self._being_stored, **self._settled}
+        self._being_stored = {}

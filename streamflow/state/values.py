@@ -1,0 +1,102 @@
+"""How a table holds its values in memory and writes them: as objects where nobody can change them, else as bytes.
+
+A struct, list or dict that user code reads and changes in place would change what other records see, commit or no
+commit. So values of types that can be changed in place are held as bytes: a turn gets a copy of its own, and what it
+did to the copy is compared when the turn is done (`state/stage.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from streamflow.errors import ProductionError, StateError
+from streamflow.model.schema import is_immutable
+from streamflow.model.serde import BoundCodec
+
+V = TypeVar("V")
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
+"""Stands for the value of a key that is not there."""
+
+# Encoding these never fails, so a write of one is not tried out.
+_ALWAYS_WRITABLE = (float, bool, bytes)
+
+
+class Values:
+    """The values of one table.
+
+    Args:
+        table: The table's name, for errors.
+        codec: Writes and reads them as the changelog has them.
+        max_bytes: Largest encoded value that the changelog takes.
+
+    Attributes:
+        are_objects: Whether values are held as objects; False holds bytes.
+        sure_type: Values of exactly this type are held as they are, unchecked.
+    """
+
+    __slots__ = ("_codec", "_encode", "_max_bytes", "_table", "are_objects", "decode_payload", "sure_type")
+
+    def __init__(self, table: str, codec: BoundCodec[Any], max_bytes: int = 1_000_000) -> None:
+        self._table = table
+        self._codec = codec
+        self._max_bytes = max_bytes
+        self.are_objects = is_immutable(codec.type) and codec.fast_decode is not None
+        exact = codec.exact_type if self.are_objects else None
+        self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
+        self._encode: Callable[[Any], bytes | None] = codec.fast_encode if self.sure_type is not None else codec.encode  # type: ignore[assignment]
+        self.decode_payload: Callable[[bytes], Any] = self._decode
+
+    def held(self, value: Any) -> Any:
+        """What is held of a value that is written.
+
+        Raises:
+            ProductionError: It is not of the table's type, cannot be written, or is None.
+        """
+        data = self.encoded(value)
+        if not self.are_objects:
+            return data
+        exact = self._codec.exact_type
+        return value if exact is None or type(value) is exact else self._decode(data)
+
+    def encoded(self, value: Any) -> bytes:
+        """A value as the changelog has it.
+
+        Raises:
+            ProductionError: See `held`.
+        """
+        data = self._codec.encode(value, ())
+        if data is None:
+            raise ProductionError(
+                f"table {self._table!r}: None is how a log says that a key was deleted, so it cannot be a value; "
+                "write `del table[key]`, or wrap it in a type of your own"
+            )
+        if len(data) > self._max_bytes:
+            raise ProductionError(
+                f"table {self._table!r}: a value of {len(data):,} bytes is too large for its changelog, which takes "
+                f"{self._max_bytes:,}: keep less under one key, or raise the topic's max.message.bytes"
+            )
+        return data
+
+    def payload(self, held: Any) -> bytes:
+        """What is held, as the changelog has it."""
+        return cast(bytes, self._encode(held) if self.are_objects else held)
+
+    def value(self, held: Any) -> Any:
+        """What user code gets of what is held: a copy of its own where it could be changed."""
+        return held if self.are_objects else self._decode(held)
+
+    def from_payload(self, data: bytes) -> Any:
+        """What is held of a value as the changelog has it."""
+        return self._decode(data) if self.are_objects else data
+
+    def _decode(self, data: bytes) -> Any:
+        try:
+            return self._codec.decode(data, ())
+        except Exception as exc:
+            raise StateError(
+                f"table {self._table!r}: a stored value does not decode as its type of today: {exc}. Give the type "
+                "back what old values need (defaults for new fields), or migrate them with app.visit(...) under the "
+                "old type first"
+            ) from exc
