@@ -10,6 +10,8 @@ from streamflow.errors import RetriableError
 from streamflow.log.kafka.client import backoff_s
 
 _LEAST_WAIT_S = 0.001
+_FIRST_S, _CAP_S = 0.02, 0.2
+_BRIEF_S, _BRIEF_CAP_S, _BRIEF_TIMES = 0.002, 0.006, 20
 
 
 class Attempt:
@@ -32,18 +34,18 @@ class Attempt:
         """Seconds left, at least a millisecond: a wait that ends at once is one that says why."""
         return max(self._deadline - time.monotonic(), _LEAST_WAIT_S)
 
-    async def pause(self, failures: int, error: RetriableError, *, first_s: float = 0.02, cap_s: float = 0.2) -> None:
+    async def pause(self, failures: int, error: RetriableError, *, brief: bool = False) -> None:
         """Wait before trying again.
 
         Args:
             failures: How many in a row, >= 1.
             error: The last one.
-            first_s: Wait after the first.
-            cap_s: Longest wait.
+            brief: It is about something that takes milliseconds as a rule, such as a transaction that is ending.
 
         Raises:
             RetriableError: `error`, when the time is over or the attempt is lost.
         """
+        first_s, cap_s = (_BRIEF_S, _BRIEF_CAP_S) if brief and failures <= _BRIEF_TIMES else (_FIRST_S, _CAP_S)
         wait = backoff_s(failures, first_s=first_s, cap_s=cap_s)
         if self.lost or time.monotonic() + wait > self._deadline:
             raise error

@@ -76,7 +76,7 @@ class KafkaTransactionalProducer(TransactionalProducer):
 
     async def __aenter__(self) -> KafkaTransactionalProducer:
         try:
-            self._identity = await self._coordinator.init(None, Attempt(max(self._timeout_s, _OPEN_TIMEOUT_S)))
+            self._identity = await self._take_over(Attempt(max(self._timeout_s, _OPEN_TIMEOUT_S)))
         except BaseException:
             self._client.close_lane(self)
             raise
@@ -216,10 +216,23 @@ class KafkaTransactionalProducer(TransactionalProducer):
         except ProducerFencedError:
             if not self._has_timed_out():
                 raise
-            identity = await self._coordinator.init(None, attempt)
+            identity = await self._take_over(attempt)
         self._opened_at = None
         self._outputs.restart_sequences()
         self._take(identity)
+
+    async def _take_over(self, attempt: Attempt) -> Identity:
+        """Take the id from whoever has it, and make sure of it.
+
+        A request for it that was not answered, of this producer or of one before, may be carried out after ours and
+        would fence us; a second request, as the successor of the first, notices.
+        """
+        while True:
+            taken = await self._coordinator.init(None, attempt)
+            try:
+                return await self._coordinator.init(taken, attempt)
+            except ProducerFencedError as error:
+                logger.debug("%s; taking it again", error)
 
     def _has_timed_out(self) -> bool:
         return self._opened_at is not None and time.monotonic() - self._opened_at >= self._timeout_s

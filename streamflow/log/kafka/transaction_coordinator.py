@@ -39,7 +39,6 @@ FENCED = frozenset({codes.INVALID_PRODUCER_EPOCH, codes.PRODUCER_FENCED})
 _LATER = codes.COORDINATOR_MOVED | {codes.CONCURRENT_TRANSACTIONS}
 _NOTHING_OPEN = frozenset({codes.INVALID_TRANSACTION_STATE, codes.INVALID_PRODUCER_ID_MAPPING})
 _MAY_BE_WRITTEN = frozenset({codes.COORDINATOR_NOT_AVAILABLE, codes.NOT_COORDINATOR, codes.UNKNOWN_SERVER_ERROR})
-_ENDING_WAIT_S = 0.002  # what a transaction before needs to write its markers: a few milliseconds
 
 _Code: TypeAlias = Callable[[Any], int]
 
@@ -102,7 +101,7 @@ class TransactionCoordinator:
                 raise codes.error(code, what)
             except RetriableError as error:
                 failures += 1
-                await attempt.pause(failures, error, first_s=0.005)
+                await attempt.pause(failures, error, brief=True)
 
     async def _agreed_version(self, what: str, attempt: Attempt) -> int:
         versions = await self._ask(API_VERSIONS(), what, attempt)
@@ -159,7 +158,7 @@ class TransactionCoordinator:
             if code not in _LATER or not isinstance(error, RetriableError):
                 raise error
             failures += 1
-            await attempt.pause(failures, error, first_s=_ENDING_WAIT_S)
+            await attempt.pause(failures, error, brief=True)
 
     # --- its end -------------------------------------------------------------------------------------------------
 
@@ -202,7 +201,7 @@ class TransactionCoordinator:
 
     async def _pause_commit(self, failures: int, error: RetriableError, attempt: Attempt, may_be: bool) -> None:
         try:
-            await attempt.pause(failures, error, first_s=_ENDING_WAIT_S)
+            await attempt.pause(failures, error, brief=True)
         except RetriableError:
             if may_be:
                 raise _indeterminate(error) from error
@@ -235,7 +234,7 @@ class TransactionCoordinator:
                 raise codes.error(code, what)
             except RetriableError as error:
                 failures += 1
-                await attempt.pause(failures, error, first_s=_ENDING_WAIT_S)
+                await attempt.pause(failures, error, brief=True)
 
     def _end_call(self, identity: Identity, *, committed: bool) -> wire.Call:
         end = END_TXN_2 if self.version == 2 else END_TXN

@@ -17,7 +17,6 @@ from streamflow.log.kafka.producer import Identity
 from streamflow.log.kafka.wire_transaction import TXN_OFFSET_COMMIT, TXN_OFFSET_COMMIT_2
 from streamflow.model.record import TopicPartition
 
-_ENDING_WAIT_S = 0.002
 _LATER = codes.COORDINATOR_MOVED | {
     codes.CONCURRENT_TRANSACTIONS,
     codes.UNKNOWN_TOPIC_OR_PARTITION,  # the coordinator may not have heard of a new topic yet
@@ -91,7 +90,7 @@ class TransactionOffsets:
                 return
             error = self._refused(told, membership, what)
             failures += 1
-            await attempt.pause(failures, error, first_s=_ENDING_WAIT_S)
+            await attempt.pause(failures, error, brief=True)
 
     async def _find(self, group_id: str, what: str, attempt: Attempt) -> int:
         node = self._coordinators.get(group_id)

@@ -27,7 +27,6 @@ from streamflow.model.record import TopicPartition
 
 _IN_FLIGHT = 5
 _UNKNOWN_TOPIC_S = 3.0
-_ENDING_WAIT_S = 0.002
 _STILL_ENDING = frozenset({codes.CONCURRENT_TRANSACTIONS, codes.NOT_ENOUGH_REPLICAS})
 """The transaction before is still writing its markers: the second code is what versions before 12 get for the first."""
 _ABORT = frozenset(
@@ -164,7 +163,7 @@ class TransactionOutputs:
                 failures = 0
                 continue
             failures += 1
-            await attempt.pause(failures, error, first_s=_ENDING_WAIT_S)
+            await attempt.pause(failures, error, brief=not self._leaders_in_doubt)
         self._sequences.update((tp, partition.next_sequence) for tp, partition in partitions.items())
         return {tp: partition.end_offset for tp, partition in partitions.items()}
 
@@ -172,11 +171,15 @@ class TransactionOutputs:
         self, partitions: list[_Partition], identity: Identity, version: int, attempt: Attempt
     ) -> RetriableError | None:
         """Send what may go now, and wait for all of it; the error is why some of it has to go again."""
+        tps = [partition.tp for partition in partitions]
+        if self._leaders_in_doubt and (error := await self._refresh(tps, attempt)):
+            return error
         by_node: dict[int, list[_Partition]] = {}
-        for partition in partitions:
-            node = self._client.leader(partition.tp)
+        for tp, partition in zip(tps, partitions, strict=True):
+            node = self._client.leader(tp)
             if node is None:
-                return await self._refresh([partition.tp for partition in partitions], attempt)
+                self._leaders_in_doubt = True
+                return RetriableError(f"write to {tp}: it has no leader")
             by_node.setdefault(node, []).append(partition)
         wave = _Wave(self, identity, version, attempt)
         requests = [(node, _cut(led)) for node, led in by_node.items()]
@@ -195,7 +198,7 @@ class TransactionOutputs:
                 refused = RetriableError(f"write to {partition.tp}: {codes.name(code)}")
                 has_moved |= code not in _STILL_ENDING
         if has_moved:
-            return await self._refresh([partition.tp for partition in partitions], attempt) or refused
+            self._leaders_in_doubt = True
         return refused
 
     async def produce(

@@ -21,7 +21,7 @@ from streamflow.log.api import AtomicCommit, Membership, OffsetMark
 from streamflow.log.kafka.attempt import Attempt
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
-from tests.contracts.records import DEADLINE_S, batch, receive, values
+from tests.contracts.records import DEADLINE_S, batch, receive, until, values
 from tests.kafka import jars
 from tests.kafka.broker import Broker, free_port
 from tests.kafka.fixtures import unavailable
@@ -30,7 +30,7 @@ from tests.log.kafka.committing import Committer
 
 pytestmark = pytest.mark.kafka
 
-PRODUCE, TXN_OFFSET_COMMIT, END_TXN = 0, 28, 26
+PRODUCE, INIT_PRODUCER_ID, TXN_OFFSET_COMMIT, END_TXN = 0, 22, 28, 26
 SHORT_MS = 1500
 """A transaction time-out that a test can wait for."""
 
@@ -124,7 +124,7 @@ async def test_readers_see_all_of_a_commit_at_once_and_nothing_of_an_open_one(co
 
 
 async def test_many_commits_leave_nothing_behind(open_log, name):
-    total = 1200
+    total = 1000
     async with open_log() as log:
         committer = Committer(log, name, outputs=1)
         await committer.create()
@@ -234,6 +234,26 @@ async def test_a_process_that_wakes_up_after_its_successor_has_begun_commits_not
         await committer.check([0, 1])
 
 
+async def test_a_request_for_the_id_that_arrives_late_does_not_fence_who_has_it_since(committing):
+    async with committing() as (committer, proxy):
+        await committer.check([0])
+        late, confirm = asyncio.Event(), asyncio.Event()
+        verdicts = [late, "pass", confirm]
+        proxy.on_request = lambda chunk: verdicts.pop(0) if api_key(chunk) == INIT_PRODUCER_ID and verdicts else "pass"
+        given_up = asyncio.create_task(committer.open())
+        await until(lambda: len(verdicts) == 2)
+        given_up.cancel()
+        opening = asyncio.create_task(committer.open())
+        await until(lambda: not verdicts)
+        late.set()
+        await asyncio.sleep(0.3)
+        confirm.set()
+        producer = await opening
+        await producer.commit(committer.numbered(1))
+        await producer.__aexit__(None, None, None)
+        await committer.check([0, 1])
+
+
 # --- unknown outcomes --------------------------------------------------------------------------------------------
 
 
@@ -326,12 +346,12 @@ async def test_a_transaction_that_the_broker_has_timed_out_is_made_again(committ
 
 async def test_answers_lost_at_random_lose_nothing_and_double_nothing(committing):
     async with committing() as (committer, proxy):
-        total, answers = 120, 0
+        total, answers = 70, 0
 
         def cut(chunk):
             nonlocal answers
             answers += 1
-            return answers % 23 == 0
+            return answers % 19 == 0
 
         proxy.on_answer = cut
         async with asyncio.timeout(60):
@@ -373,6 +393,41 @@ async def test_a_time_out_beyond_the_brokers_is_refused_at_once(open_log, name):
         with pytest.raises(ConfigurationError, match=r"transaction_timeout_ms=1000000000.*transaction\.max\.timeout"):
             async with log.transactional_producer(name("x")):
                 pass
+
+
+# --- being cancelled ---------------------------------------------------------------------------------------------
+
+
+async def test_a_commit_whose_task_is_cancelled_ends_before_the_next_one_begins(committing):
+    async with committing() as (committer, proxy):
+        gate = asyncio.Event()
+        sent = await started(proxy, END_TXN, gate)
+        commit = asyncio.create_task(committer.producer.commit(committer.numbered(1)))
+        await sent.wait()
+        commit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await commit
+        following = asyncio.create_task(committer.producer.commit(committer.numbered(2)))
+        await asyncio.sleep(0.2)
+        assert not following.done()
+        gate.set()
+        await following
+        await committer.check([0, 1, 2])
+
+
+async def test_leaving_a_producer_waits_for_the_commit_under_way(committing):
+    async with committing() as (committer, proxy):
+        gate = asyncio.Event()
+        sent = await started(proxy, END_TXN, gate)
+        commit = asyncio.create_task(committer.producer.commit(committer.numbered(1)))
+        await sent.wait()
+        commit.cancel()
+        leaving = asyncio.create_task(committer.producer.__aexit__(None, None, None))
+        await asyncio.sleep(0.2)
+        assert not leaving.done()
+        gate.set()
+        await leaving
+        await committer.check([0, 1])
 
 
 # --- the rest ----------------------------------------------------------------------------------------------------
