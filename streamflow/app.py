@@ -131,10 +131,10 @@ class App(Declarations):
     async def running(self, **overrides: Any) -> AsyncGenerator[Worker]:
         """Host a worker inside another program, for example in a FastAPI lifespan.
 
-        Enters once the worker has its first assignment and its agents run; leaving stops it cleanly (records finished,
-        committed, group left) within `shutdown_timeout_s`, also when the block raises or is cancelled. If the worker
-        fails, the block is cancelled and the worker's error comes out of it. No signal handler is installed and
-        logging is left alone; the web server runs only where `web=True` is given here.
+        Enters once the worker has its first assignment, its tables are restored and its agents run; leaving stops it
+        cleanly (records finished, committed, group left) within `shutdown_timeout_s`, also when the block raises or is
+        cancelled. If the worker fails, the block is cancelled and the worker's error comes out of it. No signal handler
+        is installed and logging is left alone; the web server runs only where `web=True` is given here.
 
         Args:
             **overrides: Settings, stronger than all other sources.

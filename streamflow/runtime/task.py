@@ -163,6 +163,8 @@ class Task:
         self._dispatcher: Dispatcher | None = None
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
+        # Its tables can be read, or it is over.
+        self.restored = anyio.Event()
         self.state = "created"
         # Its partitions went to another worker: nothing of it is committed any more.
         self.lost = False
@@ -258,6 +260,7 @@ class Task:
                         self.inputs.ask_more(each_input)
         finally:
             self.state = "closed"
+            self.restored.set()
             self._ended.set()
 
     async def _run_agent(self, run: AgentRun) -> None:
@@ -322,6 +325,7 @@ class Task:
             if self.state != "restoring":
                 return False
         self.state = "running"
+        self.restored.set()
         return True
 
     async def finish_records(self) -> None:
@@ -345,6 +349,7 @@ class Task:
         """
         self._patience_s = patience_s
         if self.state == "created":
+            self.restored.set()
             self._ended.set()
         self.state = "closing"
         self.is_closing = True

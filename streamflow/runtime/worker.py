@@ -151,7 +151,10 @@ class Worker:
         self._loop_token.call_soon_threadsafe(self._stop.set)
 
     async def wait_started(self) -> None:
-        """Wait until the first assignment is in force and the agents run; returns as well when the worker ended."""
+        """Wait until the first assignment is in force, its tables are restored and its agents run.
+
+        It returns as well when the worker ended.
+        """
         await self._started.wait()
 
     def status(self) -> WorkerStatus:
@@ -399,12 +402,17 @@ class Worker:
         )
 
     async def _announce(self, manager: TaskManager, group: Group) -> None:
-        """Running begins with the first assignment; to be a member without partitions is one, too."""
+        """Running begins with the first assignment; to be a member without partitions is one, too.
+
+        Started is who has its tables restored as well: until then they could not be read.
+        """
         while not manager.assigned_once.is_set() and not _is_idle(group):
             with anyio.move_on_after(_JOIN_POLL_S):
                 await manager.assigned_once.wait()
         if self.state == "starting":
             self.state = "running"
+        for task in manager.running():
+            await task.restored.wait()
         self._started.set()
 
     async def _stop_at_end(self, ends: UntilEnd, manager: TaskManager) -> None:

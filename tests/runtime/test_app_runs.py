@@ -1,5 +1,6 @@
 """Whole apps on the log in memory: the forms of agents, sinks, chains, error policies, units, lanes."""
 
+import shutil
 from collections.abc import AsyncIterator
 
 import anyio
@@ -36,6 +37,34 @@ async def test_generator_over_the_stream() -> None:
         await test.settle()
         assert sorted(event.value.total for event in test.records(totals)) == [number * 2 for number in range(10)]
         assert all(event.key == event.value.user for event in test.records(totals))
+
+
+async def test_a_hosted_worker_is_entered_when_its_tables_can_be_read(tmp_path) -> None:
+    app = sf.App("warm", data_dir=str(tmp_path), partitions=8)
+    words = app.topic("words", key_type=int, value_type=str)
+    kept = app.table("kept", key_type=int, value_type=str)
+    ended = anyio.Event()
+
+    @app.agent(words)
+    async def keep(stream: sf.Stream[str, int]) -> None:
+        async for key, word in stream.items():
+            kept[key] = word
+            if len(word) == 5000:
+                ended.set()
+
+    async with app.running():
+        for number in range(1, 401):
+            await words.send(key=number, value="x" * number)
+        await words.send(key=0, value="x" * 5000)
+        with anyio.fail_after(20):
+            await ended.wait()
+    for directory in (tmp_path / "warm").iterdir():
+        if directory.is_dir():
+            shutil.rmtree(directory)  # so that there is something to restore
+    async with app.running():
+        assert kept.partitions == frozenset(range(8))
+        assert len(kept) == 401
+        assert kept[400] == "x" * 400
 
 
 async def test_take_hands_out_units_by_size_and_by_time() -> None:
