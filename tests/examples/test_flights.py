@@ -43,6 +43,16 @@ def test_the_demo_agrees_with_an_independent_computation(environment):
     united = next(line.split() for line in told.stdout.splitlines() if line.startswith("UA"))
     assert united[4:6] == ["4,622", "32"]
     assert "96 dead letters" in told.stdout
+    assert "     936  JFK to LAX" in told.stdout
+    assert "The totals equal those of an independent computation" in told.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_killed_in_the_middle_ends_with_the_right_totals(environment):
+    told = demo(environment, "--kill")
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "killed the worker (SIGKILL) when 2,000 departures were committed" in told.stdout
     assert "The totals equal those of an independent computation" in told.stdout
 
 
@@ -60,8 +70,7 @@ def test_the_whole_year(environment):
 async def test_every_damaged_line_is_refused_by_both_computations(flights, line):
     with pytest.raises(ValueError):  # noqa: PT011 - which one differs from line to line
         await both_agents(flights, line)
-    totals, useless = imported("flights_recount").recount(flights.HEADER, [line])
-    assert (totals, useless) == ({}, 1)
+    assert imported("flights_recount").recount(flights.HEADER, [line]) == ({}, {}, 1)
 
 
 async def both_agents(flights, line):
@@ -84,17 +93,23 @@ def test_delays_across_midnight(flights, planned, actual, minutes):
 
 
 def test_wrong_totals_fail_the_demo(flights, capsys):
-    check = imported("flights_demo").check
-    right = {"UA": (2, 1, 0, 5, 5)}
-    assert check(right, 3, right, 3) == 0
-    assert check({"UA": (2, 1, 0, 5, 6)}, 3, right, 3) == 1
-    assert check({}, 3, right, 3) == 1
-    assert check(right, 2, right, 3) == 1
+    check, recount = imported("flights_demo").check, imported("flights_recount").Recount
+    totals = {"UA": (2, 1, 0, 5, 5, 5)}
+    right = recount(totals, {"EWR-SFO": 2}, 3)
+    assert check(right, totals, right) == 0
+    assert check(right._replace(totals={"UA": (2, 1, 0, 5, 5, 6)}), totals, right) == 1
+    assert check(right._replace(totals={}), totals, right) == 1
+    assert check(right._replace(routes={"EWR-SFO": 1, "JFK-SFO": 1}), totals, right) == 1
+    assert check(right, {"UA": (1, 1, 0, 5, 5, 5)}, right) == 1
+    assert check(right._replace(useless=2), totals, right) == 1
     assert "rows of no use by the recount: 3" in capsys.readouterr().out
 
 
 def test_the_report_names_reasons_and_sums(flights):
-    text = imported("flights_demo").report({"UA": (2, 1, 1, 30, 20), "ZZ": (1, 0, 0, 0, 0)}, Counter({"odd": 2}))
-    assert "UA  United Air Lines            2          1      30.0 min     20.0 min  100.0%" in text
+    totals = {"UA": (2, 1, 1, 30, 20, 30), "ZZ": (1, 0, 0, 0, 0, 0)}
+    found = imported("flights_recount").Recount(totals, {"EWR-SFO": 2, "JFK-SFO": 1}, 2)
+    text = imported("flights_demo").report(found, Counter({"odd": 2}))
+    assert "UA  United Air Lines            2          1      30.0 min     20.0 min  100.0%     30 min" in text
+    assert "       2  EWR to SFO" in text
     assert "2 dead letters" in text
     assert "       2  odd" in text
