@@ -6,7 +6,7 @@ elsewhere it reads what is committed, of the partitions that this process holds.
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import current_task
 from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
@@ -143,11 +143,8 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         if stage is None:
             turn.refuse_table(self)
             return None
-        try:
-            in_turn = asyncio.current_task() is turn.owner and turn.record is not None
-        except RuntimeError:  # in a worker thread
-            in_turn = False
-        if not in_turn and not turn.may_touch():
+        # The loop is given since to look it up costs a system call per access (Python 3.11 asks for the process id).
+        if (current_task(turn.loop) is not turn.owner or turn.record is None) and not turn.may_touch():
             return None
         if stage.overlay.ttl_ms is not None:
             stage.overlay.advance(turn.timestamp_ms())

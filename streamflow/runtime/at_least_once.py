@@ -132,8 +132,7 @@ class AtLeastOnce(Commits):
                     if not isinstance(self._failed, ProductionError)
                     else FatalError(f"an output could not be written: {self._failed}")
                 ) from self._failed
-            ends = {tp: newest.result() + records for tp, (newest, records) in self._newest.items()}
-            self._newest.clear()
+            ends = self._ends_of_changelogs(taken)
             commit_id = new_commit_id()
             offsets = [(each.task, _marks(each, commit_id, ends)) for each in taken]
             committed = await self._commit_offsets([each for each in offsets if each[1]], started_s)
@@ -141,6 +140,12 @@ class AtLeastOnce(Commits):
                 if each.task in committed:
                     each.committed(commit_id, ends)
             self.trying_since_s = None
+
+    def _ends_of_changelogs(self, taken: Iterable[Sealed]) -> dict[TopicPartition, int]:
+        """The offset after the last record of each changelog that was written; only a commit writes them."""
+        newest, self._newest = self._newest, {}
+        changelogs = [tp for each in taken if each.task.tables is not None for tp in each.task.tables.changelogs()]
+        return {tp: newest[tp][0].result() + newest[tp][1] for tp in changelogs if tp in newest}
 
     async def _pin(self, tasks: Iterable[TaskView]) -> None:
         """Say where the changelogs of new tasks stand before anything is added to them."""

@@ -42,6 +42,7 @@ class AgentRun:
 
     async def run(self) -> None:
         """Run until cancelled (after the feed was cut, or its records were lost)."""
+        self.feed.loop = asyncio.get_running_loop()
         self.feed.owner = asyncio.current_task()
         current_turn.set(self.feed)
         body = self._body()

@@ -78,6 +78,7 @@ class Turn:
         self.thread_id: int | None = None
         # The asyncio task the agent runs in, and what it sees of the tables it may touch, by name.
         self.owner: Any = None
+        self.loop: Any = None
         self.stages: dict[str, Stage] = {}
         self._touched = Touched()
         # The record whose event time was read last, and that time: to read it is to decode the value once more.

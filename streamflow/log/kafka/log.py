@@ -56,7 +56,7 @@ class KafkaLog(Log):
 
     @property
     def atomic_commits(self) -> bool:
-        return False  # until the runtime knows all the outcomes of a transaction
+        return True
 
     @property
     def admin(self) -> Admin:
