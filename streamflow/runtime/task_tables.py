@@ -22,7 +22,7 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
 from streamflow.state.overlay import Append, Overlay
-from streamflow.state.stage import SharedStage, Stage, Waiting
+from streamflow.state.stage import PlainStage, SharedStage, Stage, Waiting
 from streamflow.state.store import Store, StoreBatch
 from streamflow.state.values import Values
 
@@ -33,6 +33,11 @@ CheckHome = Callable[[str, bytes, Any], None]
 _STORE_EVERY_S = 3.0
 _STORE_FROM_ENTRIES = 20_000
 _RETRY_FULL_S = 5.0
+
+
+def _stage(overlay: Overlay, touched: Callable[[Stage], None]) -> Stage:
+    kind = PlainStage if overlay.values.are_objects and overlay.ttl_ms is None else Stage
+    return kind(overlay, touched)
 
 
 class TaskTables:
@@ -108,7 +113,7 @@ class TaskTables:
         """
         if shared:
             return {name: SharedStage(self._waiting[name], touched) for name in names}
-        return {name: Stage(self.overlays[name], touched) for name in names}
+        return {name: _stage(self.overlays[name], touched) for name in names}
 
     def waiting_of(self, name: str) -> Waiting:
         """What the task's turns share of a table."""

@@ -22,8 +22,13 @@ class Touched(OutputPartition):
         self.stages: list[Stage] = []
 
         def end(_: int, __: int, ___: bytes | None, ____: bytes | None, _____: Any) -> bool:
-            for effects in self.close():
-                effects.merge()
+            stages = self.stages
+            if len(stages) == 1 and stages[0].is_plain:  # joining cannot fail
+                stages[0].join()
+                stages.clear()
+            else:
+                for effects in self.close():
+                    effects.merge()
             return True
 
         self.append = end

@@ -96,10 +96,11 @@ class Overlay:
         """What is held of a key's newest value, those in no commit yet included; `MISSING` where there is none."""
         held = self.live.get(key, _ABSENT)
         if held is _ABSENT:
-            held = self._load(key)
+            held = self.load(key)
         return held if self.ttl_ms is None or held is MISSING else self._unexpired(held)
 
-    def _load(self, key: Any) -> Any:
+    def load(self, key: Any) -> Any:
+        """What is held of a key that is not in `live`, which it joins."""
         held = self._older.get(key, _ABSENT)
         if held is _ABSENT:
             held = self.dirty.get(key, _ABSENT)

@@ -44,10 +44,13 @@ class Stage:
         touched: Told at the first read or write of a turn that has to be looked at when the turn is done.
 
     Attributes:
+        is_plain: Whether `join` may end a turn.
         writes: What the turn in hand has written, by key.
     """
 
     __slots__ = ("_copies", "_defaults", "_touched", "overlay", "writes")
+
+    is_plain = False
 
     def __init__(self, overlay: Overlay, touched: Callable[[Stage], None]) -> None:
         self.overlay = overlay
@@ -185,6 +188,12 @@ class Stage:
         self.writes = {}
         return effects
 
+    def join(self) -> None:
+        """The turn is done: its writes join the task's values at once."""
+        effects = self.close()
+        if effects is not None:
+            effects.merge()
+
     def drop(self) -> None:
         """The turn failed: it has written nothing."""
         self._forget()
@@ -193,6 +202,38 @@ class Stage:
     def _forget(self) -> None:
         if self._copies or self._defaults:
             self._copies, self._defaults = {}, {}
+
+
+class PlainStage(Stage):
+    """A stage for values that nobody can change in place and that do not expire: the hot path."""
+
+    __slots__ = ()
+
+    is_plain = True
+
+    def get(self, key: Any) -> Any:
+        held = self.writes.get(key, _ABSENT) if self.writes else _ABSENT
+        if held is _ABSENT:
+            overlay = self.overlay
+            held = overlay.live.get(key, _ABSENT)
+            return overlay.load(key) if held is _ABSENT else held
+        return held
+
+    def set(self, key: Any, value: Any) -> None:
+        overlay, writes = self.overlay, self.writes
+        if not writes:
+            if overlay.live.get(key, MISSING) is MISSING:
+                overlay.check_key(key)
+            self._touched(self)
+        elif key not in writes and overlay.live.get(key, MISSING) is MISSING:
+            overlay.check_key(key)
+        writes[key] = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
+
+    def join(self) -> None:
+        overlay, writes = self.overlay, self.writes
+        overlay.live.update(writes)
+        overlay.dirty.update(writes)
+        writes.clear()
 
 
 class Waiting:
