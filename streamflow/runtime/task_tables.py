@@ -30,8 +30,8 @@ logger = logging.getLogger("streamflow.tables")
 
 CheckHome = Callable[[str, bytes, Any], None]
 
-_STORE_EVERY_S = 3.0
-_STORE_FROM_ENTRIES = 20_000
+_STORE_EVERY_S = 5.0
+_STORE_FROM_ENTRIES = 50_000
 _RETRY_FULL_S = 5.0
 
 
