@@ -205,8 +205,8 @@ class TransactionalProducer(ABC):
                 settles it either way; then the stable committed offsets tell which.
             ProducerFencedError: A later producer has this one's id; nothing was stored.
 
-        Cancellation: not cancellable while the log decides, but bounded: on Kafka by a few times its
-        `transaction_timeout_ms`, on SQLite by its lock time-out. The outcome is known when it returns or raises.
+        Cancellation: before it has begun, it is given up and nothing is stored. Then the outcome is waited for, and the
+        cancellation is raised by the next await; that is bounded, on Kafka by a few times `transaction_timeout_ms`.
         """
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -67,3 +68,11 @@ class TaskOwner:
 
     def _keep(self, error: BaseException) -> None:
         self._bug = self._bug or error
+
+
+def cancel_again() -> None:
+    """Have the cancellation that was caught raised by the next await; a scope's comes again by itself."""
+    task = asyncio.current_task()
+    if task is not None and anyio.current_effective_deadline() != -math.inf:
+        task.uncancel()
+        task.cancel()

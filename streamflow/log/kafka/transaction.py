@@ -36,6 +36,7 @@ from streamflow.log.kafka.producer import Identity
 from streamflow.log.kafka.transaction_coordinator import TransactionCoordinator
 from streamflow.log.kafka.transaction_offsets import TransactionOffsets
 from streamflow.log.kafka.transaction_outputs import TransactionOutputs
+from streamflow.log.tasks import cancel_again
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
@@ -84,7 +85,7 @@ class KafkaTransactionalProducer(TransactionalProducer):
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._closed = True
-        if (task := self._committing) is not None:  # its caller was cancelled
+        if (task := self._committing) is not None:  # its caller was cancelled twice
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([task], timeout=_CLOSE_TIMEOUT_S)
                 task.cancel()
@@ -95,13 +96,17 @@ class KafkaTransactionalProducer(TransactionalProducer):
 
     async def commit(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
         async with self._one_at_a_time:
-            while self._committing is not None:  # whoever asked for it was cancelled
+            while self._committing is not None:  # whoever asked for it was cancelled twice
                 await asyncio.wait([self._committing])
             self._raise_if_of_no_use()
             task = self._committing = asyncio.create_task(self._commit(commit), name=f"commit {self._id}")
             task.add_done_callback(self._on_committed)
-            with anyio.CancelScope(shield=True):
+            try:
                 await asyncio.wait([task])
+            except asyncio.CancelledError:
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait([task])
+                cancel_again()
             return task.result()
 
     def _raise_if_of_no_use(self) -> None:
@@ -218,7 +223,7 @@ class KafkaTransactionalProducer(TransactionalProducer):
                 raise
             identity = await self._take_over(attempt)
         self._opened_at = None
-        self._outputs.restart_sequences()
+        self._outputs.restart()
         self._take(identity)
 
     async def _take_over(self, attempt: Attempt) -> Identity:

@@ -122,7 +122,7 @@ class TransactionCoordinator:
         """Make partitions part of the transaction (version 1).
 
         Raises:
-            RetriableError, AuthorizationError, UnknownTopicError: They are not; abort.
+            RetriableError, AuthorizationError: They are not; abort.
         """
         topics: dict[str, list[int]] = {}
         for topic, partition in tps:
@@ -155,7 +155,9 @@ class TransactionCoordinator:
                 return
             self._on_refused(code)
             error = codes.error(code, what)
-            if code not in _LATER or not isinstance(error, RetriableError):
+            if code == codes.UNKNOWN_TOPIC_OR_PARTITION:  # the coordinator may not have heard of a new topic yet
+                error = RetriableError(str(error))
+            elif code not in _LATER or not isinstance(error, RetriableError):
                 raise error
             failures += 1
             await attempt.pause(failures, error, brief=True)

@@ -98,6 +98,11 @@ class TransactionOutputs:
         """The next batch is the first of a new identity."""
         self._sequences.clear()
 
+    def restart(self) -> None:
+        """After a failure: besides, what is known of topics and leaders may be what was wrong."""
+        self._sequences.clear()
+        self._leaders_in_doubt = True
+
     async def find_leaders(self, tps: Iterable[TopicPartition], attempt: Attempt) -> None:
         """Know who leads these partitions; asked anew after one has not answered.
 

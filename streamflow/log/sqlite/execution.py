@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import queue
 import random
 import sqlite3
@@ -23,6 +22,7 @@ import anyio.lowlevel
 
 from streamflow.errors import ClosedError, LogUnavailableError, StreamFlowError
 from streamflow.log.sqlite.faults import held_by, locked_too_long, translated
+from streamflow.log.tasks import cancel_again
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -322,7 +322,7 @@ class ThreadRunner(Runner):
                 raise
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([done])
-            _cancel_again()
+            cancel_again()
         return cast("T", done.result())
 
     async def checkpoint(self) -> None:
@@ -387,14 +387,6 @@ class ThreadRunner(Runner):
             self._loop.call_soon_threadsafe(_settle, future, result, error)
         except RuntimeError:  # the loop is closed: its owner left without closing the log
             self._closed = True
-
-
-def _cancel_again() -> None:
-    """Have the cancellation that was caught raised by the next await; a scope's comes again by itself."""
-    task = asyncio.current_task()
-    if task is not None and anyio.current_effective_deadline() != -math.inf:
-        task.uncancel()
-        task.cancel()
 
 
 def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:

@@ -398,15 +398,43 @@ async def test_a_time_out_beyond_the_brokers_is_refused_at_once(open_log, name):
 # --- being cancelled ---------------------------------------------------------------------------------------------
 
 
-async def test_a_commit_whose_task_is_cancelled_ends_before_the_next_one_begins(committing):
+async def test_a_cancelled_caller_learns_the_outcome_all_the_same(committing):
+    async with committing() as (committer, proxy):
+        gate, told = asyncio.Event(), []
+
+        async def caller():
+            told.append(await committer.producer.commit(committer.numbered(1)))
+            await asyncio.sleep(DEADLINE_S)
+
+        sent = await started(proxy, END_TXN, gate)
+        commit = asyncio.create_task(caller())
+        await sent.wait()
+        commit.cancel()
+        await asyncio.sleep(0.1)
+        assert not commit.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await commit
+        assert [set(ends) for ends in told] == [set(committer.outputs)]
+        await committer.check([0, 1])
+
+
+async def twice_cancelled(commit):
+    """Who insists is let go."""
+    for _ in range(2):
+        commit.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await commit
+
+
+async def test_a_commit_whose_caller_is_gone_ends_before_the_next_one_begins(committing):
     async with committing() as (committer, proxy):
         gate = asyncio.Event()
         sent = await started(proxy, END_TXN, gate)
         commit = asyncio.create_task(committer.producer.commit(committer.numbered(1)))
         await sent.wait()
-        commit.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await commit
+        await twice_cancelled(commit)
         following = asyncio.create_task(committer.producer.commit(committer.numbered(2)))
         await asyncio.sleep(0.2)
         assert not following.done()
@@ -421,7 +449,7 @@ async def test_leaving_a_producer_waits_for_the_commit_under_way(committing):
         sent = await started(proxy, END_TXN, gate)
         commit = asyncio.create_task(committer.producer.commit(committer.numbered(1)))
         await sent.wait()
-        commit.cancel()
+        await twice_cancelled(commit)
         leaving = asyncio.create_task(committer.producer.__aexit__(None, None, None))
         await asyncio.sleep(0.2)
         assert not leaving.done()
