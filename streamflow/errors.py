@@ -30,6 +30,10 @@ class SchemaError(RefusedError):
     """A type cannot be serialized as declared."""
 
 
+class GroupInUseError(RefusedError):
+    """A consumer group has live members, so that nobody else may touch its offsets; the message names them."""
+
+
 # --- record policy: the agent's `on_error` decides ---------------------------------------------------------------
 
 

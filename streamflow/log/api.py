@@ -427,8 +427,29 @@ class Admin(ABC):
         """Ids of the consumer groups the log knows, sorted."""
 
     @abstractmethod
-    async def group_offsets(self, group_id: str) -> Mapping[TopicPartition, OffsetMark]:
-        """All committed offsets of a group, without joining it."""
+    async def group_offsets(self, group_id: str, *, stable: bool = False) -> Mapping[TopicPartition, OffsetMark]:
+        """All committed offsets of a group, without joining it.
+
+        Args:
+            group_id: The group; one that does not exist has none.
+            stable: Wait out open transactions on them, so that no commit under way is missed.
+        """
+
+    @abstractmethod
+    async def group_members(self, group_id: str) -> Sequence[str]:
+        """Who is in a group, in words that help to find them; empty when nobody is.
+
+        A member that was killed counts until its session is over, unless it is certain that its process has ended:
+        only SQLite can tell that, and may take a session to find out about a member on another machine or boot.
+        """
+
+    @abstractmethod
+    async def delete_group(self, group_id: str) -> None:
+        """Forget a group with all its committed offsets; one that does not exist is no error.
+
+        Raises:
+            GroupInUseError: It has live members; nothing was deleted.
+        """
 
 
 # --- the log -----------------------------------------------------------------------------------------------------

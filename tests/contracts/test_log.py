@@ -10,6 +10,7 @@ import pytest
 
 from streamflow.errors import (
     ConfigurationError,
+    GroupInUseError,
     OffsetOutOfRangeError,
     ProducerFencedError,
     ProductionError,
@@ -860,6 +861,34 @@ async def test_a_cancelled_next_event_loses_no_event(open_log, name):
             else:
                 event = await asyncio.wait_for(group.next_event(), DEADLINE_S)
             assert isinstance(event, Assigned)
+
+
+async def test_a_group_tells_its_members_and_is_deleted_only_without_them(open_log, name):
+    topic, group_id = name("t"), name("g")
+    tp = TopicPartition(topic, 0)
+    async with open_log() as log, open_log() as other:
+        await log.admin.create([NewTopic(topic, 1)])
+        assert await other.admin.group_members(group_id) == []
+        await other.admin.delete_group(group_id)  # there is none: no error
+        async with log.group(group_id, frozenset({topic}), spread, SETTINGS) as group, Watched(group) as member:
+            await until(lambda: member.owned)
+            await group.commit({tp: OffsetMark(3, "kept")}, group.membership)
+            assert len(await other.admin.group_members(group_id)) == 1
+            with pytest.raises(GroupInUseError, match=group_id):
+                await other.admin.delete_group(group_id)
+            assert await group.committed([tp]) == {tp: OffsetMark(3, "kept")}
+            assert member.owned == {tp}
+        assert await other.admin.group_members(group_id) == []
+        assert await other.admin.group_offsets(group_id, stable=True) == {tp: OffsetMark(3, "kept")}
+        await other.admin.delete_group(group_id)
+        assert await other.admin.group_offsets(group_id) == {}
+        assert group_id not in await other.admin.groups()
+        # The name is free: who joins now starts from nothing.
+        async with log.group(group_id, frozenset({topic}), spread, SETTINGS) as group, Watched(group) as member:
+            await until(lambda: member.owned)
+            assert await group.committed([tp]) == {tp: None}
+            await group.commit({tp: OffsetMark(1)}, group.membership)
+        assert await other.admin.group_offsets(group_id) == {tp: OffsetMark(1)}
 
 
 # --- administration --------------------------------------------------------------------------------------------------

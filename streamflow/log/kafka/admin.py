@@ -9,9 +9,9 @@ from uuid import UUID
 
 import anyio
 
-from streamflow.errors import ConfigurationError, LogUnavailableError, StreamFlowError
+from streamflow.errors import ConfigurationError, GroupInUseError, LogUnavailableError, StreamFlowError
 from streamflow.log.api import Admin, NewTopic, OffsetMark, TopicDescription
-from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka import codes, wire, wire_admin
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.offsets import EARLIEST, LATEST, list_offsets
 from streamflow.model.record import TopicPartition
@@ -74,7 +74,7 @@ class KafkaAdmin(Admin):
         fields: list[tuple[Any, ...]] = [
             (t.name, t.partitions, t.replication, [], list(t.config.items())) for t in topics
         ]
-        response = await self._controller(wire.CREATE_TOPICS(fields, int(_TIMEOUT_S * 1000), False))
+        response = await self._controller(wire_admin.CREATE_TOPICS(fields, int(_TIMEOUT_S * 1000), False))
         for name, code, message in response.topics:
             if code in (codes.NONE, codes.TOPIC_ALREADY_EXISTS):
                 continue
@@ -97,7 +97,7 @@ class KafkaAdmin(Admin):
 
     async def delete(self, topics: Sequence[str]) -> None:
         async def attempt() -> None:
-            response = await self._controller(wire.DELETE_TOPICS(list(topics), int(_TIMEOUT_S * 1000)))
+            response = await self._controller(wire_admin.DELETE_TOPICS(list(topics), int(_TIMEOUT_S * 1000)))
             for name, code in response.topics:
                 if code not in (codes.NONE, codes.UNKNOWN_TOPIC_OR_PARTITION):
                     raise codes.error(code, f"delete topic {name}")
@@ -125,7 +125,7 @@ class KafkaAdmin(Admin):
         if not names:
             return {}
         resources = [(_TOPIC_RESOURCE, name, None) for name in names]
-        response = await self._client.ask_any(wire.DESCRIBE_CONFIGS(resources, False))
+        response = await self._client.ask_any(wire_admin.DESCRIBE_CONFIGS(resources, False))
         configs: dict[str, Mapping[str, str]] = {}
         for code, _message, _kind, name, entries in response.resources:
             if code:
@@ -166,7 +166,7 @@ class KafkaAdmin(Admin):
     async def delete_records(self, before: Mapping[TopicPartition, int]) -> None:
         async def attempt() -> None:
             for node, led in (await self._client.leaders(before)).items():
-                call = wire.DELETE_RECORDS(by_topic((tp, before[tp]) for tp in led), int(_TIMEOUT_S * 1000))
+                call = wire_admin.DELETE_RECORDS(by_topic((tp, before[tp]) for tp in led), int(_TIMEOUT_S * 1000))
                 response = await self._client.send(node, call)
                 for topic, parts in response.topics:
                     for partition, _low, code in parts:
@@ -184,7 +184,7 @@ class KafkaAdmin(Admin):
             await self._client.refresh()
             found: set[str] = set()
             for node in self._client.nodes:
-                response = await self._client.send(node, wire.LIST_GROUPS())
+                response = await self._client.send(node, wire_admin.LIST_GROUPS())
                 if response.error_code:
                     raise codes.error(response.error_code, "list groups")
                 found.update(group for group, _protocol in response.groups)
@@ -192,14 +192,17 @@ class KafkaAdmin(Admin):
 
         return await self._retried(attempt)
 
-    async def group_offsets(self, group_id: str) -> Mapping[TopicPartition, OffsetMark]:
+    async def group_offsets(self, group_id: str, *, stable: bool = False) -> Mapping[TopicPartition, OffsetMark]:
         async def attempt() -> Mapping[TopicPartition, OffsetMark]:
             node = await self._client.coordinator("group", group_id)
-            response = await self._client.send(node, wire.OFFSET_FETCH(group_id, None, False))
+            response = await self._client.send(node, wire.OFFSET_FETCH(group_id, None, stable))
             if response.error_code == codes.GROUP_ID_NOT_FOUND:
                 return {}
             if response.error_code:
                 raise codes.error(response.error_code, f"read the offsets of group {group_id}")
+            told = [part[4] for _topic, parts, _tags in response.topics for part in parts]
+            if codes.UNSTABLE_OFFSET_COMMIT in told:  # a transaction is open: it ends, by its time-out at the latest
+                raise codes.error(codes.UNSTABLE_OFFSET_COMMIT, f"read the offsets of group {group_id}")
             return {
                 TopicPartition(topic, partition): OffsetMark(offset, metadata or "")
                 for topic, parts, _tags in response.topics
@@ -208,6 +211,33 @@ class KafkaAdmin(Admin):
             }
 
         return await self._retried(attempt)
+
+    async def group_members(self, group_id: str) -> Sequence[str]:
+        async def attempt() -> Sequence[str]:
+            node = await self._client.coordinator("group", group_id)
+            response = await self._client.send(node, wire_admin.DESCRIBE_GROUPS([group_id], False))
+            ((code, _group, _state, _kind, _protocol, members, _operations),) = response.groups
+            if code and code != codes.GROUP_ID_NOT_FOUND:
+                raise codes.error(code, f"describe group {group_id}")
+            return sorted(f"{client_id} on {host.lstrip('/')}" for _id, _instance, client_id, host, *_ in members)
+
+        return await self._retried(attempt)
+
+    async def delete_group(self, group_id: str) -> None:
+        async def attempt() -> None:
+            node = await self._client.coordinator("group", group_id)
+            response = await self._client.send(node, wire_admin.DELETE_GROUPS([group_id]))
+            ((_group, code),) = response.results
+            if code == codes.NON_EMPTY_GROUP:
+                who = ", ".join(await self.group_members(group_id)) or "they are just joining or leaving"
+                raise GroupInUseError(
+                    f"group {group_id!r} has live members: {who}; nothing was deleted. Stop them first; one that was "
+                    "killed is gone after its session_timeout_ms"
+                )
+            if code not in (codes.NONE, codes.GROUP_ID_NOT_FOUND):
+                raise codes.error(code, f"delete group {group_id}")
+
+        await self._retried(attempt)
 
     # --- sending -------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ in `log/codec.py`. What is missing or has moved is said at import, with the vers
 
 Requests are our own, one fixed version each, all of them spoken by Kafka 2.5 to 4.x. Fetch and Produce, which are sent
 thousands of times a second, are packed by hand (`log/kafka/hot.py`); the rest are declared by schema. Those of
-transactions stand in `log/kafka/wire_transaction.py`.
+transactions stand in `log/kafka/wire_transaction.py`, those of administration in `log/kafka/wire_admin.py`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ __all__ = [
     "Api",
     "Array",
     "Boolean",
+    "Bytes",
     "Call",
     "CloseReason",
     "CompactArray",
@@ -599,86 +600,3 @@ def decode_assignment(data: bytes) -> tuple[list[tuple[str, list[int]]], list[st
     decoded: Any = _ASSIGNMENT.decode(BytesIO(data)) if data else (0, [], b"")
     _version, assigned, user_data = decoded
     return assigned, (user_data or b"").decode().split()
-
-
-# --- administration ----------------------------------------------------------------------------------------------
-
-CREATE_TOPICS = Api(
-    "CreateTopics",
-    19,
-    4,
-    Schema(
-        (
-            "topics",
-            each(
-                ("name", S),
-                ("partitions", Int32),
-                ("replication", Int16),
-                ("assignments", each(("partition", Int32), ("replicas", Array(Int32)))),
-                ("config", each(("name", S), ("value", S))),
-            ),
-        ),
-        ("timeout_ms", Int32),
-        ("validate_only", Boolean),
-    ),
-    Schema(THROTTLE, ("topics", each(("name", S), ERROR, ("error_message", S)))),
-)
-DELETE_TOPICS = Api(
-    "DeleteTopics",
-    20,
-    3,
-    Schema(("topics", Array(S)), ("timeout_ms", Int32)),
-    Schema(THROTTLE, ("topics", each(("name", S), ERROR))),
-)
-DELETE_RECORDS = Api(
-    "DeleteRecords",
-    21,
-    1,
-    Schema(
-        ("topics", each(("name", S), ("partitions", each(("partition", Int32), ("offset", Int64))))),
-        ("timeout_ms", Int32),
-    ),
-    Schema(
-        THROTTLE,
-        (
-            "topics",
-            each(("name", S), ("partitions", each(("partition", Int32), ("low_watermark", Int64), ERROR))),
-        ),
-    ),
-)
-DESCRIBE_CONFIGS = Api(
-    "DescribeConfigs",
-    32,
-    2,
-    Schema(("resources", each(("kind", Int8), ("name", S), ("keys", Array(S)))), ("synonyms", Boolean)),
-    Schema(
-        THROTTLE,
-        (
-            "resources",
-            each(
-                ERROR,
-                ("error_message", S),
-                ("kind", Int8),
-                ("name", S),
-                (
-                    "entries",
-                    each(
-                        ("name", S),
-                        ("value", S),
-                        ("read_only", Boolean),
-                        ("source", Int8),
-                        ("sensitive", Boolean),
-                        ("synonyms", each(("name", S), ("value", S), ("source", Int8))),
-                    ),
-                ),
-            ),
-        ),
-    ),
-)
-LIST_GROUPS = Api(
-    "ListGroups",
-    16,
-    2,
-    Schema(),
-    Schema(THROTTLE, ERROR, ("groups", each(("group", S), ("protocol_type", S)))),
-)

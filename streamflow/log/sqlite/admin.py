@@ -7,10 +7,10 @@ import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 
-from streamflow.errors import ConfigurationError
+from streamflow.errors import ConfigurationError, GroupInUseError
 from streamflow.log.api import Admin, NewTopic, OffsetMark, TopicDescription
 from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
-from streamflow.log.sqlite import tables
+from streamflow.log.sqlite import membership, process, tables
 from streamflow.log.sqlite.database import Database
 from streamflow.model.record import TopicPartition
 
@@ -24,6 +24,7 @@ _NUMBERS = {
 """Configuration that is honoured, with the least value of each."""
 _POLICIES = frozenset({"delete", "compact"})
 _DELETED = "/deleted/"
+_LOOK_S = 0.3
 _PURGED_AT_ONCE = 64
 """Batches removed in one transaction, so that writers never wait long."""
 
@@ -98,8 +99,52 @@ class SqliteAdmin(Admin):
 
         return await self._database.reader.read(work)
 
-    async def group_offsets(self, group_id: str) -> Mapping[TopicPartition, OffsetMark]:
+    async def group_offsets(self, group_id: str, *, stable: bool = False) -> Mapping[TopicPartition, OffsetMark]:
         return await self._database.reader.read(lambda sql: tables.read_offsets(sql, group_id))
+
+    async def group_members(self, group_id: str) -> Sequence[str]:
+        rows = await self._members(group_id)
+        return [row.told() for row in await self._live(group_id, rows)]
+
+    async def delete_group(self, group_id: str) -> None:
+        rows = await self._members(group_id)
+        if live := await self._live(group_id, rows):
+            raise _in_use(group_id, live)
+        dead = {row.member_id for row in rows}
+
+        def work(sql: sqlite3.Connection) -> None:
+            if came := [row for row in membership.members(sql, group_id) if row.member_id not in dead]:
+                raise _in_use(group_id, came)
+            membership.delete_group(sql, group_id)
+
+        await self._database.writer.write(work)
+        self._database.wrote(members=True)
+
+    async def _members(self, group_id: str) -> list[membership.MemberRow]:
+        return await self._database.reader.read(lambda sql: membership.members(sql, group_id))
+
+    async def _live(self, group_id: str, rows: Sequence[membership.MemberRow]) -> list[membership.MemberRow]:
+        """The members that are not certainly gone, and whose hearts beat where their processes cannot be looked at."""
+        rows = [row for row in rows if not process.is_gone(row.process)]
+        doubtful = [row for row in rows if not process.is_alive(row.process)]
+        silent = await self._silent(group_id, doubtful)
+        return [row for row in rows if row.member_id not in silent]
+
+    async def _silent(self, group_id: str, rows: Sequence[membership.MemberRow]) -> set[str]:
+        """Those whose heartbeat counts stand still for a session, in which the log could be written throughout."""
+        watched = {row.member_id: row for row in rows}
+        silence_s = 0.0
+        clock = self._database.waits
+        last_s = clock.monotonic()
+        while any(silence_s * 1000 <= row.session_timeout_ms for row in watched.values()):
+            await clock.sleep(_LOOK_S)
+            # Written, not read: while the log is locked nobody's heart can beat, and that time does not count.
+            now = await self._database.writer.write(lambda sql: membership.members(sql, group_id))
+            now_s = clock.monotonic()
+            silence_s, last_s = silence_s + min(now_s - last_s, 2 * _LOOK_S), now_s
+            beats = {row.member_id: row.beat for row in now}
+            watched = {id_: row for id_, row in watched.items() if beats.get(id_, row.beat) == row.beat}
+        return set(watched)
 
     async def _rows(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, tables.PartitionRow]:
         def work(sql: sqlite3.Connection) -> dict[TopicPartition, tables.PartitionRow]:
@@ -117,6 +162,13 @@ class SqliteAdmin(Admin):
         row = self._existing(sql, tp)
         before = row.end_offset if before < 0 else min(before, row.end_offset)  # -1 is Kafka's word for "all"
         return purge_below(sql, row.id, before)
+
+
+def _in_use(group_id: str, members: Sequence[membership.MemberRow]) -> GroupInUseError:
+    return GroupInUseError(
+        f"group {group_id!r} has live members: {', '.join(row.told() for row in members)}; nothing was deleted. Stop "
+        "them first"
+    )
 
 
 def purge_below(sql: sqlite3.Connection, partition_id: int, before: int, limit: int = _PURGED_AT_ONCE) -> bool:

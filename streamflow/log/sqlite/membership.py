@@ -283,6 +283,42 @@ def version(sql: sqlite3.Connection, group_id: str) -> int:
     return -1 if row is None else int(row[0])
 
 
+@dataclass(frozen=True, slots=True)
+class MemberRow:
+    """A member as others see it.
+
+    Attributes:
+        member_id: Its id.
+        process: The identity of its process.
+        session_timeout_ms: Silence after which it is taken for dead.
+        beat: How often its heart has beaten.
+    """
+
+    member_id: str
+    process: str
+    session_timeout_ms: int
+    beat: int
+
+    def told(self) -> str:
+        """The member in words."""
+        return f"member {self.member_id[:8]} (process {self.process.split(' ')[1]})"
+
+
+def members(sql: sqlite3.Connection, group_id: str) -> list[MemberRow]:
+    """All members of a group, dead ones that nobody has removed yet included."""
+    rows = sql.execute(
+        "SELECT member_id, process, session_timeout_ms, beat FROM members WHERE group_id = ? ORDER BY member_id",
+        (group_id,),
+    )
+    return [MemberRow(*row) for row in rows]
+
+
+def delete_group(sql: sqlite3.Connection, group_id: str) -> None:
+    """Remove everything of a group."""
+    for table, column in (("offsets", "group_id"), ("owners", "group_id"), ("members", "group_id"), ("groups", "id")):
+        sql.execute(f"DELETE FROM {table} WHERE {column} = ?", (group_id,))
+
+
 def remove_member(sql: sqlite3.Connection, group_id: str, member_id: str) -> bool:
     """Take a member out and free what it owned; returns whether it was there."""
     sql.execute("UPDATE owners SET member_id = NULL WHERE group_id = ? AND member_id = ?", (group_id, member_id))

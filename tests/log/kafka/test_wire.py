@@ -14,7 +14,7 @@ from streamflow.errors import (
     RetriableError,
     UnknownTopicError,
 )
-from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka import codes, wire, wire_admin
 from streamflow.log.kafka.hot import FETCH, PRODUCE
 from streamflow.log.kafka.producer import next_sequence
 from streamflow.log.kafka.wire_transaction import (
@@ -52,6 +52,7 @@ def test_a_broker_that_does_not_speak_a_version_is_named():
 async def test_the_broker_speaks_every_request_we_send(broker, transactions, request):
     host, port = request.getfixturevalue(broker).bootstrap.split(":")
     newer = {TXN_OFFSET_COMMIT_2, END_TXN_2, PRODUCE_2} if transactions == 1 else set()
+    assert wire_admin.DELETE_GROUPS in wire.Api.known
     connection = await wire.connect(host, int(port), client_id="test")
     try:
         for api in {*wire.Api.known, FETCH, PRODUCE, PRODUCE_2, API_VERSIONS} - newer:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamflow.clock import VirtualClock
-from streamflow.errors import InternalError, TaskMigratedError
+from streamflow.errors import GroupInUseError, InternalError, TaskMigratedError
 from streamflow.log.api import Assigned, GroupSettings, Lost, NewTopic, OffsetMark, Revoked
 from streamflow.log.sqlite import membership, process
 from streamflow.log.sqlite.log import SqliteLog
@@ -76,6 +76,47 @@ async def test_a_member_that_stops_beating_expires_after_its_session_and_not_bef
         assert len(member.owned) == 1
         await advance(clock, 1.5, member.group)
         assert len(member.owned) == 2
+
+
+def of_another_boot(sql, member_id="old") -> None:
+    sql.execute("INSERT OR IGNORE INTO groups (id) VALUES ('g')")
+    sql.execute(
+        "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms) "
+        "VALUES ('g', ?, '[\"t\"]', 'elsewhere 1 ?', 10000)",
+        (member_id,),
+    )
+
+
+async def test_a_group_left_behind_by_another_boot_can_be_deleted_after_its_session(memory, clock):
+    await memory._database.writer.write(of_another_boot)
+    deleted = asyncio.create_task(memory.admin.delete_group("g"))
+    await advance(clock, 9.9)
+    assert not deleted.done()
+    assert "g" in await memory.admin.groups()
+    await advance(clock, 0.9)
+    await deleted
+    assert "g" not in await memory.admin.groups()
+
+
+async def test_a_heart_that_beats_elsewhere_keeps_a_group_from_being_deleted(memory, clock):
+    await memory._database.writer.write(of_another_boot)
+    deleted = asyncio.create_task(memory.admin.delete_group("g"))
+    await advance(clock, 9.0)
+    await memory._database.writer.write(lambda sql: sql.execute("UPDATE members SET beat = beat + 1"))
+    await advance(clock, 1.8)
+    with pytest.raises(GroupInUseError, match="member old"):
+        await deleted
+    assert "g" in await memory.admin.groups()
+
+
+async def test_a_member_that_comes_while_a_dead_one_is_watched_keeps_the_group(memory, clock):
+    await memory._database.writer.write(of_another_boot)
+    deleted = asyncio.create_task(memory.admin.delete_group("g"))
+    await advance(clock, 9.0)
+    await memory._database.writer.write(lambda sql: of_another_boot(sql, "new"))
+    await advance(clock, 1.8)
+    with pytest.raises(GroupInUseError, match="member new"):
+        await deleted
 
 
 async def test_a_member_that_others_let_go_says_so_and_joins_again(memory, clock):
