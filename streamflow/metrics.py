@@ -221,6 +221,14 @@ class WorkerCollector(Collector):
             if partition.lag is not None:
                 lag.add_metric([topic, str(number)], partition.lag)
         yield lag
+        global_lag = GaugeMetricFamily(
+            "streamflow_global_table_lag_records",
+            "Records of its source that have not arrived in a global table.",
+            labels=["table"],
+        )
+        for table in status.global_tables:
+            global_lag.add_metric([table.table], table.lag)
+        yield global_lag
         yield GaugeMetricFamily("streamflow_assigned_partitions", "Partitions assigned now.", value=len(partitions))
         yield GaugeMetricFamily(
             "streamflow_oldest_in_flight_seconds",

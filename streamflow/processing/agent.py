@@ -10,6 +10,7 @@ from streamflow.errors import ConfigurationError, TopologyError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.model.schema import members, surely_differs, type_name
 from streamflow.processing.context import current_turn, sender_of
+from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.names import named_objects
 from streamflow.processing.out import Out
 from streamflow.processing.places import place_of_call
@@ -254,6 +255,10 @@ def _tables(app: Owner, given: Any, where: str) -> tuple[Table[Any, Any], ...] |
         return None
     tables = (given,) if isinstance(given, Table) else _listed(given)
     for one in tables:
+        if isinstance(one, GlobalTable):
+            raise TopologyError(
+                f"{where}: tables= names global table {one.name!r}, which every agent may read; leave it out"
+            )
         if not isinstance(one, Table):
             raise TopologyError(f"{where}: tables={one!r}: give tables made by `app.table(...)`")
         if one.app is not app:

@@ -17,6 +17,7 @@ from streamflow.processing.agent import (
     Source,
     make_agent,
 )
+from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.hooks import (
     A,
     Action,
@@ -62,6 +63,7 @@ class Declarations:
         agents: Agents by name.
         derived: Steps made by `group_by` and `through`, by name.
         tables: Declared tables by name.
+        global_tables: Declared global tables by name.
         timers: Timers, in order of declaration.
         crontabs: Crontabs.
         tasks: Tasks.
@@ -85,6 +87,7 @@ class Declarations:
         self.agents: dict[str, Agent[Any, Any, Any]] = {}
         self.derived: dict[str, Derived[Any, Any]] = {}
         self.tables: dict[str, Table[Any, Any]] = {}
+        self.global_tables: dict[str, GlobalTable[Any, Any]] = {}
         self.timers: list[Timer] = []
         self.crontabs: list[Crontab] = []
         self.tasks: list[BackgroundTask] = []
@@ -283,11 +286,115 @@ class Declarations:
             on_recover=on_recover,
             help=help,
         )
+        self._check_table_name(name, self.global_tables)
         known = self.tables.setdefault(name, declared)
         difference = known.difference(declared) if known is not declared else None
         if difference is not None:
             raise TopologyError(f"table {name!r} is declared twice, with {difference}")
         return known
+
+    @overload
+    def global_table(
+        self,
+        name: str,
+        *,
+        key_type: TypeForm[K],
+        value_type: TypeForm[V],
+        key_serializer: str | Serializer | None = None,
+        value_serializer: str | Serializer | None = None,
+        on_recover: Callable[[], Any] | None = None,
+        help: str = "",
+    ) -> GlobalTable[K, V]: ...
+    @overload
+    def global_table(
+        self, name: str, *, source: Topic[K, V], on_recover: Callable[[], Any] | None = None, help: str = ""
+    ) -> GlobalTable[K, V]: ...
+    @known_keywords("app.global_table(...)")
+    def global_table(
+        self,
+        name: str,
+        *,
+        key_type: Any = None,
+        value_type: Any = None,
+        source: Topic[Any, Any] | None = None,
+        key_serializer: str | Serializer | None = None,
+        value_serializer: str | Serializer | None = None,
+        on_recover: Callable[[], Any] | None = None,
+        help: str = "",
+    ) -> GlobalTable[Any, Any]:
+        """Declare a global table: a mapping that every worker holds all of, filled from a topic.
+
+        It may be read anywhere and is written by sending to its source. It belongs to no commit: see `GlobalTable`.
+
+        Args:
+            name: Its name.
+            key_type: Type of its keys; iteration is in their order. With `source=` it is the topic's.
+            value_type: Type of its values. With `source=` it is the topic's.
+            source: A topic of the app that keeps the newest record of each key, `app.topic(..., compacting=True)`. Left
+                out: the topic of the table's name, created so at start.
+            key_serializer: How the source has its keys; see `topic`. With `source=` it is the topic's.
+            value_serializer: How the source has its values.
+            on_recover: Called (sync or async), without arguments, when a worker has all that was there at its start.
+            help: What it holds, for people.
+
+        Returns:
+            The table; the same object for the same declaration.
+
+        Raises:
+            ConfigurationError: An option does not fit.
+            SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
+            TopologyError: The name, or the source, was declared before with something else.
+        """
+        given = (key_type, value_type, key_serializer, value_serializer)
+        self._check_table_name(check_name(name, "global table"), self.tables)
+        if source is None:
+            source = self._declared(
+                Topic(
+                    self,
+                    name,
+                    key_type=key_type,
+                    value_type=value_type,
+                    key_serializer=key_serializer,
+                    value_serializer=value_serializer,
+                    compacting=True,
+                )
+            )
+        else:
+            self._check_source(f"global table {name!r} ({place_of_call()})", source, given)
+        declared = GlobalTable(self, name, source, on_recover=on_recover, help=help)
+        for other in self.global_tables.values():
+            if other.source is source and other.name != name:
+                raise TopologyError(
+                    f"global tables {other.name!r} ({other.place}) and {name!r} ({declared.place}) have the same "
+                    f"source {source.name!r}, so they would hold the same: use one of them"
+                )
+        known = self.global_tables.setdefault(name, declared)
+        difference = known.difference(declared) if known is not declared else None
+        if difference is not None:
+            raise TopologyError(f"global table {name!r} is declared twice, with {difference}")
+        return known
+
+    def _check_source(self, where: str, source: Any, given: tuple[Any, ...]) -> None:
+        if not isinstance(source, Topic) or source.internal:
+            raise ConfigurationError(
+                f"{where}: source={source!r}: give a topic, `app.topic('users', key_type=str, value_type=User, "
+                "compacting=True)`; what group_by writes is deleted once it is processed"
+            )
+        if source.app is not self:
+            raise TopologyError(
+                f"{where}: source= is topic {source.name!r} of app {source.app.id!r}; declare the topic in {self.id!r} "
+                "too, by the same name"
+            )
+        if any(one is not None for one in given):
+            raise ConfigurationError(
+                f"{where}: types and serializers are those of its source {source.name!r}; leave them out"
+            )
+
+    def _check_table_name(self, name: str, others: Mapping[str, Any]) -> None:
+        if name in others:
+            raise TopologyError(
+                f"two tables are called {name!r}: one at {others[name].place}, one at {place_of_call()}; rename one"
+            )
 
     # --- agents ------------------------------------------------------------------------------------------------
 
@@ -532,5 +639,6 @@ class Declarations:
             agents=self.agents,
             derived=self.derived,
             tables=self.tables,
+            global_tables=self.global_tables,
             jobs=self.jobs(),
         )

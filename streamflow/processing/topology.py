@@ -12,13 +12,14 @@ from typing import Any, Literal, TypeAlias
 from streamflow.errors import TopologyError
 from streamflow.model.schema import type_name
 from streamflow.processing.agent import Agent
+from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.hooks import BackgroundTask, Crontab, Timer
 from streamflow.processing.names import named_objects
 from streamflow.processing.policy import dead_letter_topic, policy_text
 from streamflow.processing.table import Table
 from streamflow.processing.topic import Derived, Through, Topic
 
-EdgeKind: TypeAlias = Literal["reads", "sinks", "sends", "repartitions", "copies", "dead_letters", "uses"]
+EdgeKind: TypeAlias = Literal["reads", "sinks", "sends", "repartitions", "copies", "dead_letters", "uses", "fills"]
 Job: TypeAlias = Timer | Crontab | BackgroundTask
 
 
@@ -104,10 +105,12 @@ class TableNode:
         name: Its name.
         key_type: Type of its keys, as text.
         value_type: Type of its values, as text.
-        changelog: Name of the topic behind it.
+        changelog: Name of the topic that it is restored from.
         ttl_s: Seconds a value lives after its last write, or None.
         help: What it holds, for people.
         place: Where it was declared, `file:line`.
+        kind: `changelog`: agents write it, and its changes go to the changelog; `global`: every worker holds all of
+            it, filled from that topic.
     """
 
     name: str
@@ -117,6 +120,7 @@ class TableNode:
     ttl_s: float | None
     help: str
     place: str
+    kind: Literal["changelog", "global"] = "changelog"
 
     @property
     def id(self) -> str:
@@ -158,7 +162,7 @@ class Edge:
         target: Id of the node they go to.
         kind: `reads` (a topic into an agent or step), `sinks` (an agent's results), `sends` (what code sends, as far as
             it can be read there), `repartitions`, `copies` (a step's output), `dead_letters`,
-            `uses` (an agent its table).
+            `uses` (an agent, timer or task a table), `fills` (a topic the table of which it is the source).
     """
 
     source: str
@@ -249,6 +253,9 @@ class Topology:
             lines += [f"  reads   {self._label(f'topic:{name}')}" for name in sub.topics]
             for id in (*(f"step:{name}" for name in sub.steps), *(f"agent:{name}" for name in sub.agents)):
                 lines += [f"  {self._label(id)}", *self._outputs(id)]
+        for table in self.tables:
+            if table.kind == "global":
+                lines += ["", self._label(table.id), f"  filled from {self._label(f'topic:{table.changelog}')}"]
         for job in self.jobs:
             lines += ["", self._label(job.id), *self._outputs(job.id)]
         joined = {end for edge in self.edges for end in (edge.source, edge.target)}
@@ -291,7 +298,7 @@ class Topology:
             left, right = shapes[type(node)]
             lines.append(f'    {ids[node.id]}{left}"{self._caption(node)}"{right}')
         for edge in self.edges:
-            arrow = "-->" if edge.kind in ("reads", "sinks", "repartitions", "copies") else "-.->"
+            arrow = "-->" if edge.kind in ("reads", "sinks", "repartitions", "copies", "fills") else "-.->"
             label = "" if edge.kind in ("reads", "sinks") else f"|{edge.kind.replace('_', ' ')}|"
             lines.append(f"    {ids[edge.source]} {arrow}{label} {ids[edge.target]}")
         return "\n".join(lines) + "\n"
@@ -317,7 +324,8 @@ class Topology:
         if isinstance(node, StepNode):
             return f"step    {node.name} ({node.kind})"
         if isinstance(node, TableNode):
-            return f"table {node.name} ({node.key_type}: {node.value_type})"
+            kind = "global table" if node.kind == "global" else "table"
+            return f"{kind} {node.name} ({node.key_type}: {node.value_type})"
         leader = ", on the leader" if node.on_leader else ""
         return f"{node.kind} {node.name}" + (
             f" ({node.schedule}{leader})" if node.schedule else leader.replace(",", " ", 1)
@@ -349,6 +357,7 @@ def build_topology(
     agents: Mapping[str, Agent[Any, Any, Any]],
     derived: Mapping[str, Derived[Any, Any]],
     tables: Mapping[str, Table[Any, Any]],
+    global_tables: Mapping[str, GlobalTable[Any, Any]],
     jobs: Collection[Job],
 ) -> Topology:
     """Put declarations together and check them.
@@ -359,6 +368,7 @@ def build_topology(
         agents: Agents by name.
         derived: Steps by name.
         tables: Tables by name.
+        global_tables: Global tables by name.
         jobs: Timers, crontabs and tasks.
 
     Raises:
@@ -371,13 +381,17 @@ def build_topology(
     nodes: list[Node] = [_topic_node(every[name]) for name in sorted(every)]
     nodes += [_agent_node(agents[name]) for name in sorted(agents)]
     nodes += [StepNode(name, _step_kind(derived[name]), derived[name].place) for name in sorted(derived)]
-    nodes += [_table_node(tables[name]) for name in sorted(tables)]
+    every_table: dict[str, Table[Any, Any] | GlobalTable[Any, Any]] = {**tables, **global_tables}
+    nodes += [_table_node(every_table[name]) for name in sorted(every_table)]
     nodes += sorted((_job_node(job) for job in jobs), key=lambda node: node.id)
     edges = [
         *(edge for name in sorted(derived) for edge in _step_edges(derived[name])),
         *(edge for name in sorted(agents) for edge in _agent_edges(agents[name], every)),
         *(Edge(f"agent:{name}", f"table:{table.name}", "uses") for name in sorted(agents) for table in used[name]),
         *(edge for job in jobs for edge in _sends(f"{_job_kind(job)}:{job.name}", job.fn, every)),
+        *(Edge(f"topic:{one.source.name}", f"table:{name}", "fills") for name, one in sorted(global_tables.items())),
+        *(edge for name in sorted(agents) for edge in _global_reads(f"agent:{name}", agents[name].fn)),
+        *(edge for job in jobs for edge in _global_reads(f"{_job_kind(job)}:{job.name}", job.fn)),
     ]
     subs = _sub_topologies(agents.values(), derived.values(), used)
     return Topology(app, tuple(nodes), tuple(dict.fromkeys(edges)), subs)
@@ -451,8 +465,10 @@ def _topic_node(topic: Topic[Any, Any]) -> TopicNode:
     )
 
 
-def _table_node(table: Table[Any, Any]) -> TableNode:
+def _table_node(table: Table[Any, Any] | GlobalTable[Any, Any]) -> TableNode:
     types = type_name(table.key_type), type_name(table.value_type)
+    if isinstance(table, GlobalTable):
+        return TableNode(table.name, *types, table.source.name, None, table.help, table.place, "global")
     return TableNode(table.name, *types, table.changelog.name, table.ttl_s, table.help, table.place)
 
 
@@ -498,6 +514,10 @@ def _agent_edges(agent: Agent[Any, Any, Any], topics: Mapping[str, Topic[Any, An
 def _sends(id: str, fn: Any, topics: Mapping[str, Topic[Any, Any]]) -> list[Edge]:
     named = [one.input_topics[0] if isinstance(one, Agent) else one for one in named_objects(fn, (Topic, Agent))]
     return [Edge(id, f"topic:{topic.name}", "sends") for topic in named if topic in topics.values()]
+
+
+def _global_reads(id: str, fn: Any) -> list[Edge]:
+    return [Edge(id, f"table:{table.name}", "uses") for table in named_objects(fn, (GlobalTable,))]
 
 
 def _sub_topologies(

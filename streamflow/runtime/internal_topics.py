@@ -12,6 +12,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import Topology
 from streamflow.runtime.changelogs import new_changelogs
+from streamflow.runtime.table_sources import check_table_sources
 
 _REPLY_RETENTION_MS = 3_600_000
 
@@ -50,6 +51,7 @@ async def prepare_topics(
     for topic in topics.values():
         if not topic.internal:
             _check(topic, existing.get(topic.name))
+    check_table_sources(app, existing)
     counts = {name: description.partitions for name, description in existing.items()}
     new = _new_external(topics, settings, counts)
     new += _new_internal(app, counts)

@@ -42,6 +42,25 @@ class TaskStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class GlobalTableStatus:
+    """One global table.
+
+    Attributes:
+        table: Its name.
+        source: The topic it is filled from.
+        complete: Whether everything that was there at the start has arrived, so that it is read.
+        lag: Records that are known to be in the source and have not arrived.
+        passed_over: Records that could not be read since the start.
+    """
+
+    table: str
+    source: str
+    complete: bool
+    lag: int
+    passed_over: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """One worker.
 
@@ -57,6 +76,7 @@ class WorkerStatus:
         rebalances: Rebalances so far.
         rebalance_s: Seconds spent in them.
         last_commit_age_s: Seconds since the last commit; None before the first.
+        global_tables: Its global tables, sorted by name.
     """
 
     app: str
@@ -70,6 +90,7 @@ class WorkerStatus:
     rebalances: int
     rebalance_s: float
     last_commit_age_s: float | None
+    global_tables: tuple[GlobalTableStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

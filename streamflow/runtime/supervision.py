@@ -7,6 +7,7 @@ from typing import Protocol
 from streamflow.config import Settings
 from streamflow.log.api import Group
 from streamflow.processing.declarations import Declarations
+from streamflow.runtime.global_tables import GlobalTables
 from streamflow.runtime.status import PartitionStatus, TaskStatus, WorkerStatus
 from streamflow.runtime.task import Task
 from streamflow.runtime.task_manager import TaskManager
@@ -23,6 +24,7 @@ class Observed(Protocol):
     guarantee: str
     manager: TaskManager | None
     group: Group | None
+    global_tables: GlobalTables | None
 
     @property
     def address(self) -> str:
@@ -60,6 +62,7 @@ def snapshot(worker: Observed) -> WorkerStatus:
         rebalances=statistics.rebalances if statistics else 0,
         rebalance_s=statistics.rebalance_s if statistics else 0.0,
         last_commit_age_s=commit_age_s,
+        global_tables=worker.global_tables.status() if worker.global_tables is not None else (),
     )
 
 

@@ -40,6 +40,7 @@ from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
+from streamflow.runtime.global_tables import GlobalTables
 from streamflow.runtime.homes import Homes
 from streamflow.runtime.hooks import call_hooks, call_start_hooks
 from streamflow.runtime.internal_topics import prepare_topics, repartition_topics
@@ -63,6 +64,7 @@ from streamflow.sensors import Sensors
 from streamflow.state.memory import MemoryStores
 from streamflow.state.rocksdb import RocksStores
 from streamflow.state.slots import Slot, claim
+from streamflow.state.store import Stores
 
 logger = logging.getLogger("streamflow.worker")
 
@@ -116,6 +118,7 @@ class Worker:
         self._log_is_away = False
         self.manager: TaskManager | None = None
         self.group: Group | None = None
+        self.global_tables: GlobalTables | None = None
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
@@ -177,6 +180,8 @@ class Worker:
         Returns:
             What is being processed, in words; empty when everything in the log is processed and committed.
         """
+        if self.global_tables is not None and (busy := await self.global_tables.unsettled()):
+            return busy
         manager, delivery = self.manager, self._delivery
         if manager is None or delivery is None:
             return ""
@@ -266,9 +271,14 @@ class Worker:
                 ProcessSender.open(self.app, self.settings, log, known, self.clock, self.sensors)
             )
             stack.enter_context(registered_sender(self.app, self._sender))
+            layout = self._layout = Layout.of(topology, descriptions)
+            slot = await self._claim_slot(stack) if layout.counts or self.app.global_tables else None
+            stores = MemoryStores() if slot is None else RocksStores(self.settings.memory_budget_bytes)
+            stack.callback(stores.close)
+            if not await self._restored_globally(stack, log, descriptions, slot, stores):
+                return
             await call_start_hooks(self.app.start_hooks)
             stack.push_async_callback(self._call_stop_hooks)
-            layout = self._layout = Layout.of(topology, descriptions)
             if not layout.counts:
                 await self._run_without_agents()
                 return
@@ -277,12 +287,12 @@ class Worker:
                 ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress, from_end=from_end)
                 await ends.find_ends()
                 self._ends = ends
-            slot = await self._claim_slot(stack)
             self._delivery = await self._open_delivery(stack, log, slot)
             restorer = Restorer(
                 await stack.enter_async_context(log.reader("restore")), log.admin, self.clock, self.sensors
             )
-            local = self._local_states(stack, descriptions, slot, restorer, layout)
+            budget_bytes, partitions = self.settings.memory_budget_bytes, layout.partitions()
+            local = LocalStates(self.app, descriptions, stores, slot, restorer, budget_bytes, partitions)
             reader = await stack.enter_async_context(log.reader("source"))
             assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
             async with log.group(self.app.id, frozenset(layout.counts), assignor, self._group_settings()) as group:
@@ -315,19 +325,29 @@ class Worker:
     def _is_in_memory(self) -> bool:
         return self.address.startswith("memory://")
 
-    def _local_states(
+    async def _restored_globally(
         self,
         stack: AsyncExitStack,
+        log: Log,
         descriptions: Mapping[str, TopicDescription],
         slot: Slot | None,
-        restorer: Restorer,
-        layout: Layout,
-    ) -> LocalStates:
-        budget_bytes = self.settings.memory_budget_bytes
-        stores = MemoryStores() if slot is None else RocksStores(budget_bytes)
-        stack.callback(stores.close)
-        partitions = layout.partitions()
-        return LocalStates(self.app, descriptions, stores, slot, restorer, budget_bytes, partitions)
+        stores: Stores,
+    ) -> bool:
+        """Open the global tables, and wait until all of them is here; False where a stop is asked for first."""
+        self.global_tables = await stack.enter_async_context(
+            GlobalTables.open(
+                self.app,
+                descriptions,
+                log,
+                stores,
+                slot,
+                self.settings.memory_budget_bytes,
+                self.clock,
+                self.sensors,
+                self._fail,
+            )
+        )
+        return await self.global_tables.restored(self._stop)
 
     def _current_group(self) -> Group:
         if self.group is None:

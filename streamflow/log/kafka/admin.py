@@ -22,6 +22,9 @@ _TIMEOUT_S = 30.0
 _GONE_TIMEOUT_S = 5.0
 _TOPIC_RESOURCE = 2
 _NO_ID = bytes(16)
+_ALWAYS_TOLD = frozenset(
+    {"max.message.bytes", "cleanup.policy", "retention.ms", "retention.bytes", "delete.retention.ms"}
+)
 _PARTITION_DEFAULT_SOURCES = frozenset({5, 6})  # the broker's defaults; all other sources somebody set
 
 
@@ -121,7 +124,7 @@ class KafkaAdmin(Admin):
                 await anyio.sleep(backoff_s(failures, cap_s=0.2))
 
     async def _configs(self, names: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
-        """What differs from the brokers' defaults, and `max.message.bytes` in any case."""
+        """What differs from the brokers' defaults, and in any case how large records may be and how long they stay."""
         if not names:
             return {}
         resources = [(_TOPIC_RESOURCE, name, None) for name in names]
@@ -135,7 +138,7 @@ class KafkaAdmin(Admin):
                 for key, value, _read_only, source, sensitive, _synonyms in entries
                 if not sensitive
                 and value is not None
-                and (source not in _PARTITION_DEFAULT_SOURCES or key in ("max.message.bytes", "cleanup.policy"))
+                and (source not in _PARTITION_DEFAULT_SOURCES or key in _ALWAYS_TOLD)
             }
             configs[name] = config
             if "max.message.bytes" in config:

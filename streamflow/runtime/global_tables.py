@@ -1,0 +1,516 @@
+"""The global tables of one worker: restored before anything else runs, then followed for as long as the worker lives.
+
+They belong to no task and no commit. One fetch lane reads every partition of every source; what arrives is written to
+the table's store together with the position it reaches, so a restart reads only what is new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from streamflow.clock import Clock
+from streamflow.errors import (
+    FatalError,
+    OffsetOutOfRangeError,
+    RetriableError,
+    StateFullError,
+    StreamFlowError,
+    UnknownTopicError,
+)
+from streamflow.log.api import Admin, Fetched, Log, Reader, TopicDescription
+from streamflow.model.record import TopicPartition
+from streamflow.processing.declarations import Declarations
+from streamflow.processing.global_table import GlobalTable
+from streamflow.runtime.cancellation import call_user
+from streamflow.runtime.source_records import SourceRecords
+from streamflow.runtime.status import GlobalTableStatus
+from streamflow.runtime.table_sources import stale_after_ms
+from streamflow.sensors import Sensors
+from streamflow.state.format import FORMAT
+from streamflow.state.identity import Identity, TableIdentity
+from streamflow.state.replica import Replica
+from streamflow.state.slots import Slot
+from streamflow.state.store import Checkpoint, Store, Stores
+
+logger = logging.getLogger("streamflow.tables")
+
+_RETRY_S = 0.2
+_RETRY_FULL_S = 2.0
+_LOOK_EVERY_S = 30.0
+_TOLD_EVERY_S = 5.0
+_MARK_EVERY_MS = 600_000
+_CACHE_SHARE = 8
+_CACHED_VALUE_BYTES = 256
+_LEAST_CACHED_VALUES = 2_048
+
+
+class GlobalCopy:
+    """All of one global table in this worker; implements `processing.global_table.Copy`.
+
+    Args:
+        table: Its declaration.
+        source: Its topic as it is in the log.
+        store: Its store, open.
+        cached_values: See `Replica`.
+        reader: The lane of all global tables.
+        admin: For offsets.
+        clock: Time.
+        sensors: Metrics hooks.
+    """
+
+    def __init__(
+        self,
+        table: GlobalTable[Any, Any],
+        source: TopicDescription,
+        store: Store,
+        cached_values: int,
+        reader: Reader,
+        admin: Admin,
+        clock: Clock,
+        sensors: Sensors,
+    ) -> None:
+        self.table = table
+        self.source = source
+        self.replica = Replica(
+            table.name,
+            keys=table.keys_in_order,
+            values=table.held_values,
+            store=store,
+            cached_values=cached_values,
+        )
+        self.records = SourceRecords(table.name, table.source, table.keys_in_order, sensors)
+        self.get = self.replica.get
+        self.entries = self.replica.entries
+        self.positions: dict[TopicPartition, int] = {}
+        self.is_complete = False
+        self._targets: dict[TopicPartition, int] = {}
+        self._reader = reader
+        self._admin = admin
+        self._clock = clock
+        self._sensors = sensors
+        self._level_at_ms = store.checkpoint.caught_up_at_ms
+        self._moved = asyncio.Event()
+        self._restored = 0
+        self._told_s = clock.monotonic()
+
+    # --- what the table asks -----------------------------------------------------------------------------------
+
+    @property
+    def partitions(self) -> frozenset[int]:
+        """The partitions of the source."""
+        return frozenset(tp.partition for tp in self.positions)
+
+    @property
+    def lag(self) -> int:
+        """Records between what is here and the known end of the source."""
+        return sum(max(0, end - at) for at, end in self._known_ends())
+
+    def _known_ends(self) -> Iterator[tuple[int, int]]:
+        for tp, position in list(self.positions.items()):
+            end = self._reader.end_offset(tp)
+            yield position, self._targets.get(tp, position) if end is None else end
+
+    async def caught_up(self, timeout_s: float) -> None:
+        """Wait until everything that readers may see of the source now is here."""
+        with anyio.fail_after(timeout_s):
+            partitions = list(self.positions)
+            while True:
+                try:
+                    ends = await self._admin.end_offsets(partitions)
+                    break
+                except RetriableError:
+                    await anyio.sleep(_RETRY_S)
+            while self.is_behind(ends):
+                await self._moved.wait()
+
+    def is_behind(self, ends: Mapping[TopicPartition, int]) -> bool:
+        """Whether something below these offsets has not arrived."""
+        return any(self.positions.get(tp, end) < end for tp, end in ends.items())
+
+    def status(self) -> GlobalTableStatus:
+        """A snapshot."""
+        return GlobalTableStatus(
+            self.table.name, self.table.source.name, self.is_complete, self.lag, self.records.passed_over
+        )
+
+    # --- where it starts ---------------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Find out where to go on, drop what cannot be gone on from, and start to read."""
+        partitions = [TopicPartition(self.source.name, number) for number in range(self.source.partitions)]
+        starts, targets = await self._offsets(partitions)
+        stored = self.replica.checkpoint.inputs
+        positions = {tp: stored.get(str(tp), 0) for tp in partitions}
+        why = self._unusable(positions, starts, targets)
+        if why:
+            logger.warning("global table %r: the local copy is not used: %s; it is read anew", self.table.name, why)
+        # Schemas are loaded as records are read, so what was read with some is read again.
+        if why or self.records.load_schemas or not any(positions.values()):
+            positions = dict.fromkeys(partitions, 0)
+            self._level_at_ms = self._clock.now_ms()
+            await anyio.to_thread.run_sync(self.replica.clear, self._checkpoint({}))
+        self._targets = targets
+        self.positions = {tp: max(position, starts[tp]) for tp, position in positions.items()}
+        for tp, position in self.positions.items():
+            self._reader.add(tp, position)
+            self._reader.ask(tp)
+        self._wake()
+
+    async def _offsets(
+        self, partitions: Sequence[TopicPartition]
+    ) -> tuple[dict[TopicPartition, int], dict[TopicPartition, int]]:
+        while True:
+            try:
+                return (
+                    dict(await self._admin.start_offsets(partitions)),
+                    dict(await self._admin.high_watermarks(partitions)),
+                )
+            except RetriableError as error:
+                logger.warning("looking for the ends of %s: %s; trying again", self.source.name, error)
+                await self._clock.sleep(_RETRY_S)
+
+    def _unusable(
+        self,
+        positions: Mapping[TopicPartition, int],
+        starts: Mapping[TopicPartition, int],
+        targets: Mapping[TopicPartition, int],
+    ) -> str:
+        """Why the copy cannot be gone on with, in words; empty where it can."""
+        if not any(positions.values()):
+            return ""
+        for tp, position in positions.items():
+            if position > targets[tp]:
+                return f"it reaches offset {position} of {tp}, which ends at {targets[tp]}"
+            if 0 < position < starts[tp]:
+                return f"it reaches offset {position} of {tp}, which begins at {starts[tp]}"
+        limit_ms = stale_after_ms(self.source)
+        away_ms = self._clock.now_ms() - self._level_at_ms
+        behind = any(position < targets[tp] for tp, position in positions.items())
+        if behind and limit_ms is not None and away_ms > limit_ms:
+            return f"it was last level with its source {away_ms / 3_600_000:.0f} h ago and may have missed deletions"
+        return ""
+
+    def is_restored(self) -> bool:
+        """Whether everything that was in the source at the start is here."""
+        return not self.is_behind(self._targets)
+
+    # --- what arrives ------------------------------------------------------------------------------------------
+
+    async def take(self, fetched: Fetched) -> None:
+        """Take what was fetched of a partition.
+
+        Raises:
+            StreamFlowError: The table cannot be followed any further.
+        """
+        tp = fetched.tp
+        if isinstance(fetched.error, OffsetOutOfRangeError):
+            await self.start_anew(f"{fetched.error}")
+            return
+        if isinstance(fetched.error, UnknownTopicError):
+            if (found := (await self._admin.describe([tp.topic])).get(tp.topic)) is not None:
+                self.source = found
+                await self.start_anew(f"topic {tp.topic!r} was made anew")
+                return
+            raise UnknownTopicError(
+                f"{fetched.error}: topic {tp.topic!r}, the source of global table {self.table.name!r}, was deleted "
+                "while this worker followed it. If it shall be there, start the worker again: it makes the topic "
+                "anew, empty; else take the table out of the app"
+            ) from fetched.error
+        if fetched.error is not None:
+            raise fetched.error
+        self._reader.ask(tp)  # the next one is fetched while this one is written
+        if fetched.batches:
+            changes = await self.records.read(tp, fetched.batches)
+            await self._write(tp, fetched.next_offset, changes.by_key)
+            if not self.is_complete:
+                self._tell(changes.records)
+        self.positions[tp] = fetched.next_offset
+        self._wake()
+
+    async def _write(self, tp: TopicPartition, position: int, changes: Mapping[bytes, bytes | None]) -> None:
+        reached = {**self.positions, tp: position}
+        ends = {each: self._reader.end_offset(each) for each in reached}
+        if all(end is not None and reached[each] >= end for each, end in ends.items()):
+            self._level_at_ms = self._clock.now_ms()
+        await self._patiently(lambda: self.replica.write(changes, self._checkpoint(reached)))
+
+    async def _patiently(self, write: Callable[[], None]) -> None:
+        """Write, and wait for room where there is none: the table is then behind, and nothing is lost."""
+        told = False
+        while True:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(write)
+                return
+            except StateFullError as error:
+                if not told:
+                    logger.warning("%s; global table %r is not kept up to date until then", error, self.table.name)
+                told = True
+                await self._clock.sleep(_RETRY_FULL_S)
+
+    def _checkpoint(self, positions: Mapping[TopicPartition, int]) -> Checkpoint:
+        return Checkpoint(
+            inputs={str(tp): position for tp, position in positions.items()}, caught_up_at_ms=self._level_at_ms
+        )
+
+    def _tell(self, records: int) -> None:
+        self._restored += records
+        self._sensors.restored(self.table.name, records=self._restored, remaining=self.lag)
+        if self._clock.monotonic() - self._told_s > _TOLD_EVERY_S:
+            self._told_s = self._clock.monotonic()
+            logger.info("global table %r: %d records read, %d to go", self.table.name, self._restored, self.lag)
+
+    def _wake(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    async def wait_moved(self) -> None:
+        """Wait until something has arrived."""
+        await self._moved.wait()
+
+    # --- changes of the topic ----------------------------------------------------------------------------------
+
+    async def start_anew(self, why: str) -> None:
+        """Drop everything and read the source from its beginning; readers see it fill."""
+        logger.error("global table %r is read anew, and incomplete until then: %s", self.table.name, why)
+        for tp in self.positions:
+            self._reader.remove(tp)
+        self._level_at_ms = self._clock.now_ms()
+        await self._patiently(lambda: self.replica.clear(self._checkpoint({})))
+        await self.begin()
+
+    async def look(self, found: TopicDescription) -> None:
+        """Follow partitions that were added, a topic that was made anew, and time."""
+        if found.topic_id != self.source.topic_id:
+            self.source = found
+            await self.start_anew(f"topic {found.name!r} was made anew")
+            return
+        for number in range(self.source.partitions, found.partitions):
+            tp = TopicPartition(found.name, number)
+            self.positions[tp] = 0
+            self._reader.add(tp, 0)
+            self._reader.ask(tp)
+        self.source = found
+        now_ms = self._clock.now_ms()
+        if self.is_complete and not self.lag and now_ms - self._level_at_ms > _MARK_EVERY_MS:
+            self._level_at_ms = now_ms
+            await self._patiently(lambda: self.replica.write({}, self._checkpoint(self.positions)))
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    async def complete(self) -> None:
+        """All of it is here: it may be read.
+
+        Raises:
+            FatalError: The app's `on_recover` raised.
+        """
+        self.is_complete = True
+        self._sensors.restored(self.table.name, records=self._restored, remaining=0)
+        self.table.copies.insert(0, self)
+        if self.table.on_recover is None:
+            return
+        try:
+            await call_user(self.table.on_recover)
+        except StreamFlowError:
+            raise
+        except Exception as exc:
+            raise FatalError(
+                f"on_recover of global table {self.table.name!r} raised {type(exc).__name__}: {exc}"
+            ) from exc
+
+    async def close(self) -> None:
+        """Let go of it, with a note of how far it is."""
+        if self in self.table.copies:
+            self.table.copies.remove(self)
+        with anyio.CancelScope(shield=True):
+            try:
+                if self.is_complete and not self.lag:
+                    self._level_at_ms = self._clock.now_ms()
+                    checkpoint = self._checkpoint(self.positions)
+                    await anyio.to_thread.run_sync(self.replica.write, {}, checkpoint)
+            except StateFullError as error:
+                logger.warning("%s; global table %r reads a little more at the next start", error, self.table.name)
+            finally:
+                await anyio.to_thread.run_sync(self.replica.close)
+
+
+class GlobalTables:
+    """The global tables of one worker; made by `open`.
+
+    Args:
+        admin: The log's administration.
+        clock: Time.
+        fail: Told what stops the worker.
+    """
+
+    def __init__(self, admin: Admin, clock: Clock, fail: Callable[[StreamFlowError], None]) -> None:
+        self._admin = admin
+        self._clock = clock
+        self._fail = fail
+        self._receiving = anyio.CancelScope()
+        self._is_look_due = False
+        self.copies: dict[str, GlobalCopy] = {}
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        app: Declarations,
+        descriptions: Mapping[str, TopicDescription],
+        log: Log,
+        stores: Stores,
+        slot: Slot | None,
+        memory_budget_bytes: int,
+        clock: Clock,
+        sensors: Sensors,
+        fail: Callable[[StreamFlowError], None],
+    ) -> AsyncGenerator[GlobalTables]:
+        """Open the copies of all global tables and follow their sources while the block runs.
+
+        Args:
+            app: The app.
+            descriptions: Its topics as they are in the log.
+            log: The log.
+            stores: Where stores come from.
+            slot: The slot of the data directory; None where state is in memory only.
+            memory_budget_bytes: The process's budget, of which an eighth is for decoded values.
+            clock: Time.
+            sensors: Metrics hooks.
+            fail: Told what stops the worker.
+        """
+        opened = cls(log.admin, clock, fail)
+        if not app.global_tables:
+            yield opened
+            return
+        per_table = memory_budget_bytes // (_CACHE_SHARE * _CACHED_VALUE_BYTES * len(app.global_tables))
+        async with log.reader("global") as reader:
+            try:
+                for name, table in app.global_tables.items():
+                    source = descriptions[table.source.name]
+                    store = await anyio.to_thread.run_sync(_open_store, app.id, table, source, stores, slot)
+                    opened.copies[name] = GlobalCopy(
+                        table,
+                        source,
+                        store,
+                        max(_LEAST_CACHED_VALUES, per_table),
+                        reader,
+                        log.admin,
+                        clock,
+                        sensors,
+                    )
+                async with anyio.create_task_group() as group:
+                    group.start_soon(opened._run, reader)
+                    group.start_soon(opened._tick)
+                    yield opened
+                    group.cancel_scope.cancel()
+            finally:
+                for copy in opened.copies.values():
+                    await copy.close()
+
+    # --- following ---------------------------------------------------------------------------------------------
+
+    async def _run(self, reader: Reader) -> None:
+        """Follow the sources; one task does all of it, so nothing arrives while a table is begun anew."""
+        by_topic = {copy.source.name: copy for copy in self.copies.values()}
+        try:
+            for copy in self.copies.values():
+                await copy.begin()
+            while True:
+                arrived: list[Fetched] = []
+                with anyio.CancelScope() as self._receiving:
+                    arrived = await reader.receive()
+                for fetched in arrived:
+                    await by_topic[fetched.tp.topic].take(fetched)
+                if self._is_look_due:
+                    self._is_look_due = False
+                    await self._look(by_topic)
+        except StreamFlowError as error:
+            self._fail(error)
+
+    async def _tick(self) -> None:
+        while True:
+            await self._clock.sleep(_LOOK_EVERY_S)
+            self._is_look_due = True
+            self._receiving.cancel()
+
+    async def _look(self, by_topic: Mapping[str, GlobalCopy]) -> None:
+        """Look whether a source has more partitions, or was made anew."""
+        try:
+            found = await self._admin.describe(sorted(by_topic))
+        except RetriableError:
+            return  # the log is away; the reader waits for it
+        for name, description in found.items():
+            await by_topic[name].look(description)
+
+    async def restored(self, stop: anyio.Event) -> bool:
+        """Wait until all of every table is here, and let it be read.
+
+        Args:
+            stop: Ends the wait.
+
+        Returns:
+            Whether they are; False where a stop came first.
+
+        Raises:
+            FatalError: An `on_recover` raised.
+        """
+        if not self.copies:
+            return True
+        is_done = False
+        started_s = self._clock.monotonic()
+        async with anyio.create_task_group() as group:
+
+            async def give_up() -> None:
+                await stop.wait()
+                group.cancel_scope.cancel()
+
+            group.start_soon(give_up)
+            for copy in self.copies.values():
+                while not copy.positions or not copy.is_restored():
+                    await copy.wait_moved()
+            is_done = True
+            group.cancel_scope.cancel()
+        if not is_done:
+            return False
+        for copy in self.copies.values():
+            await copy.complete()
+        logger.info(
+            "global tables are here: %s (%.1f s)", ", ".join(sorted(self.copies)), self._clock.monotonic() - started_s
+        )
+        return True
+
+    # --- what the worker asks ----------------------------------------------------------------------------------
+
+    def status(self) -> tuple[GlobalTableStatus, ...]:
+        """A snapshot of each, in order of name."""
+        return tuple(self.copies[name].status() for name in sorted(self.copies))
+
+    async def unsettled(self) -> str:
+        """What has not arrived, in words; empty when everything that readers may see has."""
+        for name, copy in self.copies.items():
+            if copy.is_behind(await self._admin.end_offsets(list(copy.positions))):
+                return f"records of {copy.source.name} are on their way into global table {name!r}"
+        return ""
+
+
+def _open_store(
+    app: str, table: GlobalTable[Any, Any], source: TopicDescription, stores: Stores, slot: Slot | None
+) -> Store:
+    name = f"global:{table.name}"  # no task is called so: a topic's name has no colon
+    identity = TableIdentity(
+        source.name,
+        source.topic_id,
+        table.keys_in_order.name,
+        table.source.key_codec.serializer,
+        table.source.value_codec.serializer,
+        FORMAT,
+    )
+    path = name if slot is None else slot.store_path(name)
+    return stores.open(path, Identity(app, name, 0, {table.name: identity}))
