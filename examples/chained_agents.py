@@ -34,6 +34,7 @@ app = sf.App("thermometers")
 fahrenheit = app.topic("fahrenheit", key_type=str, value_type=Reading)
 celsius = app.topic("celsius", key_type=str, value_type=Reading)
 alarms = app.topic("alarms", key_type=str, value_type=Alarm)
+hot = app.table("hot", key_type=str, value_type=float, help="what a thermometer said when it became hot")
 
 
 @app.agent(fahrenheit, sink=celsius)
@@ -46,14 +47,12 @@ async def convert(stream: sf.Stream[Reading]) -> AsyncIterator[Reading]:
 
 @app.agent(celsius, sink=alarms)
 async def watch(stream: sf.Stream[Reading]) -> AsyncIterator[Alarm]:
-    # One set per partition, so complete for each sensor; it is lost with the worker. A table would keep it.
-    hot: set[str] = set()
     async for reading in stream:
         if reading.degrees >= HOT_C and reading.sensor not in hot:
-            hot.add(reading.sensor)
+            hot[reading.sensor] = reading.degrees
             yield Alarm(reading.sensor, round(reading.degrees, 1), hot=True)
         elif reading.degrees < HOT_C and reading.sensor in hot:
-            hot.remove(reading.sensor)
+            del hot[reading.sensor]
             yield Alarm(reading.sensor, round(reading.degrees, 1), hot=False)
 
 

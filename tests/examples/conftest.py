@@ -1,12 +1,14 @@
 """Runs the examples as their readers do: as programs, with the commands of their docstrings, on a log of their own."""
 
 import ast
+import importlib
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,6 +24,15 @@ def commands(example: str, *first_words: str) -> list[str]:
     text = ast.get_docstring(ast.parse((EXAMPLES / example).read_text())) or ""
     lines = (line.strip().partition("      ")[0] for line in text.splitlines() if line.startswith("    "))
     return [line for line in lines if line.split()[0] in first_words]
+
+
+def imported(name: str) -> ModuleType:
+    """An example as a module."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The flights: the whole demo, what it does when its totals are wrong, and every damaged line."""
 
-import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -9,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.examples.conftest import EXAMPLES, ROOT
+from tests.examples.conftest import EXAMPLES, ROOT, imported
 
 DAMAGED = (EXAMPLES / "data" / "damaged-lines.txt").read_bytes().splitlines()
 ROW = b"2013,1,1,517,515,2,830,819,11,UA,1545,N14228,EWR,IAH,227,1400,5,15,2013-01-01T10:00:00Z"
@@ -18,14 +17,6 @@ ROW = b"2013,1,1,517,515,2,830,819,11,UA,1545,N14228,EWR,IAH,227,1400,5,15,2013-
 @pytest.fixture(scope="module")
 def flights() -> ModuleType:
     return imported("flights")
-
-
-def imported(name: str) -> ModuleType:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(EXAMPLES))
 
 
 def demo(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

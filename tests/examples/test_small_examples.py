@@ -5,6 +5,10 @@ import re
 import socket
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -38,6 +42,19 @@ def test_chained_agents(run):
     assert all(name in shown for name in ("fahrenheit", "convert", "celsius", "watch", "alarms"))
 
 
+def test_word_count(run):
+    send, worker, tail, topology = commands("word_count.py", "streamflow")
+    expected = Counter(re.findall(r"[a-z']+", (ROOT / "LICENSE").read_text().lower()))
+    for times in (1, 2):  # the second worker goes on where the first one ended
+        run(send)
+        run(worker)
+        records = [json.loads(line) for line in run(f"{tail} --json").splitlines()]
+        last = {record["key"]: record["value"] for record in records}
+        assert last == {word: times * count for word, count in expected.items()}
+        assert len(records) == times * expected.total()
+    assert "word-count-by-word-repartition" in run(topology)
+
+
 def test_ask_reply(run):
     (command,) = commands("ask_reply.py", "python")
     answer, other, refused = run(command).splitlines()
@@ -55,24 +72,10 @@ def test_keyed_concurrency(run):
 
 
 def test_fastapi_app(environment, tmp_path):
-    (command,) = commands("fastapi_app.py", "uvicorn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [*command.split(), "--port", str(port)], cwd=ROOT, env=environment, stderr=log, stdout=log
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-            wait_until_served(http, server)
-            stored = [http.post("/orders/ann", params={"amount": 12.5}) for _ in range(2)]
-            quoted = http.post("/quotes/ann", params={"amount": 10})
-            refused = http.post("/quotes/ann", params={"amount": -1})
-        server.terminate()
-        assert server.wait(20) in {0, -15}, (tmp_path / "log").read_text()
-    finally:
-        server.kill()
-        server.wait()
+    with served("fastapi_app.py", environment, tmp_path / "log") as http:
+        stored = [http.post("/orders/ann", params={"amount": 12.5}) for _ in range(2)]
+        quoted = http.post("/quotes/ann", params={"amount": 10})
+        refused = http.post("/quotes/ann", params={"amount": -1})
     assert [answer.status_code for answer in stored] == [202, 202]
     assert [answer.json()["offset"] for answer in stored] == [0, 1]
     assert quoted.json() == {"user": "ann", "total": 9.0}
@@ -80,15 +83,80 @@ def test_fastapi_app(environment, tmp_path):
     assert "nothing costs -1" in refused.json()["detail"]
 
 
+ITEMS = [f"item-{number}" for number in range(20)]
+
+
+def test_table_over_http(environment, tmp_path):
+    with served("table_over_http.py", environment, tmp_path / "log") as http:
+        for item in ITEMS:
+            for count in (5, -2):
+                assert http.post(f"/movements/{item}", params={"count": count}).status_code == 202
+        until(lambda: http.get("/stock").json()["stock"] == dict.fromkeys(ITEMS, 3))
+        assert http.get("/stock").json()["partitions"] == [0, 1, 2, 3]
+        assert http.put("/stock/item-0", params={"count": 10}).json() == {"item": "item-0", "count": 10}
+        assert http.get("/stock/item-0").json() == {"item": "item-0", "count": 10}
+        nothing = http.get("/stock/coffee")
+        assert (nothing.status_code, nothing.json()["detail"]) == (404, "there is no coffee")
+        assert http.post("/movements/item-0", params={"count": 1}).status_code == 202
+        until(lambda: http.get("/stock/item-0").json()["count"] == 11)
+        with served("table_over_http.py", environment, tmp_path / "other-log") as other:
+            until(lambda: shared_out(http, other))
+            check_each_item_is_in_one_process(http, other)
+
+
+def shared_out(one: httpx.Client, other: httpx.Client) -> bool:
+    partitions = [http.get("/stock").json()["partitions"] for http in (one, other)]
+    return all(partitions) and sorted(partitions[0] + partitions[1]) == [0, 1, 2, 3]
+
+
+def check_each_item_is_in_one_process(one: httpx.Client, other: httpx.Client) -> None:
+    for item in ITEMS:
+        for method, arguments in (("GET", {}), ("PUT", {"count": 3})):
+            answers = [http.request(method, f"/stock/{item}", params=arguments) for http in (one, other)]
+            there, elsewhere = sorted(answers, key=lambda answer: answer.status_code)
+            assert (there.status_code, elsewhere.status_code) == (200, 421)
+            assert there.json()["count"] == (11 if (item, method) == ("item-0", "GET") else 3)
+            assert f"the key '{item}' is in partition" in elsewhere.json()["detail"]
+
+
+@contextmanager
+def served(example: str, environment: dict[str, str], log: Path) -> Iterator[httpx.Client]:
+    """Run an example's `uvicorn` command on a free port, and end it as a supervisor would."""
+    (command,) = commands(example, "uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [*command.split(), "--port", str(port)], cwd=ROOT, env=environment, stderr=output, stdout=output
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+            wait_until_served(http, server)
+            yield http
+        server.terminate()
+        assert server.wait(20) in {0, -15}, log.read_text()
+    finally:
+        server.kill()
+        server.wait()
+
+
 def wait_until_served(http: httpx.Client, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and server.poll() is None:
+    def is_served() -> bool:
+        if server.poll() is not None:
+            pytest.fail("the application did not start")
         try:
-            assert http.get("/health").json() == {"status": "ok"}
-            return
+            return http.get("/health").json() == {"status": "ok"}
         except httpx.TransportError:
-            time.sleep(0.05)
-    pytest.fail("the application did not start")
+            return False
+
+    until(is_served)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "not within 20 s"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -1,0 +1,77 @@
+"""A table served over HTTP: a stock of goods that records change, read and corrected by requests.
+
+    uvicorn --app-dir examples table_over_http:api
+    curl -X POST 'localhost:8000/movements/tea?count=12'    sends a record; the agent changes the table
+    curl localhost:8000/stock/tea                           reads what is committed
+    curl localhost:8000/stock                               all that this process holds, and which partitions that is
+    curl -X PUT 'localhost:8000/stock/tea?count=10'         sets the value, in a turn of the key's partition
+    curl localhost:8000/health
+
+Start a second one (`--port 8001`): the two share the partitions. A request for a key that the other one holds is
+answered with 421 (Misdirected Request) and a text that says where the key belongs; a key that nobody has is 404.
+
+Needs `pip install fastapi` (the extra `fastapi`).
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+
+import streamflow as sf
+
+streams = sf.App("stock")
+movements = streams.topic("stock-movements", key_type=str, value_type=int)
+stock = streams.table("stock", key_type=str, value_type=int)  # no default: a missing key is a missing key
+
+
+@streams.agent(movements)
+async def move(stream: sf.Stream[int, str]) -> None:
+    async for item, count in stream.items():
+        stock[item] = stock.get(item, 0) + count
+
+
+@asynccontextmanager
+async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+    async with streams.running():  # entered when the tables are restored
+        yield
+
+
+api = FastAPI(title="Stock", lifespan=lifespan)
+
+
+@api.exception_handler(sf.NotHeld)
+async def held_elsewhere(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=421)
+
+
+@api.post("/movements/{item}", status_code=202)
+async def send_movement(item: str, count: int) -> dict[str, object]:
+    stored = await movements.send(key=item, value=count)
+    assert stored is not None  # it is None only within an agent, where the send waits for the commit
+    return {"partition": stored.partition, "offset": stored.offset}
+
+
+@api.get("/stock/{item}")
+async def read(item: str) -> dict[str, object]:
+    count = stock.get(item)  # sf.NotHeld, never None, where another process has the key
+    if count is None:
+        raise HTTPException(404, f"there is no {item}")
+    return {"item": item, "count": count}
+
+
+@api.get("/stock")
+async def read_all() -> dict[str, object]:
+    return {"partitions": sorted(stock.partitions), "stock": dict(stock.items())}
+
+
+@api.put("/stock/{item}")
+async def correct(item: str, count: int) -> dict[str, object]:
+    committed = await stock.update_async(item, lambda _: count)
+    return {"item": item, "count": committed}
+
+
+@api.get("/health")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
