@@ -109,7 +109,17 @@ class StateError(StreamFlowError):
 
 
 class StateCorruptedError(StateError):
-    """Stored bytes are not what was written: set the store aside and restore the task from its changelogs."""
+    """The local state is not what the log bears out: set the store aside and restore the task from its changelogs.
+
+    Args:
+        message: What is wrong.
+        reason: One word, part of the name of what is set aside: `damaged`, or `ahead` of, `behind`, `stale` against
+            the log.
+    """
+
+    def __init__(self, message: str, *, reason: str = "damaged") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class StateFullError(StateError, RetriableError):

@@ -101,6 +101,8 @@ class PrometheusSensors(Sensors):
         self.errors: Counter[tuple[str, str]] = Counter()
         """By agent and policy."""
         self.moved: Counter[str] = Counter({"assigned": 0, "revoked": 0, "lost": 0})
+        self.restored_count: Counter[str] = Counter()
+        self.foreign_keys: Counter[str] = Counter()
         self.stalls = 0
         self.stall_s = 0.0
         self.longest_stall_s = 0.0
@@ -131,6 +133,12 @@ class PrometheusSensors(Sensors):
 
     def record_error(self, agent: str, policy: str) -> None:
         self.errors[agent, policy] += 1
+
+    def restored(self, table: str, records: int) -> None:
+        self.restored_count[table] += records
+
+    def foreign_key(self, table: str) -> None:
+        self.foreign_keys[table] += 1
 
     def rebalanced(self, assigned: int, revoked: int, lost: int) -> None:
         self.moved["assigned"] += assigned
@@ -165,7 +173,9 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._traffic()
         yield from self._work()
-        yield from self._state(self._status())
+        status = self._status()
+        yield from self._state(status)
+        yield from self._restores(status)
 
     def _traffic(self) -> Iterator[Metric]:
         sensors = self._sensors
@@ -210,6 +220,18 @@ class WorkerCollector(Collector):
             "Longest time the event loop was blocked.",
             value=sensors.longest_stall_s,
         )
+        yield _counter(
+            "streamflow_restored_records",
+            "Changelog records read to restore tables.",
+            ["table"],
+            sensors.restored_count,
+        )
+        yield _counter(
+            "streamflow_foreign_keys",
+            "Sampled keys that were written in another partition than their own.",
+            ["table"],
+            sensors.foreign_keys,
+        )
         yield _counter("streamflow_partitions_moved", "Changes of the assignment.", ["change"], sensors.moved)
 
     def _state(self, status: WorkerStatus) -> Iterator[Metric]:
@@ -251,6 +273,22 @@ class WorkerCollector(Collector):
         yield InfoMetricFamily(
             "streamflow_app", "Which app runs.", value={"app": status.app, "guarantee": status.guarantee}
         )
+
+    def _restores(self, status: WorkerStatus) -> Iterator[Metric]:
+        remaining = GaugeMetricFamily(
+            "streamflow_restore_remaining_records",
+            "Changelog offsets that tasks being restored still have to read.",
+            labels=["task"],
+        )
+        rate = GaugeMetricFamily(
+            "streamflow_restore_records_per_second", "Rate of the restores under way.", labels=["task"]
+        )
+        for task in status.tasks:
+            if task.restoring is not None:
+                remaining.add_metric([task.task], task.restoring.remaining)
+                rate.add_metric([task.task], task.restoring.per_s)
+        yield remaining
+        yield rate
 
 
 def _counter(

@@ -39,14 +39,8 @@ class Sensors:
     def record_error(self, agent: str, policy: str) -> None:
         """A record failed; `policy` is what was done: stop, skip, retry or dead_letter."""
 
-    def restored(self, table: str, records: int, remaining: int) -> None:
-        """A restore of a partition of a table goes on.
-
-        Args:
-            table: Its name.
-            records: Records restored so far.
-            remaining: Offsets still to go; 0 when it is done.
-        """
+    def restored(self, table: str, records: int) -> None:
+        """A fetch of a table's changelog was restored."""
 
     def foreign_key(self, table: str) -> None:
         """A sampled key of a table was written in a partition that is not its own."""

@@ -208,7 +208,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
     def _committed(self, key: K) -> Any:
         _, _, overlay = self._held_of(key)
         held = overlay.committed(key)
-        return held if held is MISSING else overlay.values.value(held)
+        return held if held is MISSING else overlay.values.value(held, key)
 
     @overload
     def get(self, key: K, /) -> V | None: ...
@@ -288,8 +288,9 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         scans = [
             held[number].entries(low, high, reverse=reverse, committed=True) for number in sorted(held, reverse=reverse)
         ]
-        decode_key, decode = self.keys_in_order.decode, self.held_values.decode_payload
-        return ((decode_key(key), decode(payload)) for scan in scans for key, payload in scan)
+        decode_key, decoded = self.keys_in_order.decode, self.held_values.decoded
+        found = ((decode_key(key), payload) for scan in scans for key, payload in scan)
+        return ((key, decoded(payload, key)) for key, payload in found)
 
     # --- writing -----------------------------------------------------------------------------------------------
 

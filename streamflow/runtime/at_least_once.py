@@ -18,6 +18,7 @@ from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.commit import FIRST_RETRY_S, Commits
 from streamflow.runtime.commit_mark import CommitMark, new_commit_id
+from streamflow.runtime.task_tables import TaskTables
 from streamflow.runtime.task_view import Sealed, TaskView
 from streamflow.sensors import Sensors
 
@@ -123,7 +124,7 @@ class AtLeastOnce(Commits):
             self.trying_since_s = self._clock.monotonic()
             tasks = list(tasks)
             await self._pin(tasks)
-            taken = [sealed for task in tasks if (sealed := await self._send_sealed(task))]
+            taken = [sealed for task in tasks if _is_pinned(task) and (sealed := await self._send_sealed(task))]
             if self._unacknowledged:
                 await asyncio.wait(self._unacknowledged)
             if self._failed is not None:
@@ -148,18 +149,18 @@ class AtLeastOnce(Commits):
         return {tp: newest[tp][0].result() + newest[tp][1] for tp in changelogs if tp in newest}
 
     async def _pin(self, tasks: Iterable[TaskView]) -> None:
-        """Say where the changelogs of new tasks stand before anything is added to them."""
-        fresh = [task for task in tasks if task.tables is not None and not task.commit_id and not task.lost]
-        if fresh := [task for task in fresh if task.is_changed()]:
+        """Say where changelogs stand before anything is added to them, where the last commit does not.
+
+        It does not for a new task, a new table, and after exactly once.
+        """
+        fresh = [task for task in tasks if not _is_pinned(task) and not task.lost and task.is_changed()]
+        if fresh:
             commit_id = new_commit_id()
-            offsets = []
-            for task in fresh:
-                committed = task.committed[task.anchor]
-                start = task.start_positions()[task.anchor] if committed < 0 else committed
-                mark = CommitMark(commit_id, dict(task.tables.positions) if task.tables is not None else {})
-                offsets.append((task, {task.anchor: OffsetMark(start, mark.metadata())}))
+            offsets = [(task, _pinned(task, task.tables, commit_id)) for task in fresh if task.tables is not None]
             for task in await self._commit_offsets(offsets, perf_counter()):
                 task.commit_id = commit_id
+                if task.tables is not None:
+                    task.tables.is_pinned = True
 
     async def _commit_offsets(
         self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]], started_s: float
@@ -186,6 +187,17 @@ class AtLeastOnce(Commits):
         """Those of the tasks whose partitions are all still this member's."""
         assignment = self._group().assignment
         return [each for each in taken if not each[0].lost and assignment.issuperset(each[0].committed)]
+
+
+def _is_pinned(task: TaskView) -> bool:
+    return task.tables is None or task.tables.is_pinned
+
+
+def _pinned(task: TaskView, tables: TaskTables, commit_id: str) -> dict[TopicPartition, OffsetMark]:
+    committed = task.committed[task.anchor]
+    start = task.start_positions()[task.anchor] if committed < 0 else committed
+    mark = CommitMark(commit_id, dict(tables.positions), tables.committed_times())
+    return {task.anchor: OffsetMark(start, mark.metadata())}
 
 
 def _marks(sealed: Sealed, commit_id: str, ends: Mapping[TopicPartition, int]) -> dict[TopicPartition, OffsetMark]:

@@ -11,13 +11,19 @@ from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology, Topology
 
 _DAY_MS = 24 * 3_600_000
-DELETE_RETENTION_MS = 7 * _DAY_MS
+_DELETE_RETENTION_MS = 7 * _DAY_MS
+_DEFAULT_DELETE_RETENTION_MS = _DAY_MS  # of Kafka, where a topic says nothing else
+MIN_COMPACTION_LAG_MS = _DAY_MS
+"""How long a changelog keeps the older values of a key at least.
+
+At least once, the committed value of a key is looked up behind newer ones that are not committed."""
 _CONFIG = {
     "cleanup.policy": "compact",
-    # A store that was away for less than half of it cannot have missed a deletion.
-    "delete.retention.ms": str(DELETE_RETENTION_MS),
-    # At least once, the committed value of a key is looked up behind newer ones that are not committed.
-    "min.compaction.lag.ms": str(_DAY_MS),
+    "delete.retention.ms": str(_DELETE_RETENTION_MS),
+    "min.compaction.lag.ms": str(MIN_COMPACTION_LAG_MS),
+    # A value that expires is written with its event time, which a restore counts from; it may lie in the future.
+    "message.timestamp.type": "CreateTime",
+    "message.timestamp.after.max.ms": str(2**63 - 1),
 }
 
 
@@ -87,8 +93,17 @@ def _check_changelog(found: TopicDescription, table: str, sub: SubTopology, part
             f"{sub.topics[0]!r} has {partitions}: keys would no longer be found where they were kept. Give the source "
             "its old count back, or start the table over: stop all workers, `streamflow reset APP`, and process again"
         )
-    if "compact" not in found.config.get("cleanup.policy", "delete"):
+    policy = found.config.get("cleanup.policy", "delete")
+    if policy != "compact":
         raise TopologyError(
-            f"changelog {found.name!r} of table {table!r} has cleanup.policy="
-            f"{found.config.get('cleanup.policy', 'delete')}: old values would be deleted with time. Set it to compact"
+            f"changelog {found.name!r} of table {table!r} has cleanup.policy={policy}: old values would be deleted "
+            "with time. Set it to compact"
         )
+
+
+def stale_after_ms(changelog: TopicDescription) -> int:
+    """How long a store may be away from its changelog, milliseconds, before it may have missed a deletion.
+
+    Half of how long the changelog keeps deletions; the other half is for clocks that differ and slow restores.
+    """
+    return int(changelog.config.get("delete.retention.ms", _DEFAULT_DELETE_RETENTION_MS)) // 2

@@ -49,6 +49,18 @@ class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename={"id": 
         return text
 
     @classmethod
+    def of_task(cls, marks: Mapping[TopicPartition, OffsetMark | None]) -> CommitMark | None:
+        """The mark of a task; None where nothing of it is committed.
+
+        It is the anchor's. A task whose sources have changed since may find its mark with another partition.
+
+        Args:
+            marks: What is committed, by source partition.
+        """
+        found = [cls.of(marks[tp]) for tp in sorted(marks) if marks[tp] is not None]
+        return next((mark for mark in found if mark.id), found[0] if found else None)
+
+    @classmethod
     def of(cls, mark: OffsetMark | None) -> CommitMark:
         """Read a committed offset's metadata; an empty mark where something else wrote it, or nobody."""
         if mark is None or not mark.metadata.startswith("{"):

@@ -134,7 +134,7 @@ class DirectFeed(Feed[LogRecord]):
             if task.changes and keep is None:
                 task.make_changes()
             if task.is_full():
-                await task.delivery.make_room(task)
+                await task.make_room()
                 continue
             run = self._again.popleft() if self._again else self._next_of_inputs()
             if run is not None:

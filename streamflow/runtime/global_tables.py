@@ -262,7 +262,7 @@ class GlobalCopy:
 
     def _tell(self, records: int) -> None:
         self._restored += records
-        self._sensors.restored(self.table.name, records=self._restored, remaining=self.lag)
+        self._sensors.restored(self.table.name, records)
         if self._clock.monotonic() - self._told_s > _TOLD_EVERY_S:
             self._told_s = self._clock.monotonic()
             logger.info("global table %r: %d records read, %d to go", self.table.name, self._restored, self.lag)
@@ -312,7 +312,6 @@ class GlobalCopy:
             FatalError: The app's `on_recover` raised.
         """
         self.is_complete = True
-        self._sensors.restored(self.table.name, records=self._restored, remaining=0)
         self.table.copies.insert(0, self)
         if self.table.on_recover is None:
             return

@@ -236,7 +236,7 @@ class Dispatcher:
                     continue
                 task.make_changes()
             if task.is_full():
-                await task.delivery.make_room(task)
+                await task.make_room()
                 continue
             if self.stopping:
                 return

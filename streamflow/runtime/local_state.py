@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import anyio.to_thread
@@ -12,6 +13,7 @@ from streamflow.log.api import TopicDescription
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
+from streamflow.runtime.changelogs import stale_after_ms
 from streamflow.runtime.restore import Restorer
 from streamflow.runtime.task import LocalState
 from streamflow.state.format import FORMAT
@@ -68,7 +70,15 @@ class LocalStates:
             return None
         tables = [self._app.tables[name] for name in sub.tables]
         store = await anyio.to_thread.run_sync(self._open, sub, partition, tables)
-        return LocalState(tables, self._by_agent, store, self._restorer, self._live_entries)
+        return LocalState(
+            tables,
+            self._by_agent,
+            store,
+            self._restorer,
+            self._live_entries,
+            {table.name: stale_after_ms(self._descriptions[table.changelog.name]) for table in tables},
+            partial(self._stores.set_aside, store.path),
+        )
 
     def _open(self, sub: SubTopology, partition: int, tables: Sequence[Table[Any, Any]]) -> Store:
         task = f"{sub.name}-{partition}"

@@ -16,6 +16,7 @@ from streamflow.errors import StateFullError
 from streamflow.log.api import GroupEvent
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.open_log import OpenLog
+from streamflow.runtime.task import Task
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.sensors import Sensors
 
@@ -45,6 +46,9 @@ class Loops:
         self._reader = log.reader
         self._delivery = log.delivery
         self.output_waits = asyncio.Event()
+        self._damaged: asyncio.Queue[Task] = asyncio.Queue()
+        # Told of tasks whose local state cannot be used.
+        self.damaged = self._damaged.put_nowait
 
     def start(self, services: anyio.abc.TaskGroup, manager: TaskManager) -> None:
         """Start all loops in a task group that the worker cancels."""
@@ -53,6 +57,7 @@ class Loops:
         services.start_soon(self._follow_group, manager)
         services.start_soon(self._watch, manager)
         services.start_soon(self._store, manager)
+        services.start_soon(self._rebuild, manager)
         if isinstance(self._delivery, AtLeastOnce):
             services.start_soon(self._linger, manager)
 
@@ -84,6 +89,11 @@ class Loops:
                     if not told:
                         logger.warning("%s; committed values stay in memory until there is room", error)
                     told = True
+
+    async def _rebuild(self, manager: TaskManager) -> None:
+        """Open tasks anew whose local state cannot be used."""
+        while True:
+            await manager.rebuild(await self._damaged.get())
 
     async def _linger(self, manager: TaskManager) -> None:
         linger_s = self._settings.linger_ms / 1000

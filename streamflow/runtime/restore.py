@@ -3,13 +3,16 @@
 It goes by position: from where the store's checkpoint ends to the high watermark found when the restore began, whatever
 holes compaction and aborted transactions left. Open transactions below it are waited out, since what they hold may be
 committed (KAFKA-10167). All restores of a worker share one fetch lane, beside the lane of running tasks.
+
+A store that the log does not bear out (it reaches further than the log, or misses what the log no longer has) raises
+`StateCorruptedError`: its task is closed, the store set aside, and the task restored from the beginning.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.abc
@@ -17,28 +20,45 @@ import anyio.to_thread
 import msgspec
 
 from streamflow.clock import Clock
-from streamflow.errors import OffsetOutOfRangeError, RetriableError, StateCorruptedError, TopologyError
+from streamflow.errors import (
+    OffsetOutOfRangeError,
+    RetriableError,
+    StateCorruptedError,
+    StateFullError,
+    TopologyError,
+)
 from streamflow.log.api import Admin, Fetched, Reader
 from streamflow.log.batch import RecordBatch
 from streamflow.model.record import TopicPartition
+from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.task_tables import TaskTables
 from streamflow.sensors import Sensors
 from streamflow.state.format import pack
 from streamflow.state.overlay import Overlay
-from streamflow.state.store import Checkpoint, StoreBatch
+from streamflow.state.store import StoreBatch
 
 logger = logging.getLogger("streamflow.restore")
 
 _RETRY_S = 0.2
+_RETRY_FULL_S = 1.0
 _TOLD_EVERY_S = 5.0
-_STALE_AFTER_MS = 7 * 24 * 3_600_000 // 2
-"""Half of the changelogs' `delete.retention.ms`: a store that was away for longer may have missed deletions."""
 
 
 @dataclass(slots=True)
 class _Span:
-    """What is to be read of one changelog partition."""
+    """What is to be read of one changelog partition.
+
+    Attributes:
+        tp: The partition.
+        table: Its table.
+        start: First offset it has.
+        position: Next offset to read.
+        acknowledged: Where what is committed ends.
+        target: Where reading ends.
+        records: How many were read.
+        uncommitted: By store key: value and timestamp of the newest record that is not committed.
+    """
 
     tp: TopicPartition
     table: str
@@ -46,6 +66,13 @@ class _Span:
     position: int
     acknowledged: int
     target: int
+    records: int = 0
+    uncommitted: dict[bytes, tuple[bytes | None, int]] = field(default_factory=dict)
+
+    @property
+    def committed(self) -> int:
+        """The position up to which store and changelog agree; what follows is taken back by the next commit."""
+        return min(self.acknowledged, self.position) if self.uncommitted else self.position
 
 
 class Restorer:
@@ -84,6 +111,7 @@ class Restorer:
 
         Raises:
             TopologyError: It has state, and no committed offset that goes with it.
+            StateCorruptedError: The store is damaged, or does not go with the log.
             StateError: The store cannot be read or written.
 
         Cancellation: what was restored so far is kept.
@@ -91,25 +119,32 @@ class Restorer:
         started_s = self._clock.monotonic()
         spans = await self._spans(tables, mark)
         if is_new:
-            _refuse_state_without_offsets(task, spans)
-        records = 0
+            _refuse_kept_state(task, tables)
+        for span in spans:
+            tables.restoring.remaining += max(0, span.target - span.position)
         for span in spans:
             if span.position < span.target:
-                records += await self._read(task, tables, span)
-            tables.positions[span.table] = span.position
+                await self._read(task, tables, span, is_new=is_new)
+                self._take_back(tables.overlays[span.table], span)
+            tables.positions[span.table] = span.committed
         for name, time_ms in mark.times.items():
             overlay = tables.overlays.get(name)
             if overlay is not None:
                 overlay.advance(time_ms)
+        tables.is_pinned = mark.changelogs is not None and mark.changelogs.keys() >= tables.overlays.keys()
         await tables.level()
         for overlay in tables.overlays.values():
             overlay.committed_stream_time_ms = overlay.stream_time_ms
-        if records:
-            seconds = max(1e-6, self._clock.monotonic() - started_s)
-            logger.info("task %s: restored %d records in %.1f s (%.0f/s)", task, records, seconds, records / seconds)
+        records = tables.restoring.records
+        seconds = max(1e-6, self._clock.monotonic() - started_s)
+        logger.info("task %s: restored %d records in %.1f s (%.0f/s)", task, records, seconds, records / seconds)
 
     async def _spans(self, tables: TaskTables, mark: CommitMark) -> list[_Span]:
-        """What is to be read; a store that cannot go on from its checkpoint starts anew."""
+        """What is to be read.
+
+        Raises:
+            StateCorruptedError: The store cannot go on from its checkpoint.
+        """
         changelogs = list(tables.changelogs())
         while True:
             try:
@@ -119,127 +154,145 @@ class Restorer:
             except RetriableError as error:
                 logger.warning("looking for the ends of changelogs: %s; trying again", error)
                 await self._clock.sleep(_RETRY_S)
-        return [self._span(tables, tp, name, starts[tp], targets[tp], mark) for tp, name in tables.changelogs().items()]
+        self._check_store(tables, starts, targets)
+        spans = []
+        for tp, name in tables.changelogs().items():
+            target = targets[tp]
+            acknowledged = target if mark.changelogs is None else min(target, mark.changelogs.get(name, target))
+            position = max(tables.store.checkpoint.changelogs.get(name, 0), starts[tp])
+            spans.append(_Span(tp, name, starts[tp], position, acknowledged, target))
+        await self._note_beginning(tables, spans)
+        return spans
 
-    def _span(
-        self, tables: TaskTables, tp: TopicPartition, table: str, start: int, target: int, mark: CommitMark
-    ) -> _Span:
-        position = tables.store.checkpoint.changelogs.get(table, 0)
-        why = self._unusable(tables, position, start, target)
-        if why:
-            logger.warning("%s: the local state is not used: %s; it is rebuilt from the changelog", tp, why)
-            tables.store.clear(table)
-            position = 0
-        acknowledged = target if mark.changelogs is None else min(target, mark.changelogs.get(table, target))
-        return _Span(tp, table, start, max(position, start), acknowledged, target)
+    def _check_store(
+        self, tables: TaskTables, starts: Mapping[TopicPartition, int], targets: Mapping[TopicPartition, int]
+    ) -> None:
+        checkpoint = tables.store.checkpoint
+        away_ms = self._clock.now_ms() - checkpoint.caught_up_at_ms
+        for tp, name in tables.changelogs().items():
+            position, start, target = checkpoint.changelogs.get(name, 0), starts[tp], targets[tp]
+            where = f"it reaches offset {position} of changelog {tp}"
+            if position > target:
+                raise StateCorruptedError(f"{where}, which ends at {target}: the log has lost records", reason="ahead")
+            if 0 < position < start:
+                raise StateCorruptedError(f"{where}, which begins at {start} now", reason="behind")
+            if 0 < position < target and away_ms > tables.stale_after_ms[name]:
+                days = away_ms / 86_400_000
+                raise StateCorruptedError(
+                    f"{where}, was last level with it {days:.1f} days ago, and may have missed deletions that are "
+                    "gone from it",
+                    reason="stale",
+                )
 
-    def _unusable(self, tables: TaskTables, position: int, start: int, target: int) -> str:
-        if position > target:
-            return (
-                f"it reaches offset {position}, and the changelog ends at {target} (it was made anew, or lost records)"
-            )
-        if 0 < position < start:
-            return f"it reaches offset {position}, and the changelog begins at {start}"
-        away_ms = self._clock.now_ms() - tables.store.checkpoint.caught_up_at_ms
-        if 0 < position < target and away_ms > _STALE_AFTER_MS:
-            return f"it was last level with the log {away_ms // 86_400_000} days ago and may have missed deletions"
-        return ""
+    async def _note_beginning(self, tables: TaskTables, spans: list[_Span]) -> None:
+        """A store that has nothing to catch up on but what it begins with now cannot miss a deletion from now on."""
+        checkpoint = tables.store.checkpoint
+        if all(span.position >= span.target or not checkpoint.changelogs.get(span.table) for span in spans):
+            now_ms = self._clock.now_ms()
+            await self._write(tables, StoreBatch(msgspec.structs.replace(checkpoint, caught_up_at_ms=now_ms)))
 
-    async def _read(self, task: str, tables: TaskTables, span: _Span) -> int:
-        overlay = tables.overlays[span.table]
+    async def _read(self, task: str, tables: TaskTables, span: _Span, *, is_new: bool) -> None:
         send, receive = anyio.create_memory_object_stream[Fetched](2)
         self._arrived[span.tp] = send
         self._reader.add(span.tp, span.position)
         self._reader.ask(span.tp)
-        records, told_s = 0, self._clock.monotonic()
-        uncommitted: set[bytes] = set()
+        told_s = self._clock.monotonic()
         try:
             while span.position < span.target:
                 fetched = await receive.receive()
                 if fetched.error is not None:
-                    await self._start_anew(tables, span, fetched)
-                    continue
+                    raise _unreadable(span, fetched.error)
                 self._reader.ask(span.tp)
-                records += await anyio.to_thread.run_sync(_apply, tables, overlay, span, fetched, uncommitted)
-                self._sensors.restored(span.table, records=records, remaining=max(0, span.target - span.position))
+                before = span.position, span.records
+                await self._write(tables, await anyio.to_thread.run_sync(_collect, tables, span, fetched))
+                tables.restoring.moved(span.position - before[0], span.records - before[1])
+                self._sensors.restored(span.table, span.records - before[1])
+                if is_new and span.records:
+                    raise _without_offsets(task, f"changelog records in {span.tp}")
                 if self._clock.monotonic() - told_s > _TOLD_EVERY_S:
                     told_s = self._clock.monotonic()
-                    logger.info(
-                        "task %s: restoring %s: %d records, %d to go",
-                        task,
-                        span.table,
-                        records,
-                        span.target - span.position,
-                    )
+                    logger.info("task %s: restoring, %s", task, tables.restoring.status().text)
         finally:
             del self._arrived[span.tp]
             self._reader.remove(span.tp)
             send.close()
             receive.close()
-        self._take_back(overlay, span, uncommitted)
-        self._sensors.restored(span.table, records=records, remaining=0)
-        return records
 
-    async def _start_anew(self, tables: TaskTables, span: _Span, fetched: Fetched) -> None:
-        error = fetched.error
-        if not isinstance(error, OffsetOutOfRangeError):
-            raise error if error is not None else StateCorruptedError(f"{span.tp}: nothing was fetched")
-        logger.warning("%s; the local state is rebuilt from the changelog's start", error)
-        tables.store.clear(span.table)
-        span.position = error.log_start
-        self._reader.add(span.tp, span.position)
-        self._reader.ask(span.tp)
+    async def _write(self, tables: TaskTables, batch: StoreBatch) -> None:
+        """Write to the store; a full disk is waited out."""
+        told = False
+        while True:
+            try:
+                with anyio.CancelScope(shield=True):
+                    return await anyio.to_thread.run_sync(tables.store.write, batch)
+            except StateFullError as error:
+                if not told:
+                    logger.warning("%s; restoring goes on when there is room", error)
+                told = True
+            await self._clock.sleep(_RETRY_FULL_S)
 
-    def _take_back(self, overlay: Overlay, span: _Span, uncommitted: set[bytes]) -> None:
+    def _take_back(self, overlay: Overlay, span: _Span) -> None:
         """Write what was not committed over with its committed value, in the task's first commit.
 
         A changelog that is not committed together with the offsets (at least once) may end in records of updates that
-        come again.
+        come again. Where the committed value may have been compacted away meanwhile, the later one has to do.
         """
-        for store_key in uncommitted:
-            overlay.take_back(store_key)
-        if uncommitted:
-            logger.info("%s: %d keys were written and not committed; taken back", span.tp, len(uncommitted))
-
-
-def _refuse_state_without_offsets(task: str, spans: Sequence[_Span]) -> None:
-    """Records would be counted twice: the offsets expired or were deleted, or the app has a new name for its group."""
-    for span in spans:
-        if span.target > span.start:
-            raise TopologyError(
-                f"task {task}: table {span.table!r} has {span.target - span.start} changelog records in {span.tp}, but "
-                "the group has no committed offset that says which input they stand for (it expired, or was deleted). "
-                "Start over with `streamflow reset APP`, or set the offsets to where the state is "
-                "(`kafka-consumer-groups --reset-offsets` on Kafka)"
+        gone_before_ms = self._clock.now_ms() - MIN_COMPACTION_LAG_MS
+        kept = 0
+        for store_key, (value, timestamp_ms) in span.uncommitted.items():
+            old = overlay.ttl_ms is None and timestamp_ms < gone_before_ms
+            if old and value is not None and not overlay.is_committed(store_key):
+                overlay.write_again(store_key, pack(value, None))
+                kept += 1
+            else:
+                overlay.take_back(store_key)
+        if taken := len(span.uncommitted) - kept:
+            logger.info("%s: %d keys were written and not committed; taken back", span.tp, taken)
+        if kept:
+            logger.warning(
+                "%s: %d keys were written over a day ago and not committed; what they had before may have been "
+                "compacted away, so the later values stand, and updates in them may be counted twice",
+                span.tp,
+                kept,
             )
 
 
-def _apply(tables: TaskTables, overlay: Overlay, span: _Span, fetched: Fetched, uncommitted: set[bytes]) -> int:
-    """Put fetched records into the store, with the position they reach; runs in a thread.
+def _unreadable(span: _Span, error: Exception) -> Exception:
+    if isinstance(error, OffsetOutOfRangeError):
+        return StateCorruptedError(f"while it was restored, {error}", reason="behind")
+    return error
 
-    Returns:
-        How many there were.
-    """
+
+def _refuse_kept_state(task: str, tables: TaskTables) -> None:
+    for name in tables.overlays:
+        if next(tables.store.scan(name), None) is not None:
+            raise _without_offsets(task, f"local state of table {name!r}")
+
+
+def _without_offsets(task: str, what: str) -> TopologyError:
+    """Records would be counted twice: the offsets expired or were deleted, or the app has a new name for its group."""
+    return TopologyError(
+        f"task {task} has {what}, but its group has no committed offset that says which input they stand for (it "
+        "expired, or was deleted). Start over with `streamflow reset APP`, or set the offsets to where the state is "
+        "(`kafka-consumer-groups --reset-offsets` on Kafka)"
+    )
+
+
+def _collect(tables: TaskTables, span: _Span, fetched: Fetched) -> StoreBatch:
+    """What fetched records change in the store, with the position they reach; runs in a thread."""
     changes: dict[bytes, bytes | None] = {}
-    count = 0
+    overlay = tables.overlays[span.table]
     for batch in fetched.batches:
-        count += _collect(overlay, span, batch, changes, uncommitted)
+        span.records += _add(overlay, span, batch, changes)
     span.position = fetched.next_offset
-    reached = min(span.position, span.acknowledged)
-    batch_of = StoreBatch(_checkpoint(tables, span.table, reached))
+    checkpoint = tables.store.checkpoint
+    reached = {**checkpoint.changelogs, span.table: min(span.position, span.acknowledged)}
+    batch_of = StoreBatch(msgspec.structs.replace(checkpoint, changelogs=reached))
     batch_of.changes[span.table] = changes
-    tables.store.write(batch_of)
-    return count
+    return batch_of
 
 
-def _checkpoint(tables: TaskTables, table: str, position: int) -> Checkpoint:
-    before = tables.store.checkpoint
-    return msgspec.structs.replace(before, changelogs={**before.changelogs, table: position})
-
-
-def _collect(
-    overlay: Overlay, span: _Span, batch: RecordBatch, changes: dict[bytes, bytes | None], uncommitted: set[bytes]
-) -> int:
+def _add(overlay: Overlay, span: _Span, batch: RecordBatch, changes: dict[bytes, bytes | None]) -> int:
     store_key = None if overlay.keys.same_as_serialized else overlay.store_key_of
     ttl_ms, acknowledged = overlay.ttl_ms, span.acknowledged
     count = 0
@@ -250,9 +303,8 @@ def _collect(
             continue
         key = raw if store_key is None else store_key(raw)
         if record.offset >= acknowledged:
-            uncommitted.add(key)
-            continue
-        if ttl_ms is None:
+            span.uncommitted[key] = value, record.timestamp
+        elif ttl_ms is None:
             changes[key] = None if value is None else pack(value, None)
         else:
             overlay.advance(record.timestamp)

@@ -159,6 +159,8 @@ class AgentRun:
 
     async def _failed(self, exc: BaseException) -> None:
         feed = self.feed
+        if feed.task.lost:
+            await feed.park()  # whatever it stood on; the records are processed elsewhere, or here by a new task
         error = processing_error(feed, exc, self._yielded_at)
         self._yielded_at = ""
         if not feed.in_hand():

@@ -25,20 +25,42 @@ class PartitionStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreStatus:
+    """How far a task's restore is.
+
+    Attributes:
+        records: Changelog records read so far.
+        remaining: Changelog offsets still to be read.
+        per_s: Records per second so far.
+    """
+
+    records: int
+    remaining: int
+    per_s: float
+
+    @property
+    def text(self) -> str:
+        """The same for people."""
+        return f"{self.records:,} records so far, {self.remaining:,} to go, {self.per_s:,.0f}/s"
+
+
+@dataclass(frozen=True, slots=True)
 class TaskStatus:
     """One task.
 
     Attributes:
         task: Its name, `<sub-topology>-<partition>`.
-        state: created, running, finishing or closed.
+        state: created, restoring, running, finishing, closing or closed.
         partitions: Its source partitions.
         oldest_in_flight_s: Seconds the record taken first has been in an agent's hands; 0 between records.
+        restoring: How far its tables are; None unless they are being restored.
     """
 
     task: str
     state: str
     partitions: tuple[PartitionStatus, ...]
     oldest_in_flight_s: float
+    restoring: RestoreStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +92,7 @@ class WorkerStatus:
         address: The log's address.
         guarantee: exactly_once or at_least_once.
         tasks: Its tasks, sorted by name.
-        ready: Assigned and processing (a worker without partitions is ready too).
+        ready: Assigned, restored and processing (a worker without partitions is ready too).
         live: Getting on: no record is stuck, commits succeed, the group hears from it.
         live_reason: Why it is not live; "ok" otherwise.
         rebalances: Rebalances so far.
@@ -91,6 +113,12 @@ class WorkerStatus:
     rebalance_s: float
     last_commit_age_s: float | None
     global_tables: tuple[GlobalTableStatus, ...] = ()
+
+    @property
+    def busy(self) -> str:
+        """What it is doing instead of processing, or its state."""
+        restores = [f"restoring task {each.task}: {each.restoring.text}" for each in self.tasks if each.restoring]
+        return "; ".join(restores) or self.state
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,8 @@ def _task_status(task: Task) -> TaskStatus:
         for tp, position in sorted(positions.items())
         for end in (task.inputs.end_offset(task.inputs.by_tp[tp]),)
     )
-    return TaskStatus(task.name, task.state, partitions, task.oldest_in_flight_s())
+    restoring = task.tables.restoring.status() if task.tables is not None and task.state == "restoring" else None
+    return TaskStatus(task.name, task.state, partitions, task.oldest_in_flight_s(), restoring)
 
 
 def _why_not_live(worker: Observed, tasks: tuple[TaskStatus, ...], heartbeat_age_s: float | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import FatalError, NotHeld, RecordError, StreamFlowError
+from streamflow.errors import FatalError, NotHeld, RecordError, StateCorruptedError, StreamFlowError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
@@ -39,7 +39,7 @@ from streamflow.runtime.record_errors import RecordErrors
 from streamflow.runtime.restore import Restorer
 from streamflow.runtime.run import AgentRun
 from streamflow.runtime.table_change import TableChange
-from streamflow.runtime.task_tables import TaskTables
+from streamflow.runtime.task_tables import SetAside, TaskTables
 from streamflow.runtime.task_view import Delivery, Sealed
 from streamflow.sensors import Sensors
 from streamflow.state.stage import Stage
@@ -63,6 +63,7 @@ class Surroundings:
         targets: Topics that may be written.
         failed: Told when a record stops the worker: agent, error, answers to send at once.
         fail: Told when something else stops it.
+        damaged: Told that a task's local state cannot be used, so that it is closed and opened anew.
         ask: Wants one more fetch of a partition.
         end_of: The newest known end of a partition.
         output_waits: Told when a task has something to send.
@@ -80,6 +81,7 @@ class Surroundings:
         targets: Targets,
         failed: Callable[[Processor, RecordError, list[Staged]], None],
         fail: Callable[[StreamFlowError], None],
+        damaged: Callable[[Task], None],
         ask: Callable[[TopicPartition], None],
         end_of: Callable[[TopicPartition], int | None],
         output_waits: Callable[[], None],
@@ -93,6 +95,7 @@ class Surroundings:
         self.targets = targets
         self.failed = failed
         self.fail = fail
+        self.damaged = damaged
         self.ask = ask
         self.end_of = end_of
         self.output_waits = output_waits
@@ -111,6 +114,8 @@ class LocalState:
         store: The open store.
         restorer: Brings it level with the log.
         live_entries: See `Overlay`.
+        stale_after_ms: See `TaskTables`.
+        set_aside: See `TaskTables`.
     """
 
     tables: Sequence[Table[Any, Any]]
@@ -118,6 +123,8 @@ class LocalState:
     store: Store
     restorer: Restorer
     live_entries: int
+    stale_after_ms: Mapping[str, int]
+    set_aside: SetAside
 
 
 class Task:
@@ -168,6 +175,8 @@ class Task:
         self.state = "created"
         # Its partitions went to another worker: nothing of it is committed any more.
         self.lost = False
+        # Whether its agents were started, which are waited for when it is to finish.
+        self._has_agents = False
         # Its agents are being cancelled.
         self.is_closing = False
         self._patience_s = PATIENCE_S
@@ -175,7 +184,7 @@ class Task:
         self.deaf: dict[str, asyncio.Task[None]] = {}
         self.anchor = anchor_of(positions)
         # What the offset of the anchor says in the log: the last commit's id, and what one under way would write.
-        self.commit_id = "" if mark is None else mark.id
+        self.commit_id = ""
         self.commit_id_under_way = ""
         self.tables: TaskTables | None = None
         self.changes: deque[TableChange] = deque()
@@ -183,10 +192,21 @@ class Task:
         self._mark = mark
         self._local = local
         self._fail = shared.fail
+        self._tell_damaged = shared.damaged
+        self._loop = asyncio.get_running_loop()
         self._shared_homes = shared.homes
         if local is not None:
             self.tables = TaskTables(
-                local.tables, partition, local.store, self.outputs, shared.clock, local.live_entries, self._check_home
+                local.tables,
+                partition,
+                local.store,
+                self.outputs,
+                shared.clock,
+                local.live_entries,
+                self._check_home,
+                stale_after_ms=local.stale_after_ms,
+                set_aside=local.set_aside,
+                damaged=self._is_damaged,
             )
         self._runs = self._make_runs(agents)
 
@@ -212,6 +232,11 @@ class Task:
 
     def _check_home(self, table: str, key: bytes, shown: Any) -> None:
         self._shared_homes.check(self.sub_topology, self.partition, table, key, shown)
+
+    def _is_damaged(self) -> None:
+        """The local state cannot be used: nothing that stands on it is committed, whatever agents make of the error."""
+        self.lost = True
+        self._loop.call_soon_threadsafe(self._tell_damaged, self)
 
     # --- what feeds and turns ask ------------------------------------------------------------------------------
 
@@ -251,6 +276,7 @@ class Task:
             with self._scope:
                 if not await self._restored():
                     return
+                self._has_agents = True
                 async with anyio.create_task_group() as group:
                     for each in self._runs:
                         group.start_soon(self._run_agent, each)
@@ -313,14 +339,12 @@ class Task:
                 )
                 for table in local.tables:
                     if table.on_recover is not None:
-                        await call_user(partial(table.on_recover, self.partition))
+                        await self._call_on_recover(table.name, table.on_recover)
+            except StateCorruptedError as error:
+                self.tables.is_damaged(error)
+                return False
             except StreamFlowError as error:
                 self._fail(error)
-                return False
-            except Exception as exc:
-                failed = FatalError(f"on_recover of a table of task {self.name} raised {type(exc).__name__}: {exc}")
-                failed.__cause__ = exc
-                self._fail(failed)
                 return False
             if self.state != "restoring":
                 return False
@@ -328,11 +352,19 @@ class Task:
         self.restored.set()
         return True
 
+    async def _call_on_recover(self, table: str, on_recover: Callable[..., Any]) -> None:
+        try:
+            await call_user(partial(on_recover, self.partition))
+        except Exception as exc:
+            raise FatalError(
+                f"on_recover of table {table!r}, called for partition {self.partition}, raised {type(exc).__name__}: "
+                f"{exc}"
+            ) from exc
+
     async def finish_records(self) -> None:
         """Hand out nothing more and wait until every agent is done with the record in its hands."""
-        is_early = self.tables is not None and self.state in ("created", "restoring")
         self.state = "finishing"
-        if is_early:
+        if self.tables is not None and not self._has_agents:
             return
         if self._dispatcher is not None:
             self._dispatcher.stopping = True
@@ -370,6 +402,12 @@ class Task:
 
     # --- changes of tables from outside ------------------------------------------------------------------------
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether its tables may be read from outside of its turns: they are restored, and its own."""
+        tables = self.tables
+        return tables is not None and tables.is_level and self.state in ("restoring", "running") and not self.lost
+
     async def change(self, table: str, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the task's own, between records; see `processing.holding.Holder`."""
         change = TableChange(table, work)
@@ -406,11 +444,21 @@ class Task:
 
     def is_full(self) -> bool:
         """Whether it holds as much that is in no commit as it may."""
-        if self.tables is not None and (dirty := self.tables.dirty_entries) >= _DIRTY_TO_COMMIT:
-            self.delivery.hurry()
-            if dirty >= _MAX_DIRTY:
+        if self.tables is not None:
+            if self.tables.is_backed_up:
                 return True
+            if (dirty := self.tables.dirty_entries) >= _DIRTY_TO_COMMIT:
+                self.delivery.hurry()
+                if dirty >= _MAX_DIRTY:
+                    return True
         return self.outputs.sealed_bytes >= self.max_unsent_bytes
+
+    async def make_room(self) -> None:
+        """Wait until it is not full any more, or may not be."""
+        if self.tables is not None and self.tables.is_backed_up:
+            await self.tables.has_room()
+        else:
+            await self.delivery.make_room(self)
 
     def seal(self) -> Sealed:
         """Take out what the records that are done have made of outputs, tables and positions, in one step."""

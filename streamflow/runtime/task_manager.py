@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from streamflow.errors import (
 from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
-from streamflow.runtime.commit_mark import CommitMark, anchor_of
+from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.layout import Layout
@@ -45,6 +46,8 @@ from streamflow.state.stage import Stage
 logger = logging.getLogger("streamflow.tasks")
 
 _RETRY_S = 0.2
+_MAX_REBUILDS = 3
+_REBUILDS_WITHIN_S = 600.0
 _LAST_CLOSE_S = 0.8
 
 
@@ -89,6 +92,10 @@ class TaskManager:
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
         self._finishing = False
+        # Of the group's events and rebuilds, one is acted on at a time.
+        self._acting = anyio.Lock()
+        # When tasks were rebuilt, monotonic seconds.
+        self._rebuilt: dict[tuple[str, int], deque[float]] = {}
         # Agents that went on after they were cancelled: task, name, and what they run in.
         self._deaf: list[tuple[str, str, asyncio.Task[None]]] = []
         self.assigned_once = anyio.Event()
@@ -120,16 +127,48 @@ class TaskManager:
 
     async def handle(self, event: GroupEvent) -> None:
         """Act on one event of the group; events are handled one after the other."""
-        self.changing = True
-        try:
-            if isinstance(event, Assigned):
-                await self._assigned(event)
-            elif isinstance(event, Revoked):
-                await self._revoked(event.partitions)
-            else:
-                await self._lost(event)
-        finally:
-            self.changing = False
+        async with self._acting:
+            self.changing = True
+            try:
+                if isinstance(event, Assigned):
+                    await self._assigned(event)
+                elif isinstance(event, Revoked):
+                    await self._revoked(event.partitions)
+                else:
+                    await self._lost(event)
+            finally:
+                self.changing = False
+
+    async def rebuild(self, task: Task) -> None:
+        """Close a task whose local state cannot be used, and open it anew at what the log has committed.
+
+        Closing sets the store aside. What the task had not committed is processed again.
+        """
+        async with self._acting:
+            key = task.sub_topology.name, task.partition
+            if self.tasks.get(key) is not task or task.tables is None:
+                return  # it has gone to another worker meanwhile
+            logger.error("task %s: %s; its local state is rebuilt from the log", task.name, task.tables.damage)
+            await self._delivery.commit([])  # one that is under way may hold the task's
+            await self._close([task], frozenset())
+            if self._finishing:
+                return
+            try:
+                self._check_rebuilds(key, task)
+                await self._open(key, await self._starts(list(task.committed)))
+            except StreamFlowError as error:
+                self._shared.fail(error)
+
+    def _check_rebuilds(self, key: tuple[str, int], task: Task) -> None:
+        now_s = self._clock.monotonic()
+        times = self._rebuilt.setdefault(key, deque(maxlen=_MAX_REBUILDS))
+        if len(times) == _MAX_REBUILDS and now_s - times[0] < _REBUILDS_WITHIN_S:
+            why = task.tables.damage if task.tables is not None else None
+            raise FatalError(
+                f"task {task.name}: its local state was rebuilt {_MAX_REBUILDS} times within "
+                f"{_REBUILDS_WITHIN_S / 60:.0f} minutes and is unusable again: {why}. Check the disk under data_dir"
+            )
+        times.append(now_s)
 
     async def _assigned(self, event: Assigned) -> None:
         partitions = event.partitions
@@ -227,10 +266,10 @@ class TaskManager:
         sub = self._by_topic[next(iter(starts)).topic]
         topics = [self._topics[name] for name in sub.topics]
         positions = {tp: start.position for tp, start in starts.items()}
-        anchor = starts[anchor_of(starts)].mark
-        mark = None if anchor is None else CommitMark.of(anchor)
+        mark = CommitMark.of_task({tp: start.mark for tp, start in starts.items()})
         local = await self._local.open(sub, key[1])
         task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared, mark, local)
+        task.commit_id = CommitMark.of(starts[task.anchor].mark).id
         for tp, start in starts.items():
             self._by_tp[tp] = task
             if start.mark is None:
@@ -349,7 +388,13 @@ class TaskManager:
             task.inputs.add(fetched)
 
     async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
-        """Records were deleted before they were read: go on as for a partition without offset, and say so."""
+        """Records were deleted before they were read: go on as for a partition without offset, and say so.
+
+        Not so with tables, which would stand for records that nobody has seen, or for some twice.
+        """
+        if task.tables is not None:
+            self._shared.fail(_out_of_range_with_tables(task, tp, error))
+            return
         position = await self._new_start(task, tp)
         if position is None or self._by_tp.get(tp) is not task:
             return  # it has gone to another worker, who finds out as well
@@ -382,7 +427,7 @@ class TaskManager:
         return {
             task.partition: task.tables.overlays[table]
             for task in self.tasks.values()
-            if task.tables is not None and task.state == "running" and not task.lost and table in task.tables.overlays
+            if task.is_readable and task.tables is not None and table in task.tables.overlays
         }
 
     def partition_of(self, table: str, key: bytes) -> int:
@@ -439,6 +484,21 @@ def _grown(topic: str, count: int, before: int, tables: Sequence[str]) -> Topolo
         f"topic {topic!r} has {count} partitions or more, and had {before} when the tables {', '.join(tables)} were "
         "partitioned like it: keys are in other partitions now than what was kept for them. Stop all workers and start "
         "the app over, `streamflow reset APP`, or read the topic by way of `group_by`, whose topic keeps its count"
+    )
+
+
+def _out_of_range_with_tables(task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> TopologyError:
+    names = ", ".join(task.sub_topology.tables)
+    if error.offset < error.log_start:
+        what = f"{error.log_start - error.offset} records were deleted before this app read them"
+        way = f"commit offset {error.log_start} to go on without them"
+    else:
+        what = "the topic was made anew, or has lost records"
+        way = f"commit an offset within {error.log_start}..{error.end_offset} to go on with the tables as they are"
+    return TopologyError(
+        f"{error}: {what}, and the tables {names} would not be what their input says. Stop all workers and choose: "
+        f"{way} (`kafka-consumer-groups --reset-offsets --to-offset` on Kafka), or start the app over, "
+        "`streamflow reset APP`"
     )
 
 

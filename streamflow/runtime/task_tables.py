@@ -6,9 +6,11 @@ with the changelog offsets that cover it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +19,11 @@ import anyio.to_thread
 import msgspec
 
 from streamflow.clock import Clock
-from streamflow.errors import StateFullError
+from streamflow.errors import StateCorruptedError, StateFullError
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
+from streamflow.runtime.status import RestoreStatus
 from streamflow.state.overlay import Append, Overlay
 from streamflow.state.stage import PlainStage, SharedStage, Stage, Waiting
 from streamflow.state.store import Store, StoreBatch
@@ -29,10 +32,38 @@ from streamflow.state.values import Values
 logger = logging.getLogger("streamflow.tables")
 
 CheckHome = Callable[[str, bytes, Any], None]
+SetAside = Callable[[str, str], object]
 
 _STORE_EVERY_S = 5.0
 _STORE_FROM_ENTRIES = 50_000
-_RETRY_FULL_S = 5.0
+_MAX_UNSTORED = 400_000
+_ROOM_POLL_S = 0.25
+
+
+@dataclass(slots=True)
+class Restoring:
+    """How far a task's restore is.
+
+    Attributes:
+        since_s: Monotonic time at which it began.
+        records: Changelog records read.
+        remaining: Offsets that are still to be read.
+    """
+
+    clock: Clock
+    since_s: float
+    records: int = 0
+    remaining: int = 0
+
+    def moved(self, offsets: int, records: int) -> None:
+        """So many offsets were passed, and that many of them were records."""
+        self.remaining = max(0, self.remaining - offsets)
+        self.records += records
+
+    def status(self) -> RestoreStatus:
+        """A snapshot."""
+        per_s = self.records / max(1e-6, self.clock.monotonic() - self.since_s)
+        return RestoreStatus(self.records, self.remaining, per_s)
 
 
 def _stage(overlay: Overlay, touched: Callable[[Stage], None]) -> Stage:
@@ -51,8 +82,14 @@ class TaskTables:
         clock: Time.
         live_entries: How many values each table keeps decoded, about.
         check_home: Told table, key bytes and key of keys that are new: raises for one of another partition.
+        stale_after_ms: By table: how long the store may have been away from the changelog.
+        set_aside: Moves the closed store away; takes a word and a text that say why.
+        damaged: Told, once and from any thread, that the store cannot be used.
 
     Attributes:
+        restoring: How far the restore is.
+        damage: Why the store cannot be used any more; None while it can.
+        is_pinned: Whether the last commit says how far each changelog is committed (at least once).
         overlays: By table name.
         positions: By table name: the changelog offset that follows what is committed.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
@@ -67,7 +104,17 @@ class TaskTables:
         clock: Clock,
         live_entries: int,
         check_home: CheckHome,
+        *,
+        stale_after_ms: Mapping[str, int],
+        set_aside: SetAside,
+        damaged: Callable[[], None],
     ) -> None:
+        self.stale_after_ms = stale_after_ms
+        self.damage: StateCorruptedError | None = None
+        self.restoring = Restoring(clock, clock.monotonic())
+        self.is_pinned = False
+        self._set_aside = set_aside
+        self._damaged = damaged
         self.tables = {table.name: table for table in tables}
         self.partition = partition
         self.store = store
@@ -81,6 +128,8 @@ class TaskTables:
         self._sealed: deque[list[Overlay]] = deque()
         self._stored_at_s = clock.monotonic()
         self._storing = anyio.Lock()
+        self._closed = False
+        self._has_room = asyncio.Event()
         self.is_level = False
 
     def _overlay(self, table: Table[Any, Any], outputs: Outputs, live_entries: int, check_home: CheckHome) -> Overlay:
@@ -95,7 +144,14 @@ class TaskTables:
             live_entries=live_entries,
             ttl_ms=None if table.ttl_s is None else round(table.ttl_s * 1000),
             check_home=partial(check_home, table.name),
+            damaged=self.is_damaged,
         )
+
+    def is_damaged(self, damage: StateCorruptedError) -> None:
+        """The store cannot be used any more."""
+        if self.damage is None:
+            self.damage = damage
+            self._damaged()
 
     def changelogs(self) -> Mapping[TopicPartition, str]:
         """The changelog partitions, with the names of their tables."""
@@ -170,12 +226,32 @@ class TaskTables:
         """Stream time of the tables whose values expire."""
         return {name: each.stream_time_ms for name, each in self.overlays.items() if each.ttl_ms is not None}
 
+    def committed_times(self) -> dict[str, int]:
+        """`times` as of the last commit."""
+        return {name: each.committed_stream_time_ms for name, each in self.overlays.items() if each.ttl_ms is not None}
+
     # --- the store ---------------------------------------------------------------------------------------------
+
+    @property
+    def unstored_entries(self) -> int:
+        """How many committed values wait for the store."""
+        return sum(overlay.settled_entries for overlay in self.overlays.values())
+
+    @property
+    def is_backed_up(self) -> bool:
+        """Whether so many committed values wait for the store that no more should come."""
+        return self.unstored_entries >= _MAX_UNSTORED
+
+    async def has_room(self) -> None:
+        """Wait until the store has taken what waits for it, or a moment."""
+        self._has_room.clear()
+        with anyio.move_on_after(_ROOM_POLL_S):
+            await self._has_room.wait()
 
     @property
     def is_due(self) -> bool:
         """Whether the store should be written now."""
-        waiting = sum(overlay.settled_entries for overlay in self.overlays.values())
+        waiting = self.unstored_entries
         since_s = self._clock.monotonic() - self._stored_at_s
         return waiting >= _STORE_FROM_ENTRIES or (waiting > 0 and since_s > _STORE_EVERY_S)
 
@@ -185,10 +261,14 @@ class TaskTables:
         Args:
             even_if_level: Write the checkpoint also where nothing waits.
 
+        What damages the store, or shows that it is, is told to the task; then this only returns.
+
         Raises:
             StateFullError: No room; nothing is lost, and it may be tried again.
         """
         async with self._storing:
+            if self._closed or self.damage is not None:
+                return
             self._stored_at_s = self._clock.monotonic()
             batch = StoreBatch(
                 msgspec.structs.replace(
@@ -203,24 +283,35 @@ class TaskTables:
             try:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(self.store.write, batch)
-            except BaseException:
+            except BaseException as error:
                 for overlay in taken:
                     overlay.not_stored()
-                raise
-            for overlay in taken:
-                overlay.stored()
+                if not isinstance(error, StateCorruptedError):
+                    raise
+                self.is_damaged(error)
+            else:
+                for overlay in taken:
+                    overlay.stored()
+                self._has_room.set()
 
     async def level(self) -> None:
         """The tables are restored: note it in the store."""
         self.is_level = True
-        await self.write_store(even_if_level=True)
+        try:
+            await self.write_store(even_if_level=True)
+        except StateFullError as error:
+            logger.warning("%s; the store is written when there is room", error)
 
     async def close(self) -> None:
-        """Write what is committed and let go of the store."""
+        """Write what is committed and let go of the store; one that is damaged is set aside."""
         with anyio.CancelScope(shield=True):
             try:
                 if self.is_level:
                     await self.write_store(even_if_level=True)
             except StateFullError as error:
                 logger.warning("%s; what is missing is restored from the changelogs", error)
-            await anyio.to_thread.run_sync(self.store.close)
+            async with self._storing:
+                self._closed = True
+                await anyio.to_thread.run_sync(self.store.close)
+                if self.damage is not None:
+                    await anyio.to_thread.run_sync(self._set_aside, self.damage.reason, str(self.damage))

@@ -79,6 +79,9 @@ class TaskView(Protocol):
         """Whether it holds as much that is in no commit as it may."""
         ...
 
+    async def make_room(self) -> None:
+        """Wait until it is not full any more, or may not be."""
+
     def is_changed(self) -> bool:
         """Whether there is anything to commit."""
         ...

@@ -411,6 +411,7 @@ class Worker:
             targets=known.targets,
             failed=self._record_failed,
             fail=self._fail,
+            damaged=loops.damaged,
             ask=log.reader.ask,
             end_of=log.reader.end_offset,
             output_waits=loops.output_waits.set,

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from streamflow.errors import ProductionError
+from streamflow.errors import ProductionError, StateCorruptedError
 from streamflow.model.serde import BoundCodec
 from streamflow.state.format import pack, unpack
 from streamflow.state.keys import KeyOrder
@@ -49,6 +49,7 @@ class Overlay:
         live_entries: How many values `live` holds, about.
         ttl_ms: How long a value lives after its last write, in stream time; None for ever.
         check_home: Told the changelog's key bytes of keys that are new: raises for one of another partition.
+        damaged: Told when the store turns out to be damaged, before whoever reads learns it by the error.
 
     Attributes:
         live: See the module.
@@ -68,6 +69,7 @@ class Overlay:
         live_entries: int,
         ttl_ms: int | None = None,
         check_home: Callable[[bytes, Any], None] | None = None,
+        damaged: Callable[[StateCorruptedError], None] | None = None,
     ) -> None:
         self.name = name
         self.partition = partition
@@ -89,6 +91,7 @@ class Overlay:
         self._changelog_key: Callable[[Any], bytes | None] = key_codec.encode
         self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
         self._check_home = check_home
+        self._damaged = damaged or _nobody_is_told
 
     # --- what turns do -----------------------------------------------------------------------------------------
 
@@ -106,7 +109,7 @@ class Overlay:
             held = self.dirty.get(key, _ABSENT)
         if held is _ABSENT:
             store_key = self._encode_key(key)
-            held = self._held(self._newest(store_key))
+            held = self._held(self._newest(store_key), key)
         if len(self.live) >= self._live_entries:
             self._older, self.live = self.live, {}
         self.live[key] = held
@@ -122,13 +125,26 @@ class Overlay:
         data: Any = self._settled.get(store_key, _ABSENT)
         if data is _ABSENT:
             data = self._being_stored.get(store_key, _ABSENT)
-        return self._store_get(store_key) if data is _ABSENT else data
+        if data is not _ABSENT:
+            return data  # type: ignore[no-any-return]
+        try:
+            return self._store_get(store_key)
+        except StateCorruptedError as error:
+            self._damaged(error)
+            raise
 
-    def _held(self, data: bytes | None) -> Any:
+    def _unpack(self, data: bytes) -> tuple[bytes, int | None]:
+        try:
+            return unpack(data, table=self.name)
+        except StateCorruptedError as error:
+            self._damaged(error)
+            raise
+
+    def _held(self, data: bytes | None, key: Any) -> Any:
         if data is None:
             return MISSING
-        payload, expires_ms = unpack(data, table=self.name)
-        held = self.values.from_payload(payload)
+        payload, expires_ms = self._unpack(data)
+        held = self.values.from_payload(payload, key)
         return held if self.ttl_ms is None else (expires_ms, held)
 
     def store_key_of(self, changelog_key: bytes) -> bytes:
@@ -137,7 +153,21 @@ class Overlay:
 
     def take_back(self, store_key: bytes) -> None:
         """Write the committed value of a key once more, over what the changelog has of it."""
-        self.dirty[self.keys.decode(store_key)] = self._held(self._newest_committed(store_key))
+        self.write_again(store_key, self._newest_committed(store_key))
+
+    def write_again(self, store_key: bytes, data: bytes | None) -> None:
+        """Write a key without a turn.
+
+        Args:
+            store_key: As the store has it.
+            data: Its value as the store has it; None deletes.
+        """
+        key = self.keys.decode(store_key)
+        self.dirty[key] = self._held(data, key)
+
+    def is_committed(self, store_key: bytes) -> bool:
+        """Whether a key has a committed value."""
+        return self._newest_committed(store_key) is not None
 
     def advance(self, timestamp_ms: int) -> None:
         """Move stream time."""
@@ -201,10 +231,14 @@ class Overlay:
         return self._payloads(pairs, now_ms)
 
     def _payloads(self, pairs: Iterator[tuple[bytes, bytes]], now_ms: int) -> Iterator[tuple[bytes, bytes]]:
-        for key, data in pairs:
-            payload, expires_ms = unpack(data, table=self.name)
-            if expires_ms is None or expires_ms > now_ms:
-                yield key, payload
+        try:
+            for key, data in pairs:
+                payload, expires_ms = unpack(data, table=self.name)
+                if expires_ms is None or expires_ms > now_ms:
+                    yield key, payload
+        except StateCorruptedError as error:
+            self._damaged(error)
+            raise
 
     def _as_layer(self, held: Mapping[Any, Any]) -> Layer:
         return {self._encode_key(key): self._stored(value) for key, value in held.items()}
@@ -224,7 +258,7 @@ class Overlay:
 
     def committed(self, key: Any) -> Any:
         """What is held of a key's committed value; `MISSING` where there is none."""
-        held = self._held(self._newest_committed(self._encode_key(key)))
+        held = self._held(self._newest_committed(self._encode_key(key)), key)
         if self.ttl_ms is None or held is MISSING:
             return held
         expires_ms, value = held
@@ -307,3 +341,7 @@ class Overlay:
         """What `take_settled` gave is not in the store: it waits again."""
         self._settled = {**self._being_stored, **self._settled}
         self._being_stored = {}
+
+
+def _nobody_is_told(_: StateCorruptedError) -> None:
+    """The error says it all to who reads."""

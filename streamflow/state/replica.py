@@ -63,7 +63,7 @@ class Replica:
         held = self._cache.get(store_key, _ABSENT)
         if held is _ABSENT:
             held = self._load(store_key)
-        return held if self._are_objects or held is MISSING else self._readable(held)
+        return held if self._are_objects or held is MISSING else self._readable(held, store_key)
 
     def __contains__(self, key: Any) -> bool:
         return self.get(key) is not MISSING
@@ -75,7 +75,7 @@ class Replica:
             data = self._store_get(store_key)
             held = MISSING if data is None else unpack(data, table=self.name)[0]
             if self._are_objects and held is not MISSING:
-                held = self._readable(held)
+                held = self._readable(held, store_key)
         if len(self._cache) >= self._cached_values:
             self._older, self._cache = self._cache, {}
         self._cache[store_key] = held
@@ -84,10 +84,10 @@ class Replica:
             self._older.pop(store_key, None)
         return held
 
-    def _readable(self, payload: bytes) -> Any:
+    def _readable(self, payload: bytes, store_key: bytes) -> Any:
         """A stored value decoded; one that today's type does not read counts as passed over, like a record."""
         try:
-            return self._values.decode_payload(payload)
+            return self._values.decoded(payload, self._decode_key(store_key))
         except StateError as error:
             if not self._told:
                 self._told = True
@@ -106,7 +106,7 @@ class Replica:
 
     def _decoded(self, pairs: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[Any, Any]]:
         for store_key, data in pairs:
-            value = self._readable(unpack(data, table=self.name)[0])
+            value = self._readable(unpack(data, table=self.name)[0], store_key)
             if value is not MISSING:
                 yield self._decode_key(store_key), value
 

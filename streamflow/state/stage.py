@@ -85,7 +85,7 @@ class Stage:
             return known[0]
         if held is MISSING:
             return self._changed_default(key)
-        value = self.overlay.values.value(held)
+        value = self.overlay.values.value(held, key)
         self._touch()
         self._copies[key] = value, held
         return value
@@ -148,7 +148,7 @@ class Stage:
         for store_key, payload in overlay.entries(start, stop, reverse=reverse, writes=self._visible_writes()):
             key = decode_key(store_key)
             if values.are_objects:
-                yield key, values.from_payload(payload)
+                yield key, values.from_payload(payload, key)
             else:
                 yield key, self._copy(key, payload)
 

@@ -36,7 +36,7 @@ class Values:
         sure_type: Values of exactly this type are held as they are, unchecked.
     """
 
-    __slots__ = ("_codec", "_encode", "_max_bytes", "_table", "are_objects", "decode_payload", "sure_type")
+    __slots__ = ("_codec", "_encode", "_max_bytes", "_table", "are_objects", "sure_type")
 
     def __init__(self, table: str, codec: BoundCodec[Any], max_bytes: int = 1_000_000) -> None:
         self._table = table
@@ -46,7 +46,6 @@ class Values:
         exact = codec.exact_type if self.are_objects else None
         self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
         self._encode: Callable[[Any], bytes | None] = codec.fast_encode if self.sure_type is not None else codec.encode  # type: ignore[assignment]
-        self.decode_payload: Callable[[bytes], Any] = self._decode
 
     def held(self, value: Any) -> Any:
         """What is held of a value that is written.
@@ -58,7 +57,7 @@ class Values:
         if not self.are_objects:
             return data
         exact = self._codec.exact_type
-        return value if exact is None or type(value) is exact else self._decode(data)
+        return value if exact is None or type(value) is exact else self._codec.decode(data, ())
 
     def encoded(self, value: Any) -> bytes:
         """A value as the changelog has it.
@@ -83,20 +82,29 @@ class Values:
         """What is held, as the changelog has it."""
         return cast(bytes, self._encode(held) if self.are_objects else held)
 
-    def value(self, held: Any) -> Any:
-        """What user code gets of what is held: a copy of its own where it could be changed."""
-        return held if self.are_objects else self._decode(held)
+    def value(self, held: Any, key: Any) -> Any:
+        """What user code gets of what is held: a copy of its own where it could be changed.
 
-    def from_payload(self, data: bytes) -> Any:
-        """What is held of a value as the changelog has it."""
-        return self._decode(data) if self.are_objects else data
+        Args:
+            held: What is held.
+            key: Its key, for errors.
 
-    def _decode(self, data: bytes) -> Any:
+        Raises:
+            StateError: It was written under another type.
+        """
+        return held if self.are_objects else self.decoded(held, key)
+
+    def from_payload(self, data: bytes, key: Any) -> Any:
+        """What is held of a value as the changelog has it; arguments and errors as `value`."""
+        return self.decoded(data, key) if self.are_objects else data
+
+    def decoded(self, data: bytes, key: Any) -> Any:
+        """A value as the changelog has it; arguments and errors as `value`."""
         try:
             return self._codec.decode(data, ())
         except Exception as exc:
             raise StateError(
-                f"table {self._table!r}: a stored value does not decode as its type of today: {exc}. Give the type "
-                "back what old values need (defaults for new fields), or migrate them with app.visit(...) under the "
-                "old type first"
+                f"table {self._table!r}: the stored value of the key {key!r} does not decode as its type of today: "
+                f"{exc}. Give the type back what old values need (defaults for new fields), or migrate them with "
+                "app.visit(...) under the old type first"
             ) from exc

@@ -117,9 +117,13 @@ def _badge(views: Sequence[View]) -> str:
         return f'<span class="badge bad" title="{escape("; ".join(stuck))}">no progress</span>'
     waiting = [view.not_ready for view in views if view.not_ready]
     if waiting:
-        state = views[0].status.state if len(views) == 1 and views[0].status else "not ready"
+        state = _state(views[0].status) if len(views) == 1 and views[0].status else "not ready"
         return f'<span class="badge busy" title="{escape("; ".join(waiting))}">{escape(state)}</span>'
     return '<span class="badge good">running</span>'
+
+
+def _state(status: WorkerStatus) -> str:
+    return "restoring" if any(task.restoring is not None for task in status.tasks) else status.state
 
 
 def _facts(overview: Overview, views: Sequence[View]) -> str:
@@ -213,4 +217,5 @@ def _count(number: int | None) -> str:
 
 def _task(task: TaskStatus) -> str:
     stuck = f", {task.oldest_in_flight_s:.0f} s on one record" if task.oldest_in_flight_s >= 1 else ""
-    return f"{task.task} ({task.state}{stuck})"
+    restoring = f", {task.restoring.remaining:,} changelog records to go" if task.restoring is not None else ""
+    return f"{task.task} ({task.state}{restoring}{stuck})"

@@ -53,7 +53,7 @@ class ProcessView:
         """Why it is not ready; empty when it is."""
         if self.status is None:
             return f"{self.name}: {self.reason}"
-        return "" if self.status.ready else f"{self.name} is {self.status.state}"
+        return "" if self.status.ready else f"{self.name} is {self.status.busy}"
 
 
 class Source(Protocol):

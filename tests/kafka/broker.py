@@ -72,6 +72,7 @@ DEFAULTS = {
     "num.io.threads": "4",
     "background.threads": "2",
     "log.cleaner.threads": "1",
+    "log.cleaner.backoff.ms": "200",
     "log.cleaner.dedupe.buffer.size": "2097152",
     "log.index.size.max.bytes": "1048576",
     "controlled.shutdown.enable": "true",
