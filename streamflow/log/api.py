@@ -209,6 +209,12 @@ class TransactionalProducer(ABC):
         cancellation is raised by the next await; that is bounded, on Kafka by a few times `transaction_timeout_ms`.
         """
 
+    def abandon(self) -> None:  # noqa: B027 - where a commit is decided in this process, there is nothing to abandon
+        """Wait no longer for a log that does not answer: the commit under way raises `IndeterminateCommitError` soon.
+
+        For a process that has to end.
+        """
+
 
 # --- groups ------------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,9 @@ class AtLeastOnce(Commits):
         self._newest: dict[TopicPartition, tuple[asyncio.Future[int], int]] = {}
         self._failed: BaseException | None = None
 
+    def abandon(self) -> None:
+        """There is nothing to abandon: to stop waiting is to leave the offsets where they are."""
+
     async def idle(self, task: TaskView) -> None:
         """Send what the batch that ended has left; while the group is silent, the next commit does."""
         if task.outputs.waiting and not self._group_is_silent():
@@ -173,6 +176,9 @@ class AtLeastOnce(Commits):
             try:
                 if membership is None:
                     raise TaskMigratedError("not a member of the group at present")
+                await self._keep_owned_tables(taken, membership.generation)
+                if any(task.lost for task, _ in taken):
+                    continue
                 await self._group().commit(offsets, membership)
             except (TaskMigratedError, RetriableError) as error:
                 delay_s = await self._back_off(error, delay_s)
@@ -180,6 +186,13 @@ class AtLeastOnce(Commits):
                 self._succeeded(started_s, offsets)
                 return [task for task, _ in taken]
         return []
+
+    async def _keep_owned_tables(
+        self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]], generation: int
+    ) -> None:
+        """See `_keep_owned`; tasks without tables have no commit ids here."""
+        sealed = [Sealed(task, marks, [], False, {}, []) for task, marks in taken if task.tables is not None]
+        await self._keep_owned(sealed, generation)
 
     def _owned(
         self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]

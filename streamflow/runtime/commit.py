@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 
 from streamflow.clock import Clock
 from streamflow.log.api import Group, OffsetMark
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.task_view import Sealed, TaskView
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.commits")
@@ -38,7 +40,7 @@ class Commits:
         wanted: Set when a commit is wanted before the interval is over.
         last_commit_s: Monotonic time of the last commit; None before the first.
         trying_since_s: Since when a commit is being tried; None while none is.
-        generation: Of the last assignment the task manager has acted on.
+        overtaken: Told of a task that another worker has had in between: it is to be opened anew.
     """
 
     def __init__(self, group: Callable[[], Group], sensors: Sensors, clock: Clock) -> None:
@@ -49,7 +51,7 @@ class Commits:
         self.wanted = asyncio.Event()
         self.last_commit_s: float | None = None
         self.trying_since_s: float | None = None
-        self.generation = -1
+        self.overtaken: Callable[[TaskView], None] = _nobody_is_told
 
     def _sent(self, batches: Iterable[tuple[TopicPartition, SealedBatch]]) -> None:
         for tp, batch in batches:
@@ -64,6 +66,29 @@ class Commits:
         """Commit soon: somebody waits for an answer."""
         self.wanted.set()
 
+    async def _keep_owned(self, sealed: Sequence[Sealed], generation: int) -> None:
+        """Make sure, once per generation, that nobody else has committed for these tasks meanwhile.
+
+        A partition may leave and come back while this member hears of neither; what it goes on with then stands on old
+        positions. The commit id in the log tells: it has to be the task's own last one, or that of a commit whose
+        answer was lost. Tasks it does not fit are marked lost, and told.
+        """
+        tasks = {each.task.anchor: each.task for each in sealed if each.task.checked_generation != generation}
+        if not tasks:
+            return
+        marks = await self._group().committed(list(tasks))
+        for tp, task in tasks.items():
+            commit_id = CommitMark.of(marks[tp]).id
+            if commit_id in (task.commit_id, task.commit_id_under_way) or task.lost:
+                task.checked_generation = generation
+            else:
+                logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", task.name)
+                self._is_overtaken(task)
+
+    def _is_overtaken(self, task: TaskView) -> None:
+        task.lost = True
+        self.overtaken(task)
+
     async def _back_off(self, error: Exception, delay_s: float) -> float:
         """Wait before the next try; returns how long to wait before the one after it."""
         self._sensors.commit_failed(type(error).__name__)
@@ -71,3 +96,7 @@ class Commits:
             logger.warning("commit: %s; trying again until it succeeds", error)
         await self._clock.sleep(delay_s)
         return min(delay_s * 2, _MAX_RETRY_S)
+
+
+def _nobody_is_told(_: TaskView) -> None:
+    """The task manager has not come yet."""

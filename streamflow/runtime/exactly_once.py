@@ -37,7 +37,7 @@ from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.commits")
 
-_CHANGE_PATIENCE_S = 2.0
+_CHANGE_PATIENCE_S = 10.0
 _CHANGE_POLL_S = 0.02
 
 T = TypeVar("T")
@@ -91,6 +91,11 @@ class ExactlyOnce(Commits):
     async def __aexit__(self, *exc_info: Any) -> None:
         await self._opened.aclose()
 
+    def abandon(self) -> None:
+        """Wait no longer for the log's answer: the process has to end. The next one with this id learns the outcome."""
+        if self._producer is not None:
+            self._producer.abandon()
+
     async def idle(self, task: TaskView) -> None:
         """Nothing leaves before its commit."""
 
@@ -125,12 +130,10 @@ class ExactlyOnce(Commits):
             self._committed.set()
 
     async def _commit_first(self) -> None:
-        """Commit what is first in line.
-
-        The generation is that of the last assignment the task manager has acted on, not the group's newest: partitions
-        that were lost and came back in between are then refused, as what was sealed stands on their old positions.
-        """
+        """Commit what is first in line, under the membership of now."""
         taken = self._taken[0]
+        membership = self._membership()
+        await self._keep_owned(taken.sealed, membership.generation)
         taken.sealed = [each for each in taken.sealed if not each.task.lost]
         if taken.sealed:
             started_s = perf_counter()
@@ -138,7 +141,7 @@ class ExactlyOnce(Commits):
             outputs = [batch for each in taken.sealed for batch in each.batches]
             for each in taken.sealed:
                 each.task.commit_id_under_way = taken.id
-            ends = await self._store(AtomicCommit(outputs, offsets, self._membership()))
+            ends = await self._store(AtomicCommit(outputs, offsets, membership))
             self._is_committed(taken, offsets, ends, started_s)
         self._taken.popleft()
 
@@ -161,7 +164,7 @@ class ExactlyOnce(Commits):
         current = self._group().membership
         if current is None:
             raise TaskMigratedError("not a member of the group at present")
-        return Membership(current.group_id, current.member_id, min(self.generation, current.generation))
+        return current
 
     def _is_committed(
         self, taken: _Taken, offsets: Offsets, ends: Mapping[TopicPartition, int], started_s: float
@@ -178,24 +181,25 @@ class ExactlyOnce(Commits):
 
         A rebalance under way ends with a new generation (the commit is sent again under it) or with the loss of tasks
         (the commit is sent without them). Where neither comes, each task is tried alone; one that is refused alone
-        commits nothing any more.
+        starts anew.
         """
         self._sensors.commit_failed(type(error).__name__)
-        if await self._has_group_changed(self.generation):
+        if await self._has_group_changed():
             return
         taken = self._taken.popleft()
         if len(taken.sealed) > 1:
             self._taken.extendleft(_Taken(taken.id, [each]) for each in reversed(taken.sealed))
             return
         for each in taken.sealed:
-            each.task.lost = True
             logger.warning("task %s has gone to another worker; what it had is dropped: %s", each.task.name, error)
+            self._is_overtaken(each.task)
 
-    async def _has_group_changed(self, generation: int) -> bool:
-        sealed = self._taken[0].sealed
+    async def _has_group_changed(self) -> bool:
+        sealed, before = self._taken[0].sealed, self._group().membership
         with anyio.move_on_after(self.patience_s):
             while True:
-                if self.generation != generation or any(each.task.lost for each in sealed):
+                now = self._group().membership
+                if (now is not None and now != before) or any(each.task.lost for each in sealed):
                     return True
                 await anyio.sleep(_CHANGE_POLL_S)
         return False

@@ -17,7 +17,7 @@ from streamflow.log.api import GroupEvent
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task import Task
-from streamflow.runtime.task_manager import TaskManager
+from streamflow.runtime.task_manager import Overtaken, TaskManager
 from streamflow.sensors import Sensors
 
 logger = logging.getLogger("streamflow.worker")
@@ -109,7 +109,7 @@ class Loops:
         Acting takes time (records in hand, hooks, commits), and a partition that was lost and came back meanwhile must
         not be committed for by the task it was lost from.
         """
-        waiting: deque[GroupEvent] = deque()
+        waiting: deque[GroupEvent | Overtaken] = deque()
         arrived = asyncio.Event()
 
         async def act() -> None:
@@ -119,13 +119,16 @@ class Loops:
                 arrived.clear()
                 await arrived.wait()
 
+        def happened(event: GroupEvent | Overtaken) -> None:
+            manager.foresee(event)
+            waiting.append(event)
+            arrived.set()
+
+        self._delivery.overtaken = lambda task: happened(Overtaken(task))
         async with anyio.create_task_group() as group:
             group.start_soon(act)
             while True:
-                event = await self._group.next_event()
-                manager.foresee(event)
-                waiting.append(event)
-                arrived.set()
+                happened(await self._group.next_event())
 
     async def _watch(self, manager: TaskManager) -> None:
         """Measure stalls of the event loop, and report progress unless a record is stuck."""

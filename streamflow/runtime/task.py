@@ -186,6 +186,8 @@ class Task:
         # What the offset of the anchor says in the log: the last commit's id, and what one under way would write.
         self.commit_id = ""
         self.commit_id_under_way = ""
+        # The generation in which that was last looked up.
+        self.checked_generation = -1
         self.tables: TaskTables | None = None
         self.changes: deque[TableChange] = deque()
         self._made: list[TableChange] = []

@@ -39,6 +39,7 @@ from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task import PATIENCE_S, Surroundings, Task
+from streamflow.runtime.task_view import TaskView
 from streamflow.sensors import Sensors
 from streamflow.state.overlay import Overlay
 from streamflow.state.stage import Stage
@@ -119,13 +120,13 @@ class TaskManager:
 
     # --- events ------------------------------------------------------------------------------------------------
 
-    def foresee(self, event: GroupEvent) -> None:
+    def foresee(self, event: GroupEvent | Overtaken) -> None:
         """Note what an event means for commits that may be made before it is acted on."""
         if isinstance(event, Lost):
             for task in self._tasks_of(event.partitions):
                 task.lost = True
 
-    async def handle(self, event: GroupEvent) -> None:
+    async def handle(self, event: GroupEvent | Overtaken) -> None:
         """Act on one event of the group; events are handled one after the other."""
         async with self._acting:
             self.changing = True
@@ -134,8 +135,10 @@ class TaskManager:
                     await self._assigned(event)
                 elif isinstance(event, Revoked):
                     await self._revoked(event.partitions)
-                else:
+                elif isinstance(event, Lost):
                     await self._lost(event)
+                else:
+                    await self._open_anew(event.task)
             finally:
                 self.changing = False
 
@@ -151,13 +154,13 @@ class TaskManager:
             logger.error("task %s: %s; its local state is rebuilt from the log", task.name, task.tables.damage)
             await self._delivery.commit([])  # one that is under way may hold the task's
             await self._close([task], frozenset())
-            if self._finishing:
-                return
-            try:
-                self._check_rebuilds(key, task)
-                await self._open(key, await self._starts(list(task.committed)))
-            except StreamFlowError as error:
-                self._shared.fail(error)
+            if not self._finishing:
+                try:
+                    self._check_rebuilds(key, task)
+                except FatalError as error:
+                    self._shared.fail(error)
+                else:
+                    await self._open_all({key: await self._starts(list(task.committed))})
 
     def _check_rebuilds(self, key: tuple[str, int], task: Task) -> None:
         now_s = self._clock.monotonic()
@@ -182,10 +185,6 @@ class TaskManager:
         for key, tps in complete.items():
             if (grown := self.tasks.get(key)) is not None:
                 tps |= await self._let_go(grown)
-        for key, task in (await self._overtaken()).items():
-            task.lost = True
-            complete[key] = set(task.committed)
-            await self._close([task], frozenset())
         starts = await self._starts([tp for tps in complete.values() for tp in tps])
         if partitions:
             logger.info("assigned: %s", _named(partitions))
@@ -193,33 +192,27 @@ class TaskManager:
             await self._call_hooks("on_assigned", self._app.assigned_hooks, partitions)
         if self._finishing:
             return  # a task that began now would have nobody to commit it
-        self._delivery.generation = event.generation
-        for key, tps in complete.items():
+        await self._open_all({key: {tp: starts[tp] for tp in tps} for key, tps in complete.items()})
+        self.assigned_once.set()
+
+    async def _open_anew(self, task: TaskView) -> None:
+        """Open a task again that another worker has had meanwhile, where it still belongs to this one."""
+        own = next(((key, each) for key, each in self.tasks.items() if each is task), None)
+        if own is None:
+            return
+        key, held = own
+        await self._close([held], frozenset())
+        partitions = frozenset(held.committed)
+        if partitions <= self._group.assignment and not self._finishing:
+            await self._open_all({key: await self._starts(list(partitions))})
+
+    async def _open_all(self, starts: Mapping[tuple[str, int], Mapping[TopicPartition, _Start]]) -> None:
+        for key, of_task in starts.items():
             try:
-                await self._open(key, {tp: starts[tp] for tp in tps})
+                await self._open(key, of_task)
             except StreamFlowError as error:
                 self._shared.fail(error)
                 return
-        self.assigned_once.set()
-
-    async def _overtaken(self) -> dict[tuple[str, int], Task]:
-        """The tasks that another worker has had since they were committed last, though they are held here.
-
-        A partition may leave and come back while this member hears of neither: then what it goes on with stands on old
-        positions. The commit id in the log tells.
-        """
-        kept = {task.anchor: (key, task) for key, task in self.tasks.items() if task.commit_id and not task.lost}
-        if not kept:
-            return {}
-        known = {tp: {task.commit_id, task.commit_id_under_way} for tp, (_, task) in kept.items()}
-        marks = await self._committed(list(kept))
-        found: dict[tuple[str, int], Task] = {}
-        for tp, (key, task) in kept.items():
-            commit_id = CommitMark.of(marks[tp]).id
-            if commit_id not in known[tp] | {task.commit_id, task.commit_id_under_way} and not task.lost:
-                logger.warning("task %s was committed for by another worker meanwhile: it starts anew", task.name)
-                found[key] = task
-        return found
 
     def _is_complete(self, key: tuple[str, int], tps: set[TopicPartition]) -> bool:
         sub = self._by_topic[next(iter(tps)).topic]
@@ -464,6 +457,17 @@ class TaskManager:
                         "Let `asyncio.CancelledError` pass: catch Exception, not BaseException, and raise it again"
                     )
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class Overtaken:
+    """Another worker has committed for a task that is held here.
+
+    Attributes:
+        task: The task.
+    """
+
+    task: TaskView
 
 
 @dataclass(frozen=True, slots=True)

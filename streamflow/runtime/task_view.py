@@ -53,6 +53,7 @@ class TaskView(Protocol):
     anchor: TopicPartition
     commit_id: str
     commit_id_under_way: str
+    checked_generation: int
     tables: TaskTables | None
     failed: Callable[[Processor, RecordError, list[Staged]], None]
 

@@ -69,6 +69,7 @@ from streamflow.state.store import Stores
 logger = logging.getLogger("streamflow.worker")
 
 _FINAL_COMMIT_S = 3.0
+_ABANDONING_S = 0.1
 _CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
 _LAST_LOOK_S = 1.0
@@ -448,8 +449,10 @@ class Worker:
             await manager.finish_records()
         if finishing.cancelled_caught:
             logger.warning("records in hand were not done within %g s; they are processed again", finish_s)
-        with anyio.move_on_after(_FINAL_COMMIT_S) as committing:
+        deadline = asyncio.get_running_loop().call_later(_FINAL_COMMIT_S, delivery.abandon)
+        with anyio.move_on_after(_FINAL_COMMIT_S + _ABANDONING_S) as committing:
             await delivery.commit(manager.running())
+        deadline.cancel()
         if committing.cancelled_caught:
             logger.warning("the log did not answer the last commit; what it held is processed again")
             self._log_is_away = True

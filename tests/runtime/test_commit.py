@@ -65,6 +65,7 @@ class FakeTask:
         self.outputs = FakeOutputs()
         self.anchor = tp
         self.commit_id = self.commit_id_under_way = ""
+        self.checked_generation = -1
         self.tables = None
 
     def seal(self) -> Sealed:
@@ -144,10 +145,14 @@ class Fixture:
         else:
             producer = cast(Producer, self.producer)
             self.delivery = AtLeastOnce(producer, group, Sensors(), self.clock, SESSION_S)
-        self.delivery.generation = 7
+        self.overtaken: list[Any] = []
+        self.delivery.overtaken = self.overtaken.append
         self.a, self.b = FakeTask(A), FakeTask(B)
         self.a.work(5)
         self.b.work(3)
+
+    def mark_of(self, task: FakeTask) -> str:
+        return CommitMark(task.commit_id).metadata()
 
     @asynccontextmanager
     async def _open(self) -> AsyncGenerator[TransactionalProducer]:
@@ -177,11 +182,21 @@ async def test_one_commit_over_all_tasks() -> None:
     assert at.delivery.trying_since_s is None
 
 
-async def test_the_generation_is_the_one_the_tasks_were_opened_under() -> None:
+async def test_a_task_that_another_worker_has_committed_for_meanwhile_starts_anew() -> None:
     at = Fixture(ExactlyOnce)
-    at.group.membership = Membership("g", "me", 9)  # the group is ahead of the task manager
     await at.commit()
-    assert at.producer.stored[0][2] == 7
+    at.group.marks = {A: OffsetMark(9, CommitMark("theirs").metadata()), B: OffsetMark(3, at.mark_of(at.b))}
+    at.a.work(6)
+    at.b.work(4)
+    await at.commit()  # no rebalance: nobody can have had them
+    at.group.marks[B] = OffsetMark(4, at.mark_of(at.b))
+    at.group.membership = Membership("g", "me", 9)
+    at.a.work(7)
+    at.b.work(5)
+    await at.commit()
+    assert [stored[1:] for stored in at.producer.stored[1:]] == [({A: 6, B: 4}, 7), ({B: 5}, 9)]
+    assert at.a.lost
+    assert at.overtaken == [at.a]
 
 
 async def test_a_task_that_has_moved_away_is_dropped_and_the_others_are_committed() -> None:
@@ -263,9 +278,8 @@ async def test_a_rebalance_that_ends_meanwhile_sends_the_commit_again_under_the_
     at.delivery.patience_s = 5.0  # type: ignore[union-attr]
 
     def refuse_old(commit: AtomicCommit) -> None:
-        if at.delivery.generation == 7:
-            at.group.membership = Membership("g", "me", 8)
-            asyncio.get_running_loop().call_later(0.05, setattr, at.delivery, "generation", 8)
+        if commit.membership is not None and commit.membership.generation == 7:
+            asyncio.get_running_loop().call_later(0.05, setattr, at.group, "membership", Membership("g", "me", 8))
             raise TaskMigratedError("generation 7 is over")
 
     at.producer.decide = refuse_old

@@ -1,6 +1,7 @@
 """The worker's loops against a group that speaks while the manager is still busy."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
@@ -47,7 +48,7 @@ async def test_what_is_lost_is_known_while_an_earlier_event_is_acted_on() -> Non
     manager = BusyManager()
     group = cast(Group, SpeakingGroup(list(events)))
     nothing: Any = None
-    loops = Loops(Settings(), VirtualClock(), Sensors(), OpenLog(group, nothing, nothing, nothing))
+    loops = Loops(Settings(), VirtualClock(), Sensors(), OpenLog(group, nothing, nothing, cast(Any, SimpleNamespace())))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(loops._follow_group, manager)
         for _ in range(10):

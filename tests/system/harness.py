@@ -220,6 +220,7 @@ class System:
         self.app_id = f"app-{uuid4().hex[:8]}"
         self.is_kafka = broker.startswith("kafka://")
         self.workers: list[Worker] = []
+        self._counted: dict[TopicPartition, tuple[int, int]] = {}
         self._stack = contextlib.AsyncExitStack()
         self._log: Log | None = None
         self._environment = {
@@ -330,11 +331,23 @@ class System:
         return [row for rows in (await self.read(name)).values() for row in rows]
 
     async def count(self, name: str) -> int:
-        """How many records a topic has (of those that readers may see)."""
+        """How many records a topic has (of those that readers may see); markers of transactions are none."""
         log = await self.log()
         partitions = await self.partitions(name)
-        starts, ends = await log.admin.start_offsets(partitions), await log.admin.end_offsets(partitions)
-        return sum(ends[tp] - starts[tp] for tp in partitions)
+        ends = await log.admin.end_offsets(partitions)
+        starts = await log.admin.start_offsets(partitions)
+        async with log.reader("count") as reader:
+            for tp in partitions:
+                position, count = self._counted.get(tp, (starts[tp], 0))
+                reader.add(tp, position)
+                while position < ends[tp]:
+                    reader.ask(tp)
+                    (fetched,) = await reader.receive()
+                    count += sum(1 for batch in fetched.batches for _ in batch.open())
+                    position = fetched.next_offset
+                reader.remove(tp)
+                self._counted[tp] = position, count
+        return sum(self._counted[tp][1] for tp in partitions)
 
     async def has(self, name: str, count: int, *, within_s: float = DEADLINE_S) -> None:
         """Wait until a topic has at least so many records."""

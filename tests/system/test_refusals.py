@@ -51,14 +51,6 @@ async def test_a_missing_topic_that_may_not_be_created_is_refused(system: System
     assert await system.partitions("there") == []
 
 
-@pytest.mark.kafka
-async def test_exactly_once_on_kafka_is_refused(kafka: System) -> None:
-    kafka.write_app(processing_guarantee="exactly_once")
-    worker = kafka.start()
-    assert await worker.ends() == 2
-    assert "exactly_once" in worker.said
-
-
 async def test_unknown_names(sqlite: System) -> None:
     sqlite.write_app()
     refused = sqlite.start("--comit-interval-ms", "5")

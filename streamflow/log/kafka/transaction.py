@@ -107,7 +107,16 @@ class KafkaTransactionalProducer(TransactionalProducer):
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([task])
                 cancel_again()
+            if task.cancelled() and self._of_no_use is not None:
+                raise self._of_no_use
             return task.result()
+
+    def abandon(self) -> None:
+        if (task := self._committing) is not None:
+            self._of_no_use = IndeterminateCommitError(
+                f"transactional id {self._id!r}: the commit was abandoned before the brokers answered"
+            )
+            task.cancel()
 
     def _raise_if_of_no_use(self) -> None:
         if isinstance(self._of_no_use, ProducerFencedError):
