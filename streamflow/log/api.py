@@ -125,7 +125,8 @@ class Membership:
     Attributes:
         group_id: Consumer group.
         member_id: Never empty.
-        generation: >= 0; a negative one is refused by every implementation (Kafka would take it unfenced).
+        generation: One in which the partitions were owned, and since which they were kept: through later rounds it
+            stays good for them. >= 0; a negative one is refused by every implementation (Kafka would take it unfenced).
     """
 
     group_id: str
@@ -193,10 +194,8 @@ class TransactionalProducer(ABC):
             Per output partition the offset after its last record (markers come after it).
 
         Raises:
-            TaskMigratedError: The membership is not the group's any more, a rebalance is under way, or it lost a
-                partition. Nothing was stored: await the assignment, then repeat what is still owned under the current
-                membership.
-            RetriableError: Nothing was stored; the same commit may be repeated.
+            TaskMigratedError: The membership is not in the group any more, or it lost a partition. Nothing was stored.
+            RetriableError: Nothing was stored; the same commit may be repeated (so while a rebalance is under way).
             ProductionError: The log refuses a batch for good (too large, invalid); the message names topic and
                 partition. Nothing was stored.
             AuthorizationError: This user may not write a topic or commit for the group. Nothing was stored.

@@ -14,6 +14,7 @@ from streamflow.errors import (
     OffsetOutOfRangeError,
     ProducerFencedError,
     ProductionError,
+    RetriableError,
     TaskMigratedError,
     UnknownTopicError,
 )
@@ -574,6 +575,50 @@ async def test_a_commit_after_the_partition_went_elsewhere_stores_nothing(open_l
             await producer.commit(commits.commit(0, second.membership))
         assert await commits.read(log) == [[b"0"]] * 2
         assert await commits.committed(log) == 1
+
+
+async def test_commits_of_what_stays_go_on_under_their_generation_through_rebalances(open_log, name):
+    """Nobody is told of what stays, so a generation stays good for it; what came back in between needs a newer one."""
+    topic, out = name("two"), TopicPartition(name("out"), 0)
+    async with open_log() as log:
+        await log.admin.create([NewTopic(topic, 2), NewTopic(out.topic, 1)])
+        join = lambda: log.group(name("g"), frozenset({topic}), spread, SETTINGS)  # noqa: E731
+        async with log.transactional_producer(name("x")) as producer, join() as group, Watched(group) as member:
+            await until(lambda: len(member.owned) == 2)
+            first, stored = group.membership, 0
+
+            async def commit(tp, *, plain):
+                marks = {tp: OffsetMark(stored + 1)}
+                while True:
+                    try:
+                        if plain:
+                            await group.commit(marks, first)
+                        else:
+                            await producer.commit(AtomicCommit([(out, batch(b"%d" % stored))], marks, first))
+                        return
+                    except RetriableError:
+                        await asyncio.sleep(0.01)
+
+            for _ in range(2):
+                async with join() as other, Watched(other) as second:
+                    joining = asyncio.create_task(until(lambda second=second: second.owned))
+                    while not joining.done():
+                        await commit(min(member.owned), plain=stored % 2)
+                        stored += 1
+                    await joining
+                    (kept,) = member.owned
+                    (moved,) = second.owned
+                await until(lambda: len(member.owned) == 2)
+                await commit(kept, plain=False)
+                stored += 1
+                for attempt in (
+                    group.commit({moved: OffsetMark(1)}, first),
+                    producer.commit(AtomicCommit([], {moved: OffsetMark(1)}, first)),
+                ):
+                    with pytest.raises(TaskMigratedError):
+                        await attempt
+            assert group.membership.generation > first.generation + 2
+            assert (await group.committed([kept]))[kept] == OffsetMark(stored)
 
 
 async def test_a_later_producer_of_the_same_id_fences_the_earlier_one(open_log, name):

@@ -77,10 +77,10 @@ class KafkaGroup(Group):
         self._membership = None
         self._owned_since.clear()
 
-    @property
-    def group_id(self) -> str:
-        """The group's id."""
-        return self._group_id
+    def is_of(self, membership: Membership) -> bool:
+        """Whether this member is the one that a membership names."""
+        now = self._membership
+        return now is not None and (now.group_id, now.member_id) == (membership.group_id, membership.member_id)
 
     # --- contract ------------------------------------------------------------------------------------------------
 
@@ -146,13 +146,13 @@ class KafkaGroup(Group):
         return found
 
     async def commit(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
-        self.check_owned(offsets, membership)
+        sent = self.current(offsets, membership)
         fields = by_topic((tp, (mark.offset, -1, mark.metadata)) for tp, mark in offsets.items())
-        call = wire.OFFSET_COMMIT(self._group_id, membership.generation, membership.member_id, None, fields)
+        call = wire.OFFSET_COMMIT(self._group_id, sent.generation, sent.member_id, None, fields)
         response = await self._ask(call)
         told = {code for _topic, parts in response.topics for _partition, code in parts} - {codes.NONE}
         if told & codes.MEMBERSHIP_REFUSED:
-            raise await self._why_refused(told, offsets, membership)
+            raise await self.why_refused(told, offsets, membership, sent)
         if told & codes.COORDINATOR_MOVED:
             self._coordinator = None
         if told:
@@ -162,11 +162,11 @@ class KafkaGroup(Group):
                 error = RetriableError(str(error))
             raise error
 
-    def check_owned(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
-        """The broker does not look at partitions: so this is ours to do.
+    def current(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> Membership:
+        """The membership under which the broker takes offsets that were owned under this one and are still.
 
         Raises:
-            TaskMigratedError: This member does not own one of them under that membership.
+            TaskMigratedError: This member does not own one of them, or has not all the time since.
         """
         who = check_membership(membership)
         now = self._membership
@@ -179,12 +179,21 @@ class KafkaGroup(Group):
                 since = self._owned_since.get(tp)
                 if since is None or since > membership.generation:
                     raise TaskMigratedError(f"{who} does not own {tp} (any more); nothing was stored")
+            return now
+        return membership
 
-    async def _why_refused(
-        self, told: set[int], offsets: Mapping[TopicPartition, OffsetMark], membership: Membership
+    async def why_refused(
+        self, told: set[int], offsets: Mapping[TopicPartition, OffsetMark], membership: Membership, sent: Membership
     ) -> StreamFlowError:
-        """Wait for the round that is under way, and see whether the partitions are still here."""
-        who = check_membership(membership)
+        """Wait for the round that is under way, and see whether the partitions are still here.
+
+        Args:
+            told: The codes of the refusal.
+            offsets: What was to be committed.
+            membership: Under which it was owned.
+            sent: Under which it was sent.
+        """
+        who = check_membership(sent)
         reason = ", ".join(codes.name(code) for code in sorted(told))
         if codes.UNKNOWN_MEMBER_ID in told:
             self._control.call(self._nudge)
@@ -193,14 +202,14 @@ class KafkaGroup(Group):
         if codes.ILLEGAL_GENERATION not in told:
             return again
         with anyio.move_on_after(self._settings.session_timeout_ms / 1000):
-            while self._membership == membership:
+            while self._membership == sent:
                 self._control.call(self._nudge)
                 await self._wait_for_news()
         now = self._membership
-        if now is None or now.member_id != membership.member_id:
+        if now is None or now.member_id != sent.member_id:
             return TaskMigratedError(f"{who} is not in the group any more ({reason}); nothing was stored")
         try:
-            self.check_owned(offsets, membership)
+            self.current(offsets, membership)
         except TaskMigratedError as exc:
             return exc
         return again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -16,8 +16,6 @@ from streamflow.log.api import (
     GroupSettings,
     Isolation,
     Log,
-    Membership,
-    OffsetMark,
     Producer,
     Reader,
     TransactionalProducer,
@@ -26,10 +24,10 @@ from streamflow.log.kafka.admin import KafkaAdmin
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.fetch import KafkaReader
 from streamflow.log.kafka.group import KafkaGroup
+from streamflow.log.kafka.memberships import Memberships
 from streamflow.log.kafka.options import Kafka
 from streamflow.log.kafka.producer import KafkaProducer
 from streamflow.log.kafka.transaction import KafkaTransactionalProducer
-from streamflow.model.record import TopicPartition
 
 _POLL_S = 0.1
 
@@ -47,7 +45,7 @@ class KafkaLog(Log):
         self._client = Client(options, client_id)
         self._limits: dict[str, int] = {}
         self._admin = KafkaAdmin(self._client, self._limits)
-        self._groups: list[KafkaGroup] = []
+        self._memberships = Memberships()
         self._stack = AsyncExitStack()
 
     @property
@@ -82,23 +80,18 @@ class KafkaLog(Log):
         return KafkaProducer(self._client, self._limits, delivery_timeout_s=delivery_timeout_s)
 
     def transactional_producer(self, transactional_id: str) -> AbstractAsyncContextManager[TransactionalProducer]:
-        return KafkaTransactionalProducer(self._client, self._limits, transactional_id, self._check_owned)
+        return KafkaTransactionalProducer(self._client, self._limits, transactional_id, self._memberships)
 
     @asynccontextmanager
     async def group(
         self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
     ) -> AsyncGenerator[Group]:
         async with KafkaGroup(self._client, group_id, topics, assignor, settings) as group:
-            self._groups.append(group)
+            self._memberships.add(group)
             try:
                 yield group
             finally:
-                self._groups.remove(group)
-
-    def _check_owned(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
-        for group in self._groups:
-            if group.group_id == membership.group_id:
-                group.check_owned(offsets, membership)
+                self._memberships.remove(group)
 
     async def changed(self) -> None:
         await anyio.sleep(_POLL_S)

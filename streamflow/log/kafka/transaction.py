@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import anyio
@@ -31,17 +31,15 @@ from streamflow.errors import (
 from streamflow.log.api import AtomicCommit, Membership, OffsetMark, TransactionalProducer
 from streamflow.log.kafka.attempt import Attempt
 from streamflow.log.kafka.client import Client
-from streamflow.log.kafka.group import check_membership
+from streamflow.log.kafka.memberships import Memberships
 from streamflow.log.kafka.producer import Identity
 from streamflow.log.kafka.transaction_coordinator import TransactionCoordinator
-from streamflow.log.kafka.transaction_offsets import TransactionOffsets
+from streamflow.log.kafka.transaction_offsets import MembershipRefusedError, TransactionOffsets
 from streamflow.log.kafka.transaction_outputs import TransactionOutputs
 from streamflow.log.tasks import cancel_again
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
-
-OwnedCheck = Callable[[Mapping[TopicPartition, OffsetMark], Membership], None]
 
 _OPEN_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 5.0
@@ -54,16 +52,16 @@ class KafkaTransactionalProducer(TransactionalProducer):
         client: The data loop's connections.
         limits: `max.message.bytes` per topic, filled by whoever describes topics.
         transactional_id: A later producer with the same id fences this one.
-        check_owned: Raises `TaskMigratedError` for offsets that a membership of this process does not own.
+        memberships: The groups of this process.
     """
 
     def __init__(
-        self, client: Client, limits: Mapping[str, int], transactional_id: str, check_owned: OwnedCheck
+        self, client: Client, limits: Mapping[str, int], transactional_id: str, memberships: Memberships
     ) -> None:
         timeout_ms = client.options.transaction_timeout_ms
         self._client = client
         self._id = transactional_id
-        self._check_owned = check_owned
+        self._memberships = memberships
         self._timeout_s = timeout_ms / 1000
         self._coordinator = TransactionCoordinator(client, transactional_id, timeout_ms, (self, "coordinator"))
         self._outputs = TransactionOutputs(client, limits, transactional_id, (self, "produce"), timeout_ms)
@@ -133,14 +131,18 @@ class KafkaTransactionalProducer(TransactionalProducer):
     # --- one commit ----------------------------------------------------------------------------------------------
 
     async def _commit(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
-        self._check(commit)
+        sent = self._current(commit)
         if not commit.outputs and not commit.offsets:
             return {}
         try:
             if self._opened_at is not None:
                 await self._settle()
-            ends = await self._send(commit)
+            ends = await self._send(commit, sent)
             await self._end()
+        except MembershipRefusedError as error:
+            if (why := await self._why_refused(error, commit, sent)) is None:
+                raise
+            raise why from error
         except (IndeterminateCommitError, ProducerFencedError) as error:
             self._of_no_use = error
             raise
@@ -151,14 +153,22 @@ class KafkaTransactionalProducer(TransactionalProducer):
             raise self._of_no_use from exc
         return ends
 
-    def _check(self, commit: AtomicCommit) -> None:
+    def _current(self, commit: AtomicCommit) -> Membership | None:
         if commit.membership is not None:
-            check_membership(commit.membership)
-            self._check_owned(commit.offsets, commit.membership)
-        elif commit.offsets:
+            return self._memberships.current(commit.offsets, commit.membership)
+        if commit.offsets:
             raise TaskMigratedError("a commit of offsets needs the membership under which they are owned")
+        return None
 
-    async def _send(self, commit: AtomicCommit) -> dict[TopicPartition, int]:
+    async def _why_refused(
+        self, error: MembershipRefusedError, commit: AtomicCommit, sent: Membership | None
+    ) -> StreamFlowError | None:
+        """Nothing is stored by now; a group of this process has more to say, once its round is over."""
+        if commit.membership is None or sent is None:
+            return None
+        return await self._memberships.why_refused(error.told, commit.offsets, commit.membership, sent)
+
+    async def _send(self, commit: AtomicCommit, membership: Membership | None) -> dict[TopicPartition, int]:
         """Everything but the end; what fails is aborted."""
         attempt = Attempt(self._timeout_s)
         await self._outputs.find_leaders({tp for tp, _ in commit.outputs}, attempt)
@@ -167,8 +177,8 @@ class KafkaTransactionalProducer(TransactionalProducer):
             steps: list[Coroutine[Any, Any, dict[TopicPartition, int]]] = []
             if commit.outputs:
                 steps.append(self._send_outputs(commit, attempt))
-            if commit.offsets and commit.membership is not None:
-                steps.append(self._send_offsets(commit.offsets, commit.membership, attempt))
+            if commit.offsets and membership is not None:
+                steps.append(self._send_offsets(commit.offsets, membership, attempt))
             # Both to their ends, also when one fails: an abort must not overtake a request that is under way.
             told = await asyncio.gather(*(_noting(step, attempt) for step in steps), return_exceptions=True)
             failures = [each for each in told if isinstance(each, BaseException)]

@@ -24,6 +24,20 @@ _LATER = codes.COORDINATOR_MOVED | {
 }
 
 
+class MembershipRefusedError(TaskMigratedError):
+    """The coordinator does not take the membership.
+
+    Attributes:
+        told: Its codes.
+    """
+
+    def __init__(self, membership: Membership, told: set[int]) -> None:
+        reason = ", ".join(codes.name(code) for code in sorted(told))
+        who = check_membership(membership)
+        super().__init__(f"{who} may not commit: the group has moved on ({reason}); nothing was stored")
+        self.told = told
+
+
 class TransactionOffsets:
     """Commits offsets within transactions.
 
@@ -57,7 +71,7 @@ class TransactionOffsets:
             attempt: The bound.
 
         Raises:
-            TaskMigratedError: The membership is not the group's.
+            MembershipRefusedError: The membership is not the group's.
             AuthorizationError: This user may not commit for the group.
             FatalError: Metadata longer than the broker takes.
             RetriableError: Anything else.
@@ -109,9 +123,7 @@ class TransactionOffsets:
     def _refused(self, told: set[int], membership: Membership, what: str) -> RetriableError:
         """Why it has to go again; raises where that is of no use."""
         if migrated := told & codes.MEMBERSHIP_REFUSED:
-            reason = ", ".join(codes.name(code) for code in sorted(migrated))
-            who = check_membership(membership)
-            raise TaskMigratedError(f"{who} may not commit: the group has moved on ({reason}); nothing was stored")
+            raise MembershipRefusedError(membership, migrated)
         code = max(told)
         error = codes.error(code, what)
         if told & codes.COORDINATOR_MOVED:
