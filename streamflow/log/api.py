@@ -204,8 +204,8 @@ class TransactionalProducer(ABC):
                 settles it either way; then the stable committed offsets tell which.
             ProducerFencedError: A later producer has this one's id; nothing was stored.
 
-        Cancellation: before it has begun, it is given up and nothing is stored. Then the outcome is waited for, and the
-        cancellation is raised by the next await; that is bounded, on Kafka by a few times `transaction_timeout_ms`.
+        Cancellation: before the log is asked to decide, it is given up and nothing is stored. Then the outcome is
+        waited for, and the cancellation is raised by the next await; on Kafka `transaction_timeout_ms` bounds that.
         """
 
     def abandon(self) -> None:  # noqa: B027 - where a commit is decided in this process, there is nothing to abandon

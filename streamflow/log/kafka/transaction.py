@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -43,6 +44,7 @@ logger = logging.getLogger("streamflow.kafka")
 
 _OPEN_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 5.0
+_ABORT_TIMEOUT_S = 1.0
 
 
 class KafkaTransactionalProducer(TransactionalProducer):
@@ -68,6 +70,7 @@ class KafkaTransactionalProducer(TransactionalProducer):
         self._offsets = TransactionOffsets(client, transactional_id, (self, "offsets"))
         self._identity = Identity(-1, -1)
         self._opened_at: float | None = None
+        self._is_deciding = False
         self._of_no_use: StreamFlowError | None = None
         self._one_at_a_time = asyncio.Lock()
         self._committing: asyncio.Task[Mapping[TopicPartition, int]] | None = None
@@ -88,6 +91,10 @@ class KafkaTransactionalProducer(TransactionalProducer):
                 await asyncio.wait([task], timeout=_CLOSE_TIMEOUT_S)
                 task.cancel()
                 await asyncio.wait([task])
+        if self._opened_at is not None and self._of_no_use is None:  # else readers wait until it times out
+            with anyio.move_on_after(_ABORT_TIMEOUT_S, shield=True):
+                with suppress(ProducerFencedError):
+                    await self._abort(ClosedError("the producer is closed"))
         self._client.close_lane(self)
 
     # --- contract ------------------------------------------------------------------------------------------------
@@ -102,8 +109,12 @@ class KafkaTransactionalProducer(TransactionalProducer):
             try:
                 await asyncio.wait([task])
             except asyncio.CancelledError:
+                if not self._is_deciding:
+                    task.cancel()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([task])
+                if task.cancelled():  # nothing is stored
+                    raise
                 cancel_again()
             if task.cancelled() and self._of_no_use is not None:
                 raise self._of_no_use
@@ -206,11 +217,15 @@ class KafkaTransactionalProducer(TransactionalProducer):
         return {}
 
     async def _end(self) -> None:
+        self._is_deciding = True
         try:
             identity = await self._coordinator.commit(self._identity, Attempt(self._timeout_s))
         except RetriableError as error:
+            self._is_deciding = False
             await self._abort(error)
             raise
+        finally:
+            self._is_deciding = False
         self._opened_at = None
         self._take(identity)
 

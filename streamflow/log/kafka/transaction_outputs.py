@@ -239,17 +239,14 @@ class _Wave:
         if len(requests) == 1:
             await self._send(node, requests[0])
             return
-        sending: deque[asyncio.Task[None]] = deque()
-        for request in requests:
-            if len(sending) == _IN_FLIGHT:
-                await sending.popleft()
-            if self.failure is not None:
-                break
-            sending.append(asyncio.create_task(self._send(node, request)))
-        if sending:
-            await asyncio.wait(sending)
-            for task in sending:
-                task.result()
+        async with asyncio.TaskGroup() as tasks:
+            sending: deque[asyncio.Task[None]] = deque()
+            for request in requests:
+                if len(sending) == _IN_FLIGHT:
+                    await sending.popleft()
+                if self.failure is not None:
+                    break
+                sending.append(tasks.create_task(self._send(node, request)))
 
     async def _send(self, node: int, request: _Request) -> None:
         try:

@@ -419,6 +419,37 @@ async def test_a_cancelled_caller_learns_the_outcome_all_the_same(committing):
         await committer.check([0, 1])
 
 
+@pytest.mark.parametrize("key", [PRODUCE, TXN_OFFSET_COMMIT], ids=["produce", "offsets"])
+async def test_a_commit_that_is_cancelled_before_its_end_stores_nothing(committing, key):
+    async with committing() as (committer, proxy):
+        sent = await started(proxy, key, gate := asyncio.Event())
+        commit = asyncio.create_task(committer.producer.commit(committer.numbered(1)))
+        await sent.wait()
+        commit.cancel()
+        async with asyncio.timeout(1):
+            with pytest.raises(asyncio.CancelledError):
+                await commit
+        gate.set()
+        await committer.commit(2)
+        await committer.check([0, 2])
+
+
+async def test_what_a_cancelled_commit_has_left_open_is_aborted_when_its_producer_is_left(committing):
+    async with committing() as (committer, proxy):
+        sent = await started(proxy, TXN_OFFSET_COMMIT, asyncio.Event())
+        commit = asyncio.create_task(committer.producer.commit(committer.numbered(1)))
+        await sent.wait()
+        marks = await committer.log.admin.high_watermarks(committer.outputs)
+        while await committer.log.admin.high_watermarks(committer.outputs) == marks:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        commit.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await commit
+        await committer.producer.__aexit__(None, None, None)
+        async with asyncio.timeout(5):  # the time-out is 10 s
+            await committer.check([0])
+
+
 async def twice_cancelled(commit):
     """Who insists is let go."""
     for _ in range(2):
