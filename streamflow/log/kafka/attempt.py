@@ -17,6 +17,8 @@ _BRIEF_S, _BRIEF_CAP_S, _BRIEF_TIMES = 0.002, 0.006, 20
 class Attempt:
     """A bound that several requests share, and a mark that the first failure sets, so that the others stop trying.
 
+    Each runs in `with attempt:`; to leave it by an exception loses the attempt for all.
+
     Args:
         timeout_s: How long from now.
 
@@ -29,6 +31,12 @@ class Attempt:
     def __init__(self, timeout_s: float) -> None:
         self._deadline = time.monotonic() + timeout_s
         self.lost = False
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        self.lost |= kind is not None
 
     def remaining_s(self) -> float:
         """Seconds left, at least a millisecond: a wait that ends at once is one that says why."""

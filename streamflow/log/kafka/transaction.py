@@ -191,7 +191,7 @@ class KafkaTransactionalProducer(TransactionalProducer):
             if commit.offsets and membership is not None:
                 steps.append(self._send_offsets(commit.offsets, membership, attempt))
             # Both to their ends, also when one fails: an abort must not overtake a request that is under way.
-            told = await asyncio.gather(*(_noting(step, attempt) for step in steps), return_exceptions=True)
+            told = await asyncio.gather(*steps, return_exceptions=True)
             failures = [each for each in told if isinstance(each, BaseException)]
             if failures:
                 raise min(failures, key=lambda failure: isinstance(failure, RetriableError))
@@ -202,18 +202,20 @@ class KafkaTransactionalProducer(TransactionalProducer):
 
     async def _send_outputs(self, commit: AtomicCommit, attempt: Attempt) -> dict[TopicPartition, int]:
         version = self._coordinator.version
-        if version == 1:
-            tps = dict.fromkeys(tp for tp, _ in commit.outputs)
-            await self._coordinator.add_partitions(self._identity, tps, attempt)
-        return await self._outputs.store(commit.outputs, self._identity, version, attempt)
+        with attempt:
+            if version == 1:
+                tps = dict.fromkeys(tp for tp, _ in commit.outputs)
+                await self._coordinator.add_partitions(self._identity, tps, attempt)
+            return await self._outputs.store(commit.outputs, self._identity, version, attempt)
 
     async def _send_offsets(
         self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership, attempt: Attempt
     ) -> dict[TopicPartition, int]:
         version = self._coordinator.version
-        if version == 1:
-            await self._coordinator.add_offsets(self._identity, membership.group_id, attempt)
-        await self._offsets.store(offsets, membership, self._identity, version, attempt)
+        with attempt:
+            if version == 1:
+                await self._coordinator.add_offsets(self._identity, membership.group_id, attempt)
+            await self._offsets.store(offsets, membership, self._identity, version, attempt)
         return {}
 
     async def _end(self) -> None:
@@ -280,11 +282,3 @@ class KafkaTransactionalProducer(TransactionalProducer):
         if identity != self._identity:
             self._identity = identity
             self._outputs.restart_sequences()
-
-
-async def _noting(step: Coroutine[Any, Any, dict[TopicPartition, int]], attempt: Attempt) -> dict[TopicPartition, int]:
-    try:
-        return await step
-    except BaseException:
-        attempt.lost = True
-        raise
