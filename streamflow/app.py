@@ -35,7 +35,7 @@ class App(Declarations):
         id: Name of the app: its consumer group, and the prefix of its internal topics.
         broker: Where the log is: `sqlite:///PATH`, `memory://`, `kafka://HOST:PORT[,HOST:PORT]` or `sf.Kafka(...)`.
         data_dir: Folder of the embedded log and of local state.
-        processing_guarantee: Unset for the strongest that the log offers.
+        processing_guarantee: Unset for exactly_once, which every log offers.
         commit_interval_ms: Milliseconds between commits.
         auto_offset_reset: Where a partition starts that has no committed offset.
         partitions: Partitions of topics that StreamFlow creates.

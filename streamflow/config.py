@@ -80,7 +80,7 @@ class Settings:
         Guarantee | None,
         About(
             "Whether a crash leaves every result as it was or may repeat some.",
-            shown_default="the strongest the log offers",
+            shown_default="`exactly_once`",
         ),
     ] = None
     commit_interval_ms: Annotated[int, About("Milliseconds between commits.", 1, DAY_MS)] = 100

@@ -470,11 +470,6 @@ class Log(ABC):
 
     @property
     @abstractmethod
-    def atomic_commits(self) -> bool:
-        """Whether `transactional_producer` works: then exactly_once is offered."""
-
-    @property
-    @abstractmethod
     def admin(self) -> Admin:
         """Administration."""
 

@@ -21,7 +21,6 @@ from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
 from streamflow.error_groups import one_error
 from streamflow.errors import (
-    ConfigurationError,
     LogUnavailableError,
     RecordError,
     RetriableError,
@@ -109,7 +108,7 @@ class Worker:
         self._until_end = until_end
         self._on_progress = on_progress or _no_progress
         self._log = self._connect()
-        self.guarantee = self._chosen_guarantee()
+        self.guarantee: str = settings.processing_guarantee or "exactly_once"
         self.state = "starting"
         self._stop = anyio.Event()
         self._started = anyio.Event()
@@ -133,17 +132,6 @@ class Worker:
 
     def _connect(self) -> Log:
         return connect(self.settings.broker, clock=self.clock, client_id=f"streamflow-{self.app.id}")
-
-    def _chosen_guarantee(self) -> str:
-        asked = self.settings.processing_guarantee
-        if asked is None:
-            return "exactly_once" if self._log.atomic_commits else "at_least_once"
-        if asked == "exactly_once" and not self._log.atomic_commits:
-            raise ConfigurationError(
-                f"processing_guarantee='exactly_once' is not offered on {self._log.address}: this version commits "
-                "there at least once; leave the setting out, or use the embedded log"
-            )
-        return asked
 
     # --- from outside ------------------------------------------------------------------------------------------
 

@@ -53,10 +53,6 @@ class KafkaLog(Log):
         return self._options.address
 
     @property
-    def atomic_commits(self) -> bool:
-        return True
-
-    @property
     def admin(self) -> Admin:
         return self._admin
 

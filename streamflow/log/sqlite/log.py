@@ -93,10 +93,6 @@ class SqliteLog(Log):
         return self._address
 
     @property
-    def atomic_commits(self) -> bool:
-        return True
-
-    @property
     def admin(self) -> Admin:
         return self._admin
 
