@@ -71,9 +71,8 @@ class AtLeastOnce(Commits):
     async def make_room(self, task: TaskView) -> None:
         """Send it; the producer's memory bound holds the task back."""
         await self._send(task)
-        if task.is_full():
-            self.wanted.set()
-            await asyncio.sleep(_SILENCE_POLL_S)
+        if task.is_full():  # of table changes, which a commit alone sends
+            await self._next_commit()
 
     async def _send(self, task: TaskView) -> None:
         """Send the outputs of a task; its table changes wait for the commit."""
@@ -143,6 +142,7 @@ class AtLeastOnce(Commits):
             for each in taken:
                 if each.task in committed:
                     each.committed(commit_id, ends)
+            self._committed.set()
             self.trying_since_s = None
 
     def _ends_of_changelogs(self, taken: Iterable[Sealed]) -> dict[TopicPartition, int]:

@@ -49,6 +49,7 @@ class Commits:
         self._clock = clock
         self._one_at_a_time = asyncio.Lock()
         self.wanted = asyncio.Event()
+        self._committed = asyncio.Event()
         self.last_commit_s: float | None = None
         self.trying_since_s: float | None = None
         self.overtaken: Callable[[TaskView], None] = _nobody_is_told
@@ -65,6 +66,12 @@ class Commits:
     def hurry(self) -> None:
         """Commit soon: somebody waits for an answer."""
         self.wanted.set()
+
+    async def _next_commit(self) -> None:
+        """Ask for a commit and wait until one was made."""
+        self._committed.clear()
+        self.wanted.set()
+        await self._committed.wait()
 
     async def _keep_owned(self, sealed: Sequence[Sealed], generation: int) -> None:
         """Make sure, once per generation, that nobody else has committed for these tasks meanwhile.

@@ -7,7 +7,6 @@ with the same id settles it, and the commit id in the stable committed offsets t
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -79,7 +78,6 @@ class ExactlyOnce(Commits):
         self._admin = admin
         self._opened = AsyncExitStack()
         self._producer: TransactionalProducer | None = None
-        self._committed = asyncio.Event()
         self.patience_s = _CHANGE_PATIENCE_S
         # Sealed and not yet with the log: they are first in line, also when the commit that took them was cancelled.
         self._taken: deque[_Taken] = deque()
@@ -104,9 +102,7 @@ class ExactlyOnce(Commits):
 
     async def make_room(self, task: TaskView) -> None:
         """Ask for a commit and wait for it."""
-        self._committed.clear()
-        self.wanted.set()
-        await self._committed.wait()
+        await self._next_commit()
 
     async def commit(self, tasks: Iterable[TaskView]) -> None:
         """See `Delivery`."""
