@@ -50,6 +50,10 @@ class _Taken:
     id: str
     sealed: list[Sealed]
 
+    def drop_lost(self) -> None:
+        """Leave out the tasks that have gone."""
+        self.sealed = [each for each in self.sealed if not each.task.lost]
+
 
 class ExactlyOnce(Commits):
     """One atomic commit over outputs, changelogs and offsets.
@@ -79,6 +83,8 @@ class ExactlyOnce(Commits):
         self._opened = AsyncExitStack()
         self._producer: TransactionalProducer | None = None
         self.patience_s = _CHANGE_PATIENCE_S
+        # What the group's membership was when the commit that is first in line was tried.
+        self._tried: Membership | None = None
         # Sealed and not yet with the log: they are first in line, also when the commit that took them was cancelled.
         self._taken: deque[_Taken] = deque()
 
@@ -128,18 +134,24 @@ class ExactlyOnce(Commits):
     async def _commit_first(self) -> None:
         """Commit what is first in line, under the membership of now."""
         taken = self._taken[0]
-        membership = self._membership()
-        await self._keep_owned(taken.sealed, membership.generation)
-        taken.sealed = [each for each in taken.sealed if not each.task.lost]
+        taken.drop_lost()
         if taken.sealed:
-            started_s = perf_counter()
-            offsets = {tp: mark for each in taken.sealed for tp, mark in each.marked(taken.id).items()}
-            outputs = [batch for each in taken.sealed for batch in each.batches]
-            for each in taken.sealed:
-                each.task.commit_id_under_way = taken.id
-            ends = await self._store(AtomicCommit(outputs, offsets, membership))
-            self._is_committed(taken, offsets, ends, started_s)
+            self._tried = self._group().membership
+            await self._commit_owned(taken, self._membership())
         self._taken.popleft()
+
+    async def _commit_owned(self, taken: _Taken, membership: Membership) -> None:
+        await self._keep_owned(taken.sealed, membership.generation)
+        taken.drop_lost()
+        if not taken.sealed:
+            return
+        started_s = perf_counter()
+        offsets = {tp: mark for each in taken.sealed for tp, mark in each.marked(taken.id).items()}
+        outputs = [batch for each in taken.sealed for batch in each.batches]
+        for each in taken.sealed:
+            each.task.commit_id_under_way = taken.id
+        ends = await self._store(AtomicCommit(outputs, offsets, membership))
+        self._is_committed(taken, offsets, ends, started_s)
 
     async def _store(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
         if self._producer is None:
@@ -191,7 +203,7 @@ class ExactlyOnce(Commits):
             self._is_overtaken(each.task)
 
     async def _has_group_changed(self) -> bool:
-        sealed, before = self._taken[0].sealed, self._group().membership
+        sealed, before = self._taken[0].sealed, self._tried
         with anyio.move_on_after(self.patience_s):
             while True:
                 now = self._group().membership
@@ -207,7 +219,7 @@ class ExactlyOnce(Commits):
         started_s = perf_counter()
         await self._until_answered(self._replace_producer)
         taken = self._taken[0]
-        taken.sealed = [each for each in taken.sealed if not each.task.lost]
+        taken.drop_lost()
         anchors = [each.task.anchor for each in taken.sealed]
         if not anchors:
             return

@@ -190,6 +190,10 @@ class Inputs:
         newest = self._end_of(each.tp)
         return each.end_offset if newest is None else newest
 
+    def close(self) -> None:
+        """Ask for nothing any more: the partitions are being let go, and who is about to run may not know it yet."""
+        self._ask = _ask_nobody
+
     def ask_more(self, each: Input) -> None:
         """Ask for more where there is room."""
         if each.wants_more and not each.is_out_of_range:
@@ -272,3 +276,7 @@ class Inputs:
                 self._idle_left_s = left_s
                 return False
         return True
+
+
+def _ask_nobody(_: TopicPartition) -> None:
+    """Nothing is fetched any more."""

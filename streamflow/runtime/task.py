@@ -387,6 +387,7 @@ class Task:
             self._ended.set()
         self.state = "closing"
         self.is_closing = True
+        self.inputs.close()
         for run in self._runs:
             run.feed.cut()
         self._scope.cancel()

@@ -226,6 +226,29 @@ async def test_no_membership_drops_everything() -> None:
     assert at.b.lost
 
 
+async def test_what_was_lost_with_the_membership_is_dropped_without_waiting_for_another() -> None:
+    """A process that was stopped wakes up to a session that is over: nothing is left to commit."""
+    at = Fixture(ExactlyOnce)
+    at.group.membership = None
+    at.a.lost = at.b.lost = True
+    await asyncio.wait_for(at.commit(), 5)
+    assert at.producer.stored == []
+
+
+async def test_a_new_generation_that_came_while_the_old_one_was_refused_is_not_waited_for() -> None:
+    at = Fixture(ExactlyOnce)
+    at.delivery.patience_s = 60.0  # type: ignore[union-attr]
+
+    def refuse_old(commit: AtomicCommit) -> None:
+        if commit.membership == Membership("g", "me", 7):
+            at.group.membership = Membership("g", "me", 8)  # before the refusal is known
+            raise TaskMigratedError("generation 7 is over")
+
+    at.producer.decide = refuse_old
+    await asyncio.wait_for(at.commit(), 5)
+    assert at.producer.stored == [([b"5", b"3"], {A: 5, B: 3}, 8)]
+
+
 async def test_a_failed_commit_is_repeated_as_it_was() -> None:
     at = Fixture(ExactlyOnce)
     failures = [LogUnavailableError("away")] * 3

@@ -295,7 +295,7 @@ class System:
         topic = self.topic(name)
         count = (await log.admin.describe([topic]))[topic].partitions
         async with log.producer() as producer:
-            for partition, sealed in _batches(rows, count):
+            for partition, sealed in batches(rows, count):
                 await producer.enqueue(TopicPartition(topic, partition), sealed)
             await producer.flush()
 
@@ -387,7 +387,7 @@ class System:
             async with log.producer() as producer:
                 while not stop.is_set():
                     rows = [(b"k%d" % key, acknowledged[b"k%d" % key]) for key in range(keys)]
-                    for partition, sealed in _batches(rows, count):
+                    for partition, sealed in batches(rows, count):
                         await producer.enqueue(TopicPartition(topic, partition), sealed)
                     await producer.flush()
                     acknowledged.update(key for key, _ in rows)
@@ -420,7 +420,7 @@ def without_repeats(values: Sequence[int]) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-def _batches(rows: Iterable[Row], partitions: int) -> Iterable[tuple[int, SealedBatch]]:
+def batches(rows: Iterable[Row], partitions: int) -> Iterable[tuple[int, SealedBatch]]:
     builders: dict[int, BatchBuilder] = {}
     at_ms = SystemClock().now_ms()
     for number, (key, value) in enumerate(rows):

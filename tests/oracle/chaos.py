@@ -1,0 +1,198 @@
+"""Three workers and a load, and what goes wrong with them: `kill -9`, SIGSTOP, a broker that dies and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from streamflow.model.record import TopicPartition
+from tests.kafka.broker import Broker
+from tests.oracle.app import BODY, OUTPUTS, made_number
+from tests.oracle.checks import Oracle, Rewind, Verdict
+from tests.system.harness import STOPPED, System, Worker, batches, until
+
+SESSION_S = 2.0
+TRANSACTION_TIMEOUT_S = 3.0
+PAUSE_S = max(SESSION_S, TRANSACTION_TIMEOUT_S) + 1.5
+BATCH_S = 0.02
+
+
+@dataclass
+class Fault:
+    """What was known when something went wrong; of each partition, in records of the input.
+
+    Attributes:
+        kind: What it was.
+        committed: Committed shortly before.
+        made: In the outputs shortly after it, or after the zombie's end.
+    """
+
+    kind: str
+    committed: dict[int, int]
+    made: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+class Chaos:
+    """One run.
+
+    Args:
+        system: The app's surroundings.
+        seed: Of the load, and of what goes wrong when.
+        guarantee: `processing_guarantee`.
+        partitions: Of the source.
+        broker: A broker of the run's own, to be killed.
+    """
+
+    def __init__(
+        self, system: System, seed: int, guarantee: str, *, partitions: int = 4, broker: Broker | None = None
+    ) -> None:
+        print(f"seed {seed}")
+        self.system = system
+        self.guarantee = guarantee
+        self.partitions = partitions
+        self.dice = random.Random(seed)
+        self._load_dice = random.Random(seed + 1)
+        self._broker = broker
+        self.workers: list[Worker] = []
+        self.sent = 0
+        self.faults: list[Fault] = []
+        self.did: Counter[str] = Counter()
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    async def begin(self, workers: int = 3) -> None:
+        """Write the app, make its source, start the workers."""
+        system = self.system
+        system.write_app(
+            BODY, session_timeout_ms=round(SESSION_S * 1000), processing_guarantee=self.guarantee, partitions=4
+        )
+        if system.is_kafka:
+            self._shorten_transactions()
+        await system.create("numbers", partitions=self.partitions)
+        self.workers = [system.start() for _ in range(workers)]
+        for worker in self.workers:
+            await worker.ready()
+
+    def _shorten_transactions(self) -> None:
+        path = self.system.folder / "app.py"
+        server = self.system.broker.removeprefix("kafka://")
+        options = f"sf.Kafka(servers={server!r}, transaction_timeout_ms={round(TRANSACTION_TIMEOUT_S * 1000)})"
+        before = path.read_text()
+        after = before.replace(f"broker={self.system.broker!r}", f"broker={options}")
+        assert after != before
+        path.write_text(after)
+
+    @contextlib.asynccontextmanager
+    async def load(self, *, per_s: int) -> AsyncIterator[None]:
+        """Write records while the block runs."""
+        stop = asyncio.Event()
+        task = asyncio.create_task(self._write(per_s, stop))
+        try:
+            yield
+        finally:
+            stop.set()
+            async with asyncio.timeout(60):
+                await task
+
+    async def _write(self, per_s: int, stop: asyncio.Event) -> None:
+        log = await self.system.log()
+        topic = self.system.topic("numbers")
+        began_s = time.monotonic()
+        async with log.producer() as producer:
+            while not stop.is_set():
+                due = round((time.monotonic() - began_s) * per_s) - self.sent
+                rows = [made_number(self.sent + number, self._load_dice) for number in range(min(max(due, 0), per_s))]
+                for partition, sealed in batches(rows, self.partitions):
+                    await producer.enqueue(TopicPartition(topic, partition), sealed)
+                await producer.flush()
+                self.sent += len(rows)
+                await asyncio.sleep(BATCH_S)
+
+    async def finish(self) -> Verdict:
+        """Let everything be processed, and check it."""
+        system = self.system
+        await system.has_committed("numbers", self.sent, within_s=60)
+        for worker in self.workers:
+            assert await (await worker.ready()).stops() == STOPPED, worker.said
+        last = system.start("--until-end")
+        assert await last.ends(60) == STOPPED, last.said
+        for worker in system.workers:
+            assert "Traceback" not in worker.said, worker.said
+        exactly = self.guarantee == "exactly_once"
+        log = await system.log()
+        oracle = Oracle(log, system.app_id, system.topic, self.partitions, exactly=exactly)
+        verdict = await oracle.check(system.folder / "data")
+        assert verdict.total == self.sent
+        print(f"{dict(self.did)}: {self.sent} records, {repeats(verdict.rewinds)} repeated")
+        return verdict
+
+    # --- what goes wrong ---------------------------------------------------------------------------------------
+
+    async def pass_time(self) -> None:
+        """Let work go on, so that the next fault comes at any point of it."""
+        await asyncio.sleep(self.dice.uniform(0.3, 1.5))
+
+    async def happen(self, kind: str) -> None:
+        """One fault, and the work that goes on after it."""
+        self.did[kind] += 1
+        self.faults.append(Fault(kind, await self.system.committed("numbers")))
+        await {"kill": self._kill, "pause": self._pause, "broker": self._lose_broker}[kind]()
+        await self._goes_on()
+        self.faults[-1].made = await self._made()
+
+    async def _kill(self) -> None:
+        number = self.dice.randrange(len(self.workers))
+        self._check_run()
+        self.workers[number].kill()
+        self.workers[number] = self.system.start()
+
+    async def _pause(self) -> None:
+        worker = self.dice.choice(self.workers)
+        self._check_run()
+        worker.signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(PAUSE_S)
+        finally:
+            worker.signal(signal.SIGCONT)
+
+    async def _lose_broker(self) -> None:
+        assert self._broker is not None
+        await asyncio.to_thread(self._broker.kill)
+        await asyncio.sleep(self.dice.uniform(0, 1))
+        await asyncio.to_thread(self._broker.start)
+
+    async def _goes_on(self) -> None:
+        """Every partition is committed for again: nothing hangs."""
+        ends = await self._ends()
+
+        async def caught_up() -> bool:
+            self._check_run()
+            committed = await self.system.committed("numbers")
+            return all(committed.get(partition, 0) >= end for partition, end in ends.items())
+
+        await until(caught_up, lambda: f"commits up to {ends} after {self.faults[-1].kind}: {self.system.told()}", 40)
+
+    async def _ends(self) -> dict[int, int]:
+        log = await self.system.log()
+        ends = await log.admin.end_offsets(await self.system.partitions("numbers"))
+        return {tp.partition: end for tp, end in ends.items()}
+
+    def _check_run(self) -> None:
+        for worker in self.workers:
+            assert worker.runs, f"it ended by itself:\n{worker.said}"
+
+    async def _made(self) -> dict[tuple[str, int], int]:
+        log = await self.system.log()
+        tps = [TopicPartition(self.system.topic(name), number) for name in OUTPUTS for number in range(self.partitions)]
+        ends = await log.admin.end_offsets(tps)
+        return {(tp.topic, tp.partition): end for tp, end in ends.items()}
+
+
+def repeats(rewinds: list[Rewind]) -> int:
+    return sum(each.reached - each.back_to for each in rewinds)

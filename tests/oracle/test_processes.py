@@ -1,0 +1,65 @@
+"""Three worker processes under faults: whatever is killed or stopped, what comes out is the fold of what came in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kafka.broker import Broker
+from tests.oracle.chaos import Chaos
+from tests.oracle.checks import Verdict
+from tests.system.harness import System
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(240)]
+
+SEED = int(os.environ.get("STREAMFLOW_ORACLE_SEED", "7"))
+PER_S = 800
+
+
+async def under_faults(chaos: Chaos, faults: list[str]) -> Verdict:
+    await chaos.begin()
+    chaos.dice.shuffle(faults)
+    async with chaos.load(per_s=PER_S):
+        for kind in faults:
+            await chaos.pass_time()
+            await chaos.happen(kind)
+    return await chaos.finish()
+
+
+async def test_exactly_once_on_sqlite(tmp_path: Path) -> None:
+    async with System(tmp_path, f"sqlite:///{tmp_path / 'log.db'}") as system:
+        await under_faults(Chaos(system, SEED, "exactly_once"), ["kill"] * 4 + ["pause"])
+
+
+@pytest.mark.kafka
+async def test_exactly_once_on_kafka(make_broker: Callable[..., Broker], tmp_path: Path) -> None:
+    broker = make_broker()
+    async with System(tmp_path, f"kafka://{broker.bootstrap}") as system:
+        chaos = Chaos(system, SEED, "exactly_once", broker=broker)
+        await under_faults(chaos, ["kill"] * 4 + ["pause", "broker"])
+
+
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)], ids=["sqlite", "kafka"])
+async def test_at_least_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Nothing is missing; what is repeated was made after the last commit before a fault."""
+    broker = request.getfixturevalue("make_broker")() if kind == "kafka" else None
+    address = f"sqlite:///{tmp_path / 'log.db'}" if broker is None else f"kafka://{broker.bootstrap}"
+    async with System(tmp_path, address) as system:
+        chaos = Chaos(system, SEED, "at_least_once", broker=broker)
+        verdict = await under_faults(chaos, ["kill"] * 3 + (["broker"] if broker else []))
+        check_repeats(chaos, verdict)
+
+
+def check_repeats(chaos: Chaos, verdict: Verdict) -> None:
+    """An output begins again once per fault at most, and no further back than what was committed before it."""
+    for rewind in verdict.rewinds:
+        mine = [each for each in verdict.rewinds if (each.topic, each.partition) == (rewind.topic, rewind.partition)]
+        assert len(mine) <= len(chaos.faults), mine
+        assert any(
+            fault.committed.get(rewind.partition, 0) <= rewind.back_to
+            and rewind.reached <= fault.made[rewind.topic, rewind.partition]
+            for fault in chaos.faults
+        ), f"{rewind}, and the faults were {chaos.faults}"
