@@ -119,6 +119,27 @@ def is_immutable(form: Any) -> bool:
         return False
 
 
+def holds_sets(form: Any) -> bool:
+    """Whether values of a type may hold sets, which are not written in the same order each time.
+
+    Args:
+        form: A type that `shape_of` takes.
+    """
+    return _holds_sets(info.type_info(form), set())
+
+
+def _holds_sets(known: info.Type, seen: set[Any]) -> bool:
+    known = _without_metadata(known)
+    if isinstance(known, info.SetType | info.FrozenSetType):
+        return True
+    if isinstance(known, info.StructType | info.DataclassType | info.NamedTupleType | info.TypedDictType):
+        if known.cls in seen:
+            return False
+        seen.add(known.cls)
+        return any(_holds_sets(field.type, seen) for field in known.fields)
+    return any(_holds_sets(part, seen) for _, part in _parts(known, ""))
+
+
 def _is_immutable(known: info.Type, seen: set[Any]) -> bool:
     known = _without_metadata(known)
     if isinstance(known, info.UnionType):

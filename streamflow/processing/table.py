@@ -27,6 +27,7 @@ V = TypeVar("V")
 T = TypeVar("T")
 
 _UNSET: Any = object()
+_LONGEST_TTL_S = 100 * 366 * 24 * 3600
 
 
 class TableOwner(Protocol):
@@ -89,7 +90,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         self.key_type = self.changelog.key_type
         self.value_type = self.changelog.value_type
         self.default = self._checked_default(default)
-        self.ttl_s = ttl_s
+        self.ttl_s = self._checked_ttl(ttl_s)
         self.on_recover = on_recover
         self.help = help
         self.keys_in_order: KeyOrder = key_order(self.changelog.key_codec, table=name)
@@ -110,6 +111,15 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             )
         self.changelog.value_codec.encode(made, ())
         return default
+
+    def _checked_ttl(self, ttl_s: Any) -> float | None:
+        is_number = isinstance(ttl_s, int | float) and not isinstance(ttl_s, bool)
+        if ttl_s is None or (is_number and 0.001 <= ttl_s <= _LONGEST_TTL_S):
+            return cast("float | None", ttl_s)
+        raise ConfigurationError(
+            f"table {self.name!r} ({self.place}): ttl_s={ttl_s!r}: seconds that a value lives, a number from 0.001 to "
+            f"{_LONGEST_TTL_S:,}; left out, values live for ever"
+        )
 
     def __repr__(self) -> str:
         return f"<table {self.name!r}: {type_name(self.key_type)} to {type_name(self.value_type)}>"
@@ -147,7 +157,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         if (current_task(turn.loop) is not turn.owner or turn.record is None) and not turn.may_touch():
             return None
         if stage.overlay.ttl_ms is not None:
-            stage.overlay.advance(turn.timestamp_ms())
+            stage.advance(turn.timestamp_ms())
         return stage
 
     def _writable(self) -> Stage:
@@ -320,7 +330,12 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         return value
 
     def setdefault(self, key: K, default: Any = None) -> Any:
-        """The value of a key, written first where there is none."""
+        """The value of a key, written first where there is none.
+
+        Args:
+            key: The key.
+            default: What is written; the table's own default is not used.
+        """
         stage = self._writable()
         if not stage.contains(key):
             stage.set(key, default)
@@ -331,6 +346,16 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         stage = self._writable()
         for key in [key for key, _ in stage.entries(None, None)]:
             stage.delete(key)
+
+    def _refuse_in_turn(self) -> None:
+        """Between records, too, an agent would wait for a turn that it keeps from coming."""
+        turn: Any = current_turn.get()
+        if turn is not None and (
+            self._stage() is not None or (turn.owner is not None and current_task() is turn.owner)
+        ):
+            raise ClosedError(
+                f"table {self.name!r}: update_async is for code outside of agents; write in a record's turn"
+            )
 
     async def update_async(self, key: K, change: Callable[[V | None], V | None]) -> V | None:
         """Change a value from outside of a record's turn: in a timer, a task, an HTTP handler.
@@ -350,8 +375,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
 
         Cancellation: the change may have been made.
         """
-        if self._stage() is not None:
-            raise ClosedError(f"table {self.name!r}: update_async is for code outside of a record's turn; write here")
+        self._refuse_in_turn()
         holder, partition, _ = self._held_of(key)
 
         def work(stage: Stage) -> V | None:
@@ -369,6 +393,12 @@ class Table(MutableMapping[K, V], Generic[K, V]):
 
 class _Items(ItemsView[K, V]):
     _mapping: Table[K, V]
+
+    def __contains__(self, item: object) -> bool:
+        if not isinstance(item, tuple) or len(item) != 2:
+            return False
+        value = self._mapping.get(item[0], _UNSET)  # never the table's default
+        return value is not _UNSET and bool(value == item[1])
 
     def __iter__(self) -> Iterator[tuple[K, V]]:
         return self._mapping.scan()

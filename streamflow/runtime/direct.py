@@ -131,7 +131,7 @@ class DirectFeed(Feed[LogRecord]):
         while True:
             if self.stopping:
                 await self.park()
-            if task.changes and keep is None:
+            if task.changes:
                 task.make_changes()
             if task.is_full():
                 await task.make_room()

@@ -5,6 +5,9 @@ goes to the lane with the least to do. What is in flight is in the task's ledger
 
 That is bounded. A unit of `take` that waits for more is given what it lacks, and no more; the other agents go on
 meanwhile as long as they keep up. This has a limit, too, at which such a unit is handed out short.
+
+Agents that share a table go in step: each record is processed by one after the other before the next one is handed
+out. Else one that runs ahead would change what another finds there for an earlier record.
 """
 
 from __future__ import annotations
@@ -58,9 +61,17 @@ class LaneFeed(Feed[Entry]):
         self.queue.append(entry)
         self._arrived.set()
 
+    def number(self) -> int:
+        return self._entries[-1].number if self._entries else 0
+
     def wake(self) -> None:
         """Look again: the input has ended."""
         self._arrived.set()
+
+    @property
+    def has_begun_nothing(self) -> bool:
+        """Whether the agent waits for a record, or for more of a unit."""
+        return not self.queue and (not self._entries or self.lacking > 0)
 
     def cut_short(self) -> None:
         """Hand out the unit that waits as it is: no more can be held."""
@@ -207,9 +218,11 @@ class Dispatcher:
         task: The task.
         ledger: Its ledger.
         lanes: Per agent, its lanes.
+        in_step: Whether the agents process each record one after the other.
     """
 
-    def __init__(self, task: TaskView, ledger: Ledger, lanes: list[list[LaneFeed]]) -> None:
+    def __init__(self, task: TaskView, ledger: Ledger, lanes: list[list[LaneFeed]], *, in_step: bool = False) -> None:
+        self._in_step = in_step
         self._task = task
         self._ledger = ledger
         self._lanes = lanes
@@ -231,16 +244,19 @@ class Dispatcher:
                 await ledger.wait_moved()
                 continue
             if task.changes:
-                if len(ledger):
-                    await ledger.wait_moved()
-                    continue
-                task.make_changes()
+                if self._is_between_units():
+                    task.make_changes()
+                else:
+                    waiting = [lane for lanes in self._lanes for lane in lanes if lane.lacking]
+                    if not waiting:
+                        await ledger.wait_moved()
+                        continue
             if task.is_full():
                 await task.make_room()
                 continue
             if self.stopping:
                 return
-            room = self._room(waiting)
+            room = 1 if self._in_step else self._room(waiting)
             run = task.inputs.next_run(min(_RUN_RECORDS, room)) if room > 0 else None
             if run is None:
                 ledger.unit_waits = bool(waiting)
@@ -250,11 +266,22 @@ class Dispatcher:
             source, records = run
             task.sensors.records_in(source.tp.topic, len(records))
             readers = self._readers(source.tp)
+            if self._in_step:
+                await self._dispatch_in_step(Entry(source.tp, records[0], len(readers)), readers)
+                continue
             for record in records:
                 self._dispatch(Entry(source.tp, record, len(readers)), readers)
             if len(ledger) > self._max_in_flight:
                 self._beyond_bytes += sum(len(each.key or b"") + len(each.value or b"") for each in records)
             await asyncio.sleep(0)
+
+    def _is_between_units(self) -> bool:
+        """Whether no agent has begun with anything that is not in the task's tables yet."""
+        if not len(self._ledger):
+            return True
+        lanes = [lane for each in self._lanes for lane in each]
+        tables = self._task.tables
+        return all(lane.has_begun_nothing for lane in lanes) and not (tables is not None and tables.waits_for_turns)
 
     def _waiting_units(self) -> list[LaneFeed]:
         """The lanes whose unit waits for more, while that is more than is in flight; at the limit they wait no more."""
@@ -277,6 +304,8 @@ class Dispatcher:
         if not waiting:
             return self._max_in_flight - len(self._ledger)
         lacking = [lane.lacking for lane in waiting if not lane.queue and self._is_there(lane)]
+        if self._task.changes:
+            return max(lacking, default=0)
         backlog = max(len(lane.queue) for lanes in self._lanes for lane in lanes)
         return min(max([*lacking, _IN_FLIGHT_PER_LANE - backlog]), _MAX_IN_FLIGHT - len(self._ledger))
 
@@ -302,11 +331,22 @@ class Dispatcher:
 
     def _dispatch(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
         self._ledger.open(entry)
-        key = entry.record.key
         for lanes in readers:
-            if len(lanes) == 1:
-                lanes[0].push(entry)
-            elif key is None:
-                min(lanes, key=lambda lane: len(lane.queue)).push(entry)
-            else:
-                lanes[crc32(key) % len(lanes)].push(entry)
+            _lane_of(entry, lanes).push(entry)
+
+    async def _dispatch_in_step(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
+        """Give a record to one agent after the other: when it is done, or keeps it in a unit that waits for more."""
+        self._ledger.open(entry)
+        for lanes in readers:
+            pending, lane = entry.pending, _lane_of(entry, lanes)
+            lane.push(entry)
+            while entry.pending == pending and not (lane.lacking and not lane.queue):
+                await self._ledger.wait_moved()
+
+
+def _lane_of(entry: Entry, lanes: list[LaneFeed]) -> LaneFeed:
+    """Records of one key go to one lane, those without key to the one with the least to do."""
+    key = entry.record.key
+    if len(lanes) == 1:
+        return lanes[0]
+    return min(lanes, key=lambda lane: len(lane.queue)) if key is None else lanes[crc32(key) % len(lanes)]

@@ -85,12 +85,12 @@ class Ledger:
                     self._leave(self._held.popleft())
         if not self._entries:
             self._drained()
+        self._moved.set()
 
     def _leave(self, entry: Entry) -> None:
         for stage in entry.stages:
             write(stage)
         self._positions[entry.tp] = entry.record.offset + 1
-        self._moved.set()
 
     def positions(self) -> Mapping[TopicPartition, int]:
         """Next offset per partition: the oldest unfinished record of it, or what comes after the last."""
@@ -112,6 +112,6 @@ class Ledger:
             self._drained()
 
     async def wait_moved(self) -> None:
-        """Wait until an entry has left, or a unit begins to wait."""
+        """Wait until an agent is done with an entry, or a unit begins to wait."""
         self._moved.clear()
         await self._moved.wait()

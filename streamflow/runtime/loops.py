@@ -75,11 +75,12 @@ class Loops:
             await self._delivery.commit(manager.running())
 
     async def _store(self, manager: TaskManager) -> None:
-        """Write committed table values to the local stores, beside the work."""
+        """Write committed table values to the local stores, beside the work, and let expired ones be deleted."""
         told = False
         while True:
             await asyncio.sleep(_STORE_POLL_S)
             for task in manager.running():
+                task.sweep()
                 if task.tables is None or not task.tables.is_due:
                     continue
                 try:

@@ -30,6 +30,7 @@ class Observer:
 
     def __init__(self, app: Declarations, settings: Settings, clock: Clock) -> None:
         self._app = app
+        self._changelogs = {table.changelog.name for table in app.tables.values()}
         self._log = connect(settings.broker, clock=clock, client_id=f"streamflow-{app.id}-observer")
         self._positions: dict[TopicPartition, int] = {}
         self._records: dict[TopicPartition, list[LogRecord]] = {}
@@ -132,7 +133,8 @@ class Observer:
             if (tp, record.offset) in self._unreadable:
                 raise self._unreadable[tp, record.offset]
             key = key_codec.decode(record.key, record.headers)
-            value = value_codec.decode(record.value, record.headers)
+            is_deletion = record.value is None and tp.topic in self._changelogs
+            value = None if is_deletion else value_codec.decode(record.value, record.headers)
         except DeserializationError as error:
             error.at(tp.topic, tp.partition, record.offset)
             raise

@@ -190,7 +190,9 @@ class Task:
         self.checked_generation = -1
         self.tables: TaskTables | None = None
         self.changes: deque[TableChange] = deque()
+        # Changes that were made: since the last commit was sealed, and all whose callers wait for a commit.
         self._made: list[TableChange] = []
+        self._owed: set[TableChange] = set()
         self._mark = mark
         self._local = local
         self._fail = shared.fail
@@ -222,15 +224,22 @@ class Task:
             [LaneFeed(self, agent, RecordErrors(agent, self.sensors), ledger) for _ in range(agent.concurrency)]
             for agent in agents
         ]
-        self._dispatcher = Dispatcher(self, ledger, lanes)
+        self._dispatcher = Dispatcher(self, ledger, lanes, in_step=self._share_tables(agents))
         for lane in (feed for each in lanes for feed in each):
             self._give_tables(lane, shared=True)
         return [AgentRun(feed.agent, feed) for each in lanes for feed in each]
 
+    def _share_tables(self, agents: list[Processor]) -> bool:
+        """Whether two agents may touch one table."""
+        if self._local is None:
+            return False
+        names = [name for agent in agents for name in set(self._local.by_agent.get(agent.name, ()))]
+        return len(names) > len(set(names))
+
     def _give_tables(self, feed: Feed[Any], *, shared: bool) -> None:
         if self.tables is not None and self._local is not None:
             names = self._local.by_agent.get(feed.agent.name, ())
-            feed.stages = self.tables.stages(names, feed.touched, shared=shared)
+            feed.stages = self.tables.stages(names, feed.touched, feed.number, shared=shared)
 
     def _check_home(self, table: str, key: bytes, shown: Any) -> None:
         self._shared_homes.check(self.sub_topology, self.partition, table, key, shown)
@@ -398,8 +407,10 @@ class Task:
 
     async def close_tables(self) -> None:
         """Let go of the store, with what is committed in it; changes that were not committed are told so."""
-        for change in (*self.changes, *self._made):
+        for change in (*self.changes, *self._owed):
             change.fail(NotHeld(f"task {self.name} was closed before the change was committed"))
+        self.changes.clear()
+        self._owed.clear()
         if self.tables is not None:
             await self.tables.close()
 
@@ -413,18 +424,30 @@ class Task:
 
     async def change(self, table: str, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the task's own, between records; see `processing.holding.Holder`."""
+        if self.lost or self.state in ("finishing", "closing", "closed"):
+            raise NotHeld(f"table {table!r}: partition {self.partition} is leaving this process")
         change = TableChange(table, work)
         self.changes.append(change)
         self.inputs.wake()
         return await change.result()
+
+    def sweep(self) -> None:
+        """Delete a few expired values in a turn of the task's own, if it is time to look for them."""
+        if self.tables is None or self.state != "running" or self.changes:
+            return
+        for sweep in self.tables.sweeps:
+            if sweep.is_due:
+                self.changes.append(TableChange(sweep.overlay.name, sweep.delete_some))
+                self.inputs.wake()
 
     def make_changes(self) -> None:
         """Make the changes of tables that were asked for from outside; only between units."""
         tables = self.tables
         while self.changes and tables is not None:
             change = self.changes.popleft()
-            if change.make(tables.overlays[change.table]):
+            if change.make(tables.overlays[change.table], self.clock.now_ms()):
                 self._made.append(change)
+                self._owed.add(change)
         self.delivery.hurry()
 
     # --- positions ---------------------------------------------------------------------------------------------
@@ -471,6 +494,7 @@ class Task:
         tables_sealed = self.tables is not None and self.tables.seal()
         times = self.tables.times() if self.tables is not None else {}
         made, self._made = self._made, []
+        self._owed = {change for change in self._owed if not change.is_over}
         return Sealed(self, marks, self.outputs.seal(), tables_sealed, times, made)
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:

@@ -84,6 +84,7 @@ class TaskManager:
         self._shared = shared
         self._local = local
         self._task_group = tasks
+        self._loop = asyncio.get_running_loop()
         self._layout = layout
         self._topics = app.every_topic()
         self._by_topic = {topic: sub for sub in layout.sub_topologies for topic in sub.topics}
@@ -419,7 +420,7 @@ class TaskManager:
         """The partitions of a table that are held here and restored, by number."""
         return {
             task.partition: task.tables.overlays[table]
-            for task in self.tasks.values()
+            for task in tuple(self.tasks.values())  # asked by other threads, too
             if task.is_readable and task.tables is not None and table in task.tables.overlays
         }
 
@@ -430,6 +431,11 @@ class TaskManager:
 
     async def change(self, table: str, partition: int, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the partition's task, between records; see `processing.holding.Holder`."""
+        if asyncio.get_running_loop() is not self._loop:
+            raise ClosedError(
+                f"table {table!r}: the app runs on another event loop of this process; change tables there "
+                "(`asyncio.run_coroutine_threadsafe`)"
+            )
         for task in self.tasks.values():
             if task.partition == partition and task.tables is not None and table in task.tables.overlays:
                 return await task.change(table, work)

@@ -25,8 +25,10 @@ from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
 from streamflow.state.overlay import Append, Overlay
-from streamflow.state.stage import PlainStage, SharedStage, Stage, Waiting
+from streamflow.state.shared_stage import SharedStage, Waiting
+from streamflow.state.stage import PlainStage, Stage
 from streamflow.state.store import Store, StoreBatch
+from streamflow.state.sweep import Sweep
 from streamflow.state.values import Values
 
 logger = logging.getLogger("streamflow.tables")
@@ -38,6 +40,7 @@ _STORE_EVERY_S = 5.0
 _STORE_FROM_ENTRIES = 50_000
 _MAX_UNSTORED = 400_000
 _ROOM_POLL_S = 0.25
+_MAX_KEY_BYTES = 64 * 1024
 
 
 @dataclass(slots=True)
@@ -91,6 +94,7 @@ class TaskTables:
         damage: Why the store cannot be used any more; None while it can.
         is_pinned: Whether the last commit says how far each changelog is committed (at least once).
         overlays: By table name.
+        sweeps: Of the tables whose values expire.
         positions: By table name: the changelog offset that follows what is committed.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
     """
@@ -119,6 +123,7 @@ class TaskTables:
         self.partition = partition
         self.store = store
         self.overlays = {table.name: self._overlay(table, outputs, live_entries, check_home) for table in tables}
+        self.sweeps = [Sweep(overlay) for overlay in self.overlays.values() if overlay.ttl_ms is not None]
         self.positions = dict(store.checkpoint.changelogs)
         self._outputs = outputs
         self._clock = clock
@@ -133,18 +138,20 @@ class TaskTables:
         self.is_level = False
 
     def _overlay(self, table: Table[Any, Any], outputs: Outputs, live_entries: int, check_home: CheckHome) -> Overlay:
-        target = outputs.to(table.changelog).target
+        max_record_bytes = outputs.to(table.changelog).target.max_record_bytes
+        max_key_bytes = min(_MAX_KEY_BYTES, max_record_bytes // 2)
         return Overlay(
             table.name,
             self.partition,
             keys=table.keys_in_order,
             key_codec=table.key_codec,
-            values=Values(table.name, table.changelog.value_codec, target.max_record_bytes),
+            values=Values(table.name, table.changelog.value_codec, max_record_bytes - max_key_bytes),
             store=self.store,
             live_entries=live_entries,
             ttl_ms=None if table.ttl_s is None else round(table.ttl_s * 1000),
             check_home=partial(check_home, table.name),
             damaged=self.is_damaged,
+            max_key_bytes=max_key_bytes,
         )
 
     def is_damaged(self, damage: StateCorruptedError) -> None:
@@ -159,21 +166,25 @@ class TaskTables:
 
     # --- turns -------------------------------------------------------------------------------------------------
 
-    def stages(self, names: Sequence[str], touched: Callable[[Stage], None], *, shared: bool) -> dict[str, Stage]:
+    def stages(
+        self, names: Sequence[str], touched: Callable[[Stage], None], number: Callable[[], int], *, shared: bool
+    ) -> dict[str, Stage]:
         """What the turns of one feed see of the tables.
 
         Args:
             names: The agent's tables.
             touched: See `Stage`.
+            number: See `SharedStage`.
             shared: Whether several turns of the task may be in progress at once.
         """
         if shared:
-            return {name: SharedStage(self._waiting[name], touched) for name in names}
+            return {name: SharedStage(self._waiting[name], touched, number) for name in names}
         return {name: _stage(self.overlays[name], touched) for name in names}
 
-    def waiting_of(self, name: str) -> Waiting:
-        """What the task's turns share of a table."""
-        return self._waiting[name]
+    @property
+    def waits_for_turns(self) -> bool:
+        """Whether turns that are in progress have written something, or done ones what has joined no table yet."""
+        return not all(waiting.is_empty for waiting in self._waiting.values())
 
     # --- commits -----------------------------------------------------------------------------------------------
 

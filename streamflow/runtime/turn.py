@@ -104,6 +104,10 @@ class Turn:
         self.is_plain = False
         self.stage.append((self._end_of_headers, 0, None, None, NO_HEADERS))
 
+    def number(self) -> int:
+        """Place of the unit in hand among those of the task that are in progress at once."""
+        return 0
+
     def touched(self, stage: Stage) -> None:
         """A table has to be looked at when the unit is over."""
         touched = self._touched.stages
@@ -202,8 +206,13 @@ class Turn:
                 f"agent {self.agent.name!r}: something was sent or written from a thread or a callback of the event "
                 "loop; do it in the agent itself, or from a task it awaits"
             )
-        if caller is self.owner and unit is not None:
-            return
+        if caller is self.owner:
+            if unit is not None:
+                return
+            raise ClosedError(
+                f"agent {self.agent.name!r}: something was sent or written while it had no record in hand, so no "
+                "commit could hold it; do it inside `async for`, after the record was taken"
+            )
         born = births.unit_of(caller)
         if born is None or unit is None or born[0] is not call or born[1] is not unit:
             raise ClosedError(

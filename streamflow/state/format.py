@@ -52,3 +52,11 @@ def unpack(value: bytes, *, table: str) -> tuple[bytes, int | None]:
         return value[_HEAD.size :], _HEAD.unpack_from(value)[1]
     what = f"its format is {kind}" if value else "it is empty"
     raise StateCorruptedError(f"table {table!r}: a stored value of {len(value)} bytes cannot be read: {what}")
+
+
+def unpack_expiry(value: bytes, *, table: str) -> int | None:
+    """When a stored value expires, without its bytes; see `unpack`."""
+    if value and value[0] == EXPIRING and len(value) >= _HEAD.size:
+        expires_ms: int = _HEAD.unpack_from(value)[1]
+        return expires_ms
+    return unpack(value, table=table)[1]

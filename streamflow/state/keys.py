@@ -12,7 +12,7 @@ from typing import Any
 from streamflow.errors import ProductionError, RecordError, StateCorruptedError
 from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec, excerpt
-from streamflow.state.key_parts import KeyPart, TuplePart, VarTuplePart, key_part
+from streamflow.state.key_parts import IntPart, KeyPart, TuplePart, VarTuplePart, key_part
 
 ByteRange = tuple[bytes, bytes | None]
 """Start inclusive, stop exclusive; None is the end of the table."""
@@ -28,10 +28,17 @@ class KeyOrder(ABC):
     Attributes:
         name: What it is called in a store's identity: another name means that stored keys cannot be read.
         same_as_serialized: Whether `encode` gives exactly what the key serializer gives.
+        sure_type: Keys of exactly this type that are equal are written alike; None where there is no such type.
+        is_canonical: Whether equal keys are alike to the key serializer, too; else the changelog has the key as
+            `decode` gives it back.
+        equal_is_same: Whether all keys that are equal in Python are written alike, whatever their type.
     """
 
     name: str
     same_as_serialized = False
+    sure_type: type | None = None
+    equal_is_same = False
+    is_canonical = True
 
     def __init__(self, codec: BoundCodec[Any], table: str) -> None:
         self._codec = codec
@@ -99,6 +106,8 @@ class StrOrder(KeyOrder):
     """UTF-8, in the order of code points."""
 
     name = "str"
+    sure_type = str
+    equal_is_same = True
 
     def __init__(self, codec: BoundCodec[Any], table: str) -> None:
         super().__init__(codec, table)
@@ -125,6 +134,8 @@ class BytesOrder(KeyOrder):
     """The bytes themselves."""
 
     name = "bytes"
+    sure_type = bytes
+    equal_is_same = True
 
     def __init__(self, codec: BoundCodec[Any], table: str) -> None:
         super().__init__(codec, table)
@@ -154,6 +165,8 @@ class PartOrder(KeyOrder):
         super().__init__(codec, table)
         self.name = part.name
         self._part = part
+        self.sure_type = int if type(part) is IntPart else None
+        self.is_canonical = "float" not in part.name and "datetime" not in part.name
 
     def encode(self, key: Any) -> bytes:
         out = bytearray()

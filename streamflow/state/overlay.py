@@ -16,14 +16,14 @@ not committed; a layer moves down whole.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from streamflow.errors import ProductionError, StateCorruptedError
 from streamflow.model.serde import BoundCodec
-from streamflow.state.format import pack, unpack
+from streamflow.state.format import pack, unpack, unpack_expiry
 from streamflow.state.keys import KeyOrder
+from streamflow.state.memory_index import MemoryIndex
 from streamflow.state.merge import merged
 from streamflow.state.store import Store
 from streamflow.state.values import MISSING, Values
@@ -51,10 +51,15 @@ class Overlay:
         check_home: Told the changelog's key bytes of keys that are new: raises for one of another partition.
         damaged: Told when the store turns out to be damaged, before whoever reads learns it by the error.
 
+        max_key_bytes: Largest key, as the changelog has it.
+
     Attributes:
         live: See the module.
+        memory: The keys of all layers above the store, where scans ask for them.
         dirty: See the module.
-        stream_time_ms: Greatest timestamp the task has taken; moves expiry.
+        stream_time_ms: Greatest timestamp of the turns that are done; moves expiry.
+        committed_stream_time_ms: The same of what is committed.
+        sure_key_type: See `KeyOrder`.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Overlay:
         ttl_ms: int | None = None,
         check_home: Callable[[bytes, Any], None] | None = None,
         damaged: Callable[[StateCorruptedError], None] | None = None,
+        max_key_bytes: int = 64 * 1024,
     ) -> None:
         self.name = name
         self.partition = partition
@@ -80,27 +86,40 @@ class Overlay:
         self.dirty: dict[Any, Any] = {}
         self.stream_time_ms = -1
         self.committed_stream_time_ms = -1
+        self.sure_key_type = keys.sure_type
         self._older: dict[Any, Any] = {}
         self._live_entries = max(1024, live_entries // 2)
-        self._sealed: deque[Layer] = deque()
+        # Other threads read what follows while the event loop moves layers down: each step leaves every value visible
+        # to who looks from the newest to the oldest.
+        self._sealed: tuple[Layer, ...] = ()
         self._settled: Layer = {}
         self._being_stored: Layer = {}
+        self._is_stored_in_vain = False
+        self.memory = MemoryIndex()
         self._store = store
         self._store_get = store.getter(name)
         self._encode_key = keys.encode
-        self._changelog_key: Callable[[Any], bytes | None] = key_codec.encode
+        self._changelog_key: Callable[[Any], bytes | None] = key_codec.encode if keys.is_canonical else self._canonical
+        self._key_codec = key_codec
         self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
         self._check_home = check_home
         self._damaged = damaged or _nobody_is_told
 
+        self._max_key_bytes = max_key_bytes
+
     # --- what turns do -----------------------------------------------------------------------------------------
 
-    def find(self, key: Any) -> Any:
-        """What is held of a key's newest value, those in no commit yet included; `MISSING` where there is none."""
+    def find(self, key: Any, time_ms: int = -1) -> Any:
+        """What is held of a key's newest value, those in no commit yet included; `MISSING` where there is none.
+
+        Args:
+            key: The key.
+            time_ms: Event time of the asking turn, where values expire.
+        """
         held = self.live.get(key, _ABSENT)
         if held is _ABSENT:
             held = self.load(key)
-        return held if self.ttl_ms is None or held is MISSING else self._unexpired(held)
+        return held if self.ttl_ms is None or held is MISSING else self._unexpired(held, time_ms)
 
     def load(self, key: Any) -> Any:
         """What is held of a key that is not in `live`, which it joins."""
@@ -116,7 +135,7 @@ class Overlay:
         return held
 
     def _newest(self, store_key: bytes) -> bytes | None:
-        for layer in reversed(self._sealed):
+        for layer in self._sealed:
             if store_key in layer:
                 return layer[store_key]
         return self._newest_committed(store_key)
@@ -147,6 +166,10 @@ class Overlay:
         held = self.values.from_payload(payload, key)
         return held if self.ttl_ms is None else (expires_ms, held)
 
+    def _canonical(self, key: Any) -> bytes | None:
+        """The changelog's bytes of a key whose equals may be written otherwise: 0.0 and -0.0, a time in two zones."""
+        return self._key_codec.encode(self.keys.decode(self._encode_key(key)))
+
     def store_key_of(self, changelog_key: bytes) -> bytes:
         """The store's key of a changelog record."""
         return self._encode_key(self._decode_changelog_key(changelog_key))
@@ -164,6 +187,8 @@ class Overlay:
         """
         key = self.keys.decode(store_key)
         self.dirty[key] = self._held(data, key)
+        if self.memory.is_in_use:
+            self.index([key])
 
     def is_committed(self, store_key: bytes) -> bool:
         """Whether a key has a committed value."""
@@ -174,9 +199,9 @@ class Overlay:
         if timestamp_ms > self.stream_time_ms:
             self.stream_time_ms = timestamp_ms
 
-    def _unexpired(self, held: Any) -> Any:
+    def _unexpired(self, held: Any, time_ms: int) -> Any:
         expires_ms, value = held
-        return MISSING if expires_ms is not None and expires_ms <= self.stream_time_ms else value
+        return MISSING if expires_ms is not None and expires_ms <= max(self.stream_time_ms, time_ms) else value
 
     def check_key(self, key: Any) -> None:
         """Check a key that is new.
@@ -184,12 +209,25 @@ class Overlay:
         Raises:
             ProductionError: It is not of the table's key type, cannot be written, or belongs to another partition.
         """
-        data = self._changelog_key(key)
+        data = self._key_codec.encode(key)
         if data is None:
             raise ProductionError(f"table {self.name!r}: a key cannot be None")
         self._encode_key(key)
+        if len(data) > self._max_key_bytes:
+            raise ProductionError(
+                f"table {self.name!r}: a key of {len(data):,} bytes is too large; {self._max_key_bytes:,} are the limit"
+            )
         if self._check_home is not None:
             self._check_home(data, key)
+
+    def check_equal_key(self, key: Any) -> None:
+        """Check a key that equals a known one and may yet be of another type, as True equals 1.
+
+        Raises:
+            ProductionError: It is not of the table's key type.
+        """
+        if not self.keys.equal_is_same:
+            self._encode_key(key)
 
     def merge(self, writes: Mapping[Any, Any]) -> None:
         """Take what a turn that is done has written, in the order of its records."""
@@ -198,6 +236,12 @@ class Overlay:
             writes = {key: held if held is MISSING else (expires_ms, held) for key, held in writes.items()}
         self.live.update(writes)
         self.dirty.update(writes)
+        if self.memory.is_in_use:
+            self.index(writes)
+
+    def index(self, writes: Iterable[Any]) -> None:
+        """Add keys to the index of what is in memory, which is in use."""
+        self.memory.add(map(self._encode_key, writes), writes)
 
     # --- iteration ---------------------------------------------------------------------------------------------
 
@@ -208,6 +252,7 @@ class Overlay:
         *,
         reverse: bool = False,
         writes: Mapping[Any, Any] | None = None,
+        time_ms: int = -1,
         committed: bool = False,
     ) -> Iterator[tuple[bytes, bytes]]:
         """Store keys and payloads of a range in key order, as they are at the time of the call.
@@ -217,18 +262,34 @@ class Overlay:
             stop: End, exclusive; None for the end.
             reverse: From the end to the start.
             writes: What the asking turn has written itself.
+            time_ms: Its event time, where values expire.
             committed: Committed values only.
         """
-        changes = {**self._being_stored, **self._settled}
-        if not committed:
-            for layer in self._sealed:
-                changes.update(layer)
-            changes.update(self._as_layer(self.dirty))
-            if writes:
-                changes.update(self._as_layer(writes if self.ttl_ms is None else self._never_expiring(writes)))
+        changes = self._committed_changes() if committed else self._changes(start, stop, writes)
         pairs = merged(self._store.scan(self.name, start, stop, reverse=reverse), changes, start, stop, reverse=reverse)
-        now_ms = self.committed_stream_time_ms if committed else self.stream_time_ms
+        now_ms = self.committed_stream_time_ms if committed else max(self.stream_time_ms, time_ms)
         return self._payloads(pairs, now_ms)
+
+    def _committed_changes(self) -> Layer:
+        settled = self._settled  # looked at first: values move from here into what is being stored
+        return {**self._being_stored, **settled}
+
+    def _changes(self, start: bytes | None, stop: bytes | None, writes: Mapping[Any, Any] | None) -> Layer:
+        """What is in memory of a range; the index spares a look at all the rest for each of many small scans."""
+        memory = self.memory
+        if not memory.is_in_use:
+            dirty = self.dirty  # values move from left to right meanwhile, where a turn runs in a thread
+            for layer in map(list, (*self._sealed, self._settled, self._being_stored)):
+                memory.add(layer, map(self.keys.decode, layer))
+            memory.add(map(self._encode_key, dirty), dirty)
+            memory.is_in_use = True
+        changes: Layer = {}
+        for store_key, key in memory.between(start, stop):
+            held = self.dirty.get(key, _ABSENT)
+            changes[store_key] = self._newest(store_key) if held is _ABSENT else self._stored(held)
+        if writes:
+            changes.update(self._as_layer(writes if self.ttl_ms is None else self._never_expiring(writes)))
+        return changes
 
     def _payloads(self, pairs: Iterator[tuple[bytes, bytes]], now_ms: int) -> Iterator[tuple[bytes, bytes]]:
         try:
@@ -280,9 +341,10 @@ class Overlay:
         if not dirty:
             return False
         self.dirty = {}
-        self._sealed.append(
+        layer = (
             self._sealed_plain(dirty, append, now_ms) if self.ttl_ms is None else self._sealed_expiring(dirty, append)
         )
+        self._sealed = (layer, *self._sealed)
         if len(self.live) >= self._live_entries:
             self._older, self.live = self.live, {}
         return True
@@ -314,7 +376,8 @@ class Overlay:
 
     def settle(self) -> None:
         """The log has committed the oldest sealed layer."""
-        self._settled.update(self._sealed.popleft())
+        self._settled.update(self._sealed[-1])
+        self._sealed = self._sealed[:-1]
 
     @property
     def has_sealed(self) -> bool:
@@ -326,21 +389,57 @@ class Overlay:
     @property
     def settled_entries(self) -> int:
         """How many committed values wait for the store."""
-        return len(self._settled)
+        return len(self._settled) + (len(self._being_stored) if self._is_stored_in_vain else 0)
 
     def take_settled(self) -> Layer:
         """What is to be written to the store now; it stays readable until `stored`."""
-        self._being_stored, self._settled = self._settled, {}
+        self._being_stored = {**self._being_stored, **self._settled} if self._being_stored else self._settled
+        self._settled = {}
+        self._is_stored_in_vain = False
         return self._being_stored
 
     def stored(self) -> None:
         """What `take_settled` gave is in the store."""
         self._being_stored = {}
+        self.memory = MemoryIndex()
 
     def not_stored(self) -> None:
         """What `take_settled` gave is not in the store: it waits again."""
-        self._settled = {**self._being_stored, **self._settled}
-        self._being_stored = {}
+        self._is_stored_in_vain = True
+
+    # --- expiry ------------------------------------------------------------------------------------------------
+
+    def expired(self, after: bytes, limit: int) -> tuple[list[Any], bytes | None]:
+        """Keys whose values have expired and are still in the store.
+
+        Args:
+            after: Where to begin, a store key.
+            limit: How many stored values to look at.
+
+        Returns:
+            The keys, and where to go on; None at the end.
+        """
+        try:
+            return self._expired(after, limit)
+        except StateCorruptedError as error:
+            self._damaged(error)
+            raise
+
+    def _expired(self, after: bytes, limit: int) -> tuple[list[Any], bytes | None]:
+        found: list[Any] = []
+        for number, (store_key, data) in enumerate(self._store.scan(self.name, after, None)):
+            if number == limit:
+                return found, store_key
+            expires_ms = unpack_expiry(data, table=self.name)
+            if expires_ms is not None and expires_ms <= self.stream_time_ms:
+                key = self.keys.decode(store_key)
+                held = self.dirty.get(key, _ABSENT)
+                newest = self._newest(store_key) if held is _ABSENT else self._stored(held)
+                if newest is not None:
+                    expires_ms = unpack_expiry(newest, table=self.name)
+                    if expires_ms is not None and expires_ms <= self.stream_time_ms:
+                        found.append(key)
+        return found, None
 
 
 def _nobody_is_told(_: StateCorruptedError) -> None:

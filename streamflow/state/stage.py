@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamflow.errors import ProcessingError
 from streamflow.state.overlay import Overlay
 from streamflow.state.values import MISSING
 
@@ -23,16 +22,20 @@ class Effects:
     Args:
         overlay: The table.
         writes: What is held by key; `MISSING` deletes.
+        time_ms: Its event time, where values expire; else -1.
     """
 
-    __slots__ = ("overlay", "writes")
+    __slots__ = ("overlay", "time_ms", "writes")
 
-    def __init__(self, overlay: Overlay, writes: dict[Any, Any]) -> None:
+    def __init__(self, overlay: Overlay, writes: dict[Any, Any], time_ms: int) -> None:
         self.overlay = overlay
         self.writes = writes
+        self.time_ms = time_ms
 
     def merge(self) -> None:
         """Join the task's values."""
+        if self.time_ms >= 0:
+            self.overlay.advance(self.time_ms)
         self.overlay.merge(self.writes)
 
 
@@ -46,20 +49,28 @@ class Stage:
     Attributes:
         is_plain: Whether `join` may end a turn.
         writes: What the turn in hand has written, by key.
+        time_ms: The turn's event time, where values expire; -1 while it is not known.
     """
 
-    __slots__ = ("_copies", "_defaults", "_touched", "overlay", "writes")
+    __slots__ = ("_copies", "_defaults", "_touched", "overlay", "time_ms", "writes")
 
     is_plain = False
 
     def __init__(self, overlay: Overlay, touched: Callable[[Stage], None]) -> None:
         self.overlay = overlay
         self.writes: dict[Any, Any] = {}
+        self.time_ms = -1
         self._touched = touched
-        # Copies that user code may have changed, with the bytes they were made of; None: to be written in any case.
-        self._copies: dict[Any, tuple[Any, bytes | None]] = {}
+        # Copies that user code may have changed, with the bytes they were made of.
+        self._copies: dict[Any, tuple[Any, bytes]] = {}
         # Defaults that were handed out where there is no value, with their bytes.
         self._defaults: dict[Any, tuple[Any, bytes]] = {}
+
+    def advance(self, timestamp_ms: int) -> None:
+        """Note the turn's event time: the task's stream time follows when the turn is done."""
+        if timestamp_ms > self.time_ms:
+            self.time_ms = timestamp_ms
+            self._touched(self)
 
     def get(self, key: Any) -> Any:
         """The value of a key, `MISSING` where there is none."""
@@ -93,7 +104,7 @@ class Stage:
     def _changed_default(self, key: Any) -> Any:
         """A default that was handed out, once user code has changed it; it is a value from then on."""
         default = self._defaults.get(key)
-        if default is None or self.overlay.values.encoded(default[0]) == default[1]:
+        if default is None or self.overlay.values.changed(*default) is None:
             return MISSING
         self.set(key, default[0])
         return default[0]
@@ -110,7 +121,7 @@ class Stage:
         return self._find(key) is not MISSING or self._changed_default(key) is not MISSING
 
     def _find(self, key: Any) -> Any:
-        return self.overlay.find(key)
+        return self.overlay.find(key, self.time_ms)
 
     def set(self, key: Any, value: Any) -> None:
         """Write a value.
@@ -119,13 +130,16 @@ class Stage:
             ProductionError: Key or value do not fit, or the key belongs to another partition.
         """
         overlay, writes = self.overlay, self.writes
-        if key not in writes and overlay.live.get(key, MISSING) is MISSING:
-            overlay.check_key(key)
+        if key not in writes:
+            if overlay.live.get(key, MISSING) is MISSING:
+                overlay.check_key(key)
+            elif type(key) is not overlay.sure_key_type:
+                overlay.check_equal_key(key)
         if overlay.values.are_objects:
             held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
         else:
             held = overlay.values.encoded(value)  # refuses what cannot be written, while the line is known
-            self._copies[key] = value, None
+            self._copies[key] = value, held
             self._defaults.pop(key, None)
             self._touched(self)
         if not writes:
@@ -134,6 +148,8 @@ class Stage:
 
     def delete(self, key: Any) -> None:
         """Delete a key, whether there is one or not."""
+        if type(key) is not self.overlay.sure_key_type:
+            self.overlay.check_equal_key(key)
         if not self.writes:
             self._touched(self)
         self._copies.pop(key, None)
@@ -141,16 +157,30 @@ class Stage:
         self.writes[key] = MISSING
 
     def entries(self, start: bytes | None, stop: bytes | None, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
-        """Keys and values of a range in key order, as they are now; copies are compared like those of `get`."""
-        overlay = self.overlay
-        decode_key, values = overlay.keys.decode, overlay.values
+        """Keys and values of a range in key order, as they are at the time of the call.
+
+        Values that can be changed in place are compared like those of `get`, unless the turn has written or deleted
+        the key since the call.
+        """
         self._write_copies()
-        for store_key, payload in overlay.entries(start, stop, reverse=reverse, writes=self._visible_writes()):
+        writes = self._visible_writes()
+        return self._values_of(self.overlay.entries(start, stop, reverse=reverse, writes=writes, time_ms=self.time_ms))
+
+    def _values_of(self, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[Any, Any]]:
+        decode_key, values = self.overlay.keys.decode, self.overlay.values
+        for store_key, payload in entries:
             key = decode_key(store_key)
+            held = values.from_payload(payload, key)
+            self._saw(key, held)
             if values.are_objects:
-                yield key, values.from_payload(payload, key)
-            else:
+                yield key, held
+            elif self.writes.get(key, payload) == payload:
                 yield key, self._copy(key, payload)
+            else:
+                yield key, values.value(payload, key)
+
+    def _saw(self, key: Any, held: Any) -> None:
+        """Iteration gave out what is held of a key."""
 
     def _visible_writes(self) -> dict[Any, Any]:
         return self.writes
@@ -160,11 +190,15 @@ class Stage:
         for key in tuple(self._defaults):
             self._changed_default(key)
         if self._copies:
-            encoded = self.overlay.values.encoded
+            changed = self.overlay.values.changed
             for key, (value, before) in self._copies.items():
-                data = encoded(value)
-                if data != before:
-                    self.writes[key] = data
+                data = changed(value, before)
+                if data is not None:
+                    self._write(key, data)
+                    self._copies[key] = value, data
+
+    def _write(self, key: Any, held: Any) -> None:
+        self.writes[key] = held
 
     def check(self) -> None:
         """Write down what user code did to its copies, while the turn may still fail.
@@ -181,11 +215,8 @@ class Stage:
             ProductionError: A value that was changed in place cannot be written.
         """
         self._write_copies()
+        effects = self._effects() if self.writes or self.time_ms >= 0 else None
         self._forget()
-        if not self.writes:
-            return None
-        effects = Effects(self.overlay, self.writes)
-        self.writes = {}
         return effects
 
     def join(self) -> None:
@@ -194,12 +225,16 @@ class Stage:
         if effects is not None:
             effects.merge()
 
+    def _effects(self) -> Effects:
+        return Effects(self.overlay, self.writes, self.time_ms)
+
     def drop(self) -> None:
         """The turn failed: it has written nothing."""
         self._forget()
-        self.writes = {}
 
     def _forget(self) -> None:
+        self.writes = {}
+        self.time_ms = -1
         if self._copies or self._defaults:
             self._copies, self._defaults = {}, {}
 
@@ -221,143 +256,19 @@ class PlainStage(Stage):
 
     def set(self, key: Any, value: Any) -> None:
         overlay, writes = self.overlay, self.writes
-        if not writes:
+        if key not in writes:
             if overlay.live.get(key, MISSING) is MISSING:
                 overlay.check_key(key)
-            self._touched(self)
-        elif key not in writes and overlay.live.get(key, MISSING) is MISSING:
-            overlay.check_key(key)
+            elif type(key) is not overlay.sure_key_type:
+                overlay.check_equal_key(key)
+            if not writes:
+                self._touched(self)
         writes[key] = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
 
     def join(self) -> None:
         overlay, writes = self.overlay, self.writes
         overlay.live.update(writes)
         overlay.dirty.update(writes)
+        if overlay.memory.is_in_use:
+            overlay.index(writes)
         writes.clear()
-
-
-class Waiting:
-    """The writes of one table by turns that are in progress, or done while an earlier record is not.
-
-    Args:
-        overlay: The table.
-    """
-
-    __slots__ = ("done", "overlay", "writers")
-
-    def __init__(self, overlay: Overlay) -> None:
-        self.overlay = overlay
-        self.done: dict[Any, tuple[Any, Effects]] = {}
-        self.writers: dict[Any, Stage] = {}
-
-
-class SharedEffects(Effects):
-    """Effects that later turns see before they are merged.
-
-    Args:
-        waiting: Where they see them.
-        writes: See `Effects`.
-    """
-
-    __slots__ = ("_waiting",)
-
-    def __init__(self, waiting: Waiting, writes: dict[Any, Any]) -> None:
-        super().__init__(waiting.overlay, writes)
-        self._waiting = waiting
-        for key, held in writes.items():
-            waiting.done[key] = (held, self)
-
-    def merge(self) -> None:
-        super().merge()
-        done = self._waiting.done
-        for key in self.writes:
-            if done[key][1] is self:
-                del done[key]
-
-
-class SharedStage(Stage):
-    """A table in the hands of one of several turns in progress at once.
-
-    A turn sees what turns that are done have written, merged or not. What another one in progress writes it does not
-    see; two that write one key would lose an update, so the second one fails.
-
-    Args:
-        waiting: What the task's turns share of the table.
-        touched: See `Stage`.
-    """
-
-    __slots__ = ("_claimed", "_seen", "_waiting")
-
-    def __init__(self, waiting: Waiting, touched: Callable[[Stage], None]) -> None:
-        super().__init__(waiting.overlay, touched)
-        self._waiting = waiting
-        # What the turn found when it first looked at a key.
-        self._seen: dict[Any, Any] = {}
-        self._claimed: set[Any] = set()
-
-    def _find(self, key: Any) -> Any:
-        held = self._newest(key)
-        if key not in self._seen:
-            self._seen[key] = held
-            self._touched(self)
-        return held
-
-    def _newest(self, key: Any) -> Any:
-        found = self._waiting.done.get(key)
-        return self.overlay.find(key) if found is None else found[0]
-
-    def set(self, key: Any, value: Any) -> None:
-        self._claim(key)
-        super().set(key, value)
-
-    def delete(self, key: Any) -> None:
-        self._claim(key)
-        super().delete(key)
-
-    def _claim(self, key: Any) -> None:
-        """Be the only turn in progress that writes a key, on what it found there.
-
-        Raises:
-            ProcessingError: Another one has written it meanwhile.
-        """
-        writer = self._waiting.writers.setdefault(key, self)
-        if writer is self:
-            self._claimed.add(key)
-        if writer is not self or (key not in self.writes and self._has_changed(key)):
-            raise ProcessingError(
-                f"table {self.overlay.name!r}: two records in progress at once write the key {key!r}, and one would "
-                "undo the other: key the table by the record's key (records of one key are processed in order), or "
-                "leave concurrency= out; on_error=sf.Retry(...) tries the later one again"
-            )
-
-    def _has_changed(self, key: Any) -> bool:
-        """Whether another turn has written a key since this one looked at it."""
-        before = self._seen.get(key, _ABSENT)
-        now = before if before is _ABSENT else self._newest(key)
-        return now is not before and bool(now != before)
-
-    def _visible_writes(self) -> dict[Any, Any]:
-        return {**{key: held for key, (held, _) in self._waiting.done.items()}, **self.writes}
-
-    def _write_copies(self) -> None:
-        if self._copies:
-            encoded = self.overlay.values.encoded
-            for key, (value, before) in self._copies.items():
-                if before is not None and encoded(value) != before:
-                    self._claim(key)
-        super()._write_copies()
-
-    def close(self) -> Effects | None:
-        self._write_copies()
-        writes = self.writes
-        self._let_go()
-        return SharedEffects(self._waiting, writes) if writes else None
-
-    def drop(self) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for key in self._claimed:
-            del self._waiting.writers[key]
-        self._claimed, self._seen = set(), {}
-        super().drop()

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from streamflow.errors import ProductionError, StateError
-from streamflow.model.schema import is_immutable
+from streamflow.errors import DeserializationError, ProductionError, StateError
+from streamflow.model.schema import holds_sets, is_immutable
 from streamflow.model.serde import BoundCodec
 
 V = TypeVar("V")
@@ -19,8 +19,11 @@ V = TypeVar("V")
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
 """Stands for the value of a key that is not there."""
 
+# Of these only the class has to be right, which encoding checks; what stands inside others shows when it is read back.
+_SHALLOW = (int, float, bool, str, bytes)
+
 # Encoding these never fails, so a write of one is not tried out.
-_ALWAYS_WRITABLE = (float, bool, bytes)
+_ALWAYS_WRITABLE = (float, bool)
 
 
 class Values:
@@ -36,13 +39,24 @@ class Values:
         sure_type: Values of exactly this type are held as they are, unchecked.
     """
 
-    __slots__ = ("_codec", "_encode", "_max_bytes", "_table", "are_objects", "sure_type")
+    __slots__ = (
+        "_codec",
+        "_encode",
+        "_has_sets",
+        "_is_deep",
+        "_max_bytes",
+        "_table",
+        "are_objects",
+        "sure_type",
+    )
 
     def __init__(self, table: str, codec: BoundCodec[Any], max_bytes: int = 1_000_000) -> None:
         self._table = table
         self._codec = codec
         self._max_bytes = max_bytes
         self.are_objects = is_immutable(codec.type) and codec.fast_decode is not None
+        self._is_deep = codec.type not in _SHALLOW
+        self._has_sets = not self.are_objects and holds_sets(codec.type)
         exact = codec.exact_type if self.are_objects else None
         self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
         self._encode: Callable[[Any], bytes | None] = codec.fast_encode if self.sure_type is not None else codec.encode  # type: ignore[assignment]
@@ -60,12 +74,26 @@ class Values:
         return value if exact is None or type(value) is exact else self._codec.decode(data, ())
 
     def encoded(self, value: Any) -> bytes:
-        """A value as the changelog has it.
+        """A value as the changelog has it, from which it surely can be read again.
 
         Raises:
             ProductionError: See `held`.
         """
-        data = self._codec.encode(value, ())
+        data = self._encoded(value)
+        if self._is_deep:
+            try:
+                self._codec.decode(data, ())
+            except DeserializationError as exc:
+                raise ProductionError(
+                    f"table {self._table!r}: a value is not of the table's type: {exc.message}"
+                ) from exc
+        return data
+
+    def _encoded(self, value: Any) -> bytes:
+        try:
+            data = self._codec.encode(value, ())
+        except ProductionError as exc:
+            raise ProductionError(f"table {self._table!r}: {exc.message}") from exc
         if data is None:
             raise ProductionError(
                 f"table {self._table!r}: None is how a log says that a key was deleted, so it cannot be a value; "
@@ -77,6 +105,21 @@ class Values:
                 f"{self._max_bytes:,}: keep less under one key, or raise the topic's max.message.bytes"
             )
         return data
+
+    def changed(self, value: Any, before: bytes) -> bytes | None:
+        """A copy as the changelog has it, where user code has changed it; None where it has not.
+
+        Args:
+            value: The copy.
+            before: What it was made of, or last seen to be.
+
+        Raises:
+            ProductionError: See `held`.
+        """
+        data = self._encoded(value)
+        if data == before or (self._has_sets and self._codec.decode(before, ()) == value):
+            return None
+        return self.encoded(value)
 
     def payload(self, held: Any) -> bytes:
         """What is held, as the changelog has it."""

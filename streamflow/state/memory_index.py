@@ -1,0 +1,60 @@
+"""The keys of one table that are in memory and not in its store, in order, so that small scans stay small.
+
+It is made at the first scan and kept up to date from then on, until the store is written: then it is made anew.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_INSERTED_ONE_BY_ONE = 32
+
+
+class MemoryIndex:
+    """Store keys in order, with the keys they stand for.
+
+    Attributes:
+        is_in_use: Whether it knows all keys that are in memory.
+    """
+
+    __slots__ = ("_keys", "_new", "_sorted", "is_in_use")
+
+    def __init__(self) -> None:
+        self.is_in_use = False
+        self._keys: dict[bytes, Any] = {}
+        self._sorted: list[bytes] = []
+        self._new: list[bytes] = []
+
+    def add(self, store_keys: Iterable[bytes], keys: Iterable[Any]) -> None:
+        """Add keys, known or not."""
+        known = self._keys
+        for store_key, key in zip(store_keys, keys, strict=True):
+            if store_key not in known:
+                known[store_key] = key
+                self._new.append(store_key)
+
+    def between(self, start: bytes | None, stop: bytes | None) -> Iterator[tuple[bytes, Any]]:
+        """The keys of a range, in order.
+
+        Args:
+            start: First store key, inclusive; None for the beginning.
+            stop: End, exclusive; None for the end.
+        """
+        ordered = self._in_order()
+        low = 0 if start is None else bisect_left(ordered, start)
+        high = len(ordered) if stop is None else bisect_left(ordered, stop)
+        known = self._keys
+        return ((store_key, known[store_key]) for store_key in ordered[low:high])
+
+    def _in_order(self) -> list[bytes]:
+        if self._new:
+            if len(self._new) <= _INSERTED_ONE_BY_ONE:
+                for store_key in self._new:
+                    insort(self._sorted, store_key)
+            else:
+                self._sorted += self._new
+                self._sorted.sort()
+            self._new = []
+        return self._sorted

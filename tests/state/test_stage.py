@@ -1,0 +1,409 @@
+"""A table in turns, held against a dict: whatever is written, dropped, sealed, settled and stored in between."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from streamflow.errors import ProductionError
+from streamflow.state.shared_stage import SharedStage, Waiting
+from streamflow.state.stage import Stage
+from streamflow.state.values import MISSING
+from tests.state.table_parts import Parts
+
+
+class Frozen(msgspec.Struct, frozen=True):
+    n: int
+
+
+class Loose(msgspec.Struct):
+    n: int
+    more: list[int] = []
+
+
+KEYS = st.sampled_from(["", "a", "ab", "b", "ba", "c\xff", "z"])
+MAKERS: dict[str, tuple[Any, Any]] = {
+    "float": (float, float),
+    "int": (int, int),
+    "str": (str, str),
+    "frozen": (Frozen, Frozen),
+    "loose": (Loose, lambda n: Loose(n, [n])),
+    "list": (list[int], lambda n: [n]),
+    "dict": (dict[str, list[int]], lambda n: {"x": [n]}),
+}
+
+
+def grow(value: Any) -> None:
+    """Change a value in place."""
+    if isinstance(value, Loose):
+        value.more.append(1)
+    elif isinstance(value, dict):
+        value["x"].append(1)
+    elif isinstance(value, list):
+        value.append(1)
+
+
+class TableMachine(RuleBasedStateMachine):
+    """One stage, turn after turn; the model is a dict per turn."""
+
+    @initialize(kind=st.sampled_from(sorted(MAKERS)))
+    def start(self, kind: str) -> None:
+        self.form, self.make = MAKERS[kind]
+        self.parts = Parts(str, self.form)
+        self.parts.overlay._live_entries = 3
+        self.stage = self.parts.stage()
+        self.done: dict[str, Any] = {}
+        self.turn: dict[str, Any] = {}
+        self.sealed: list[dict[str, Any]] = []
+        self.committed: dict[str, Any] = {}
+
+    def _copy(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: msgspec.json.decode(msgspec.json.encode(value), type=self.form) for key, value in values.items()}
+
+    @rule(key=KEYS, n=st.integers(0, 5))
+    def write(self, key: str, n: int) -> None:
+        value = self.make(n)
+        self.stage.set(key, value)
+        self.turn[key] = value
+
+    @rule(key=KEYS)
+    def delete(self, key: str) -> None:
+        self.stage.delete(key)
+        self.turn.pop(key, None)
+
+    @rule(key=KEYS)
+    def read(self, key: str) -> None:
+        value = self.stage.get(key)
+        assert value == self.turn.get(key, MISSING)
+        assert self.stage.get(key) is value or self.parts.overlay.values.are_objects
+        assert self.stage.contains(key) == (key in self.turn)
+
+    @rule(key=KEYS)
+    def change_in_place(self, key: str) -> None:
+        value = self.stage.get(key)
+        if value is not MISSING:
+            if value is not self.turn[key]:
+                grow(value)
+            grow(self.turn[key])
+
+    @rule(key=KEYS, changes=st.booleans())
+    def default(self, key: str, changes: bool) -> None:
+        if key not in self.turn:
+            value = self.stage.default(key, lambda: self.make(0))
+            if changes and not self.parts.overlay.values.are_objects:
+                grow(value)
+                self.turn[key] = self.make(0)
+                grow(self.turn[key])
+
+    @rule(start=st.none() | KEYS, stop=st.none() | KEYS, reverse=st.booleans())
+    def scan(self, start: str | None, stop: str | None, reverse: bool) -> None:
+        low, high = self.parts.table.keys_in_order.range(start, stop)
+        wanted = sorted(self.turn.items(), key=lambda item: item[0].encode(), reverse=reverse)
+        wanted = [
+            (key, value)
+            for key, value in wanted
+            if (start is None or key.encode() >= start.encode()) and (stop is None or key.encode() < stop.encode())
+        ]
+        assert list(self.stage.entries(low, high, reverse=reverse)) == wanted
+
+    @rule()
+    def write_while_iterating(self) -> None:
+        before = self._copy(self.turn)
+        keys = []
+        for key, value in self.stage.entries(None, None):
+            assert value == before[key]
+            keys.append(key)
+            self.stage.set("new" + key, self.make(9))
+            self.turn["new" + key] = self.make(9)
+            self.stage.delete(key)
+            del self.turn[key]
+            assert not self.stage.contains(key)
+        assert keys == sorted(before, key=str.encode)
+
+    @rule()
+    def done_with_it(self) -> None:
+        self.stage.join()
+        self.done, self.turn = self._copy(self.turn), self._copy(self.turn)
+
+    @rule()
+    def fail(self) -> None:
+        self.stage.drop()
+        self.turn = self._copy(self.done)
+
+    @rule()
+    def seal(self) -> None:
+        if self.parts.seal():
+            self.sealed.append(self._copy(self.done))
+
+    @precondition(lambda self: bool(self.sealed))
+    @rule()
+    def settle(self) -> None:
+        self.parts.overlay.settle()
+        self.committed = self.sealed.pop(0)
+
+    @rule(fails=st.booleans())
+    def store(self, fails: bool) -> None:
+        if fails:
+            self.parts.overlay.take_settled()
+            self.parts.overlay.not_stored()
+        else:
+            self.parts.write_store()
+            assert not self.parts.overlay.settled_entries
+
+    @rule()
+    def forget_what_is_cached(self) -> None:
+        self.parts.overlay.live.clear()
+        self.parts.overlay._older.clear()
+
+    @invariant()
+    def committed_reads_see_what_is_committed(self) -> None:
+        overlay = self.parts.overlay
+        values = overlay.values
+        seen = overlay.entries(None, None, committed=True)
+        assert {key.decode(): values.decoded(data, key) for key, data in seen} == self.committed
+        for key in ("a", "ab"):
+            held = overlay.committed(key)
+            assert (MISSING if held is MISSING else values.value(held, key)) == self.committed.get(key, MISSING)
+
+    def teardown(self) -> None:
+        self.stage.join()
+        self.parts.seal()
+        assert self.parts.fold() == self.turn == dict(self.stage.entries(None, None))
+
+
+TestTable = TableMachine.TestCase
+TestTable.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def shared(parts: Parts, numbers: dict[str, int]) -> dict[str, SharedStage]:
+    waiting = Waiting(parts.overlay)
+    return {
+        name: SharedStage(waiting, lambda _: None, lambda number=number: number) for name, number in numbers.items()
+    }
+
+
+def test_a_turn_does_not_see_what_a_later_record_wrote():
+    stages = shared(Parts(str, int), {"first": 1, "second": 2})
+    stages["second"].set("k", 5)
+    assert stages["second"].close() is not None
+    assert stages["first"].get("k") is MISSING
+    assert list(stages["first"].entries(None, None)) == []
+
+
+def test_a_write_over_a_later_records_write_is_refused():
+    stages = shared(Parts(str, int), {"first": 1, "second": 2})
+    stages["second"].set("k", 5)
+    stages["second"].close()
+    with pytest.raises(Exception, match="two records in progress at once write the key 'k'"):
+        stages["first"].set("k", 1)
+    stages["first"].drop()
+    stages["first"].set("other", 1)
+
+
+def test_a_write_on_what_an_earlier_record_has_changed_since_is_refused():
+    stages = shared(Parts(str, int), {"first": 1, "second": 2})
+    assert stages["second"].get("k") is MISSING
+    stages["first"].set("k", 1)
+    stages["first"].close()
+    with pytest.raises(Exception, match="two records in progress"):
+        stages["second"].set("k", 2)
+
+
+def test_what_iteration_gave_out_counts_as_read():
+    parts = Parts(str, int)
+    stages = shared(parts, {"first": 1, "second": 2})
+    parts.overlay.merge({"k": 1})
+    assert list(stages["second"].entries(None, None)) == [("k", 1)]
+    stages["first"].set("k", 10)
+    stages["first"].close()
+    with pytest.raises(Exception, match="two records in progress"):
+        stages["second"].set("k", 2)
+
+
+def test_a_refused_value_leaves_no_claim_on_its_key():
+    parts = Parts(str, int)
+    touched: list[Stage] = []
+    waiting = Waiting(parts.overlay)
+    first = SharedStage(waiting, touched.append, lambda: 1)
+    with pytest.raises(ProductionError):
+        first.set("k", "no number")
+    assert touched == [first, *touched[1:]]
+    for stage in touched:
+        stage.drop()
+    assert waiting.is_empty
+    SharedStage(waiting, touched.append, lambda: 2).set("k", 2)
+
+
+def test_merged_in_the_order_of_records_whatever_order_they_end_in():
+    parts = Parts(str, int)
+    stages = shared(parts, {"one": 1, "two": 2, "three": 3})
+    stages["one"].set("k", 1)
+    effects = [stages["one"].close()]
+    stages["two"].set("k", stages["two"].get("k") + 1)
+    effects.append(stages["two"].close())
+    stages["three"].set("k", stages["three"].get("k") + 1)
+    effects.append(stages["three"].close())
+    for each in effects:
+        assert each is not None
+        each.merge()
+    assert parts.overlay.find("k") == 3
+    assert stages["one"]._waiting.is_empty
+
+
+@pytest.mark.parametrize(
+    ("key_type", "known", "like"),
+    [(int, 1, True), (int, 1, 1.0), (tuple[int, str], (1, "a"), (True, "a")), (float, 1.0, True)],
+)
+def test_a_key_that_only_equals_a_known_one_is_refused_in_the_turn(key_type, known, like):
+    parts = Parts(key_type, int)
+    for stage in (parts.stage(), shared(parts, {"s": 0})["s"]):
+        stage.set(known, 1)
+        effects = stage.close()
+        assert effects is not None
+        effects.merge()
+        with pytest.raises(ProductionError, match="takes keys of type"):
+            stage.set(like, 2)
+        with pytest.raises(ProductionError, match="takes keys of type"):
+            stage.delete(like)
+        stage.drop()
+        assert parts.seal()
+        assert parts.fold() == {known: 1}
+
+
+@pytest.mark.parametrize("key", [None, 5, b"a", "x" * 70_000, "\ud800"])
+def test_a_key_that_cannot_be_written_is_refused_in_the_turn(key):
+    with pytest.raises(ProductionError):
+        Parts(str, int).stage().set(key, 1)
+
+
+@pytest.mark.parametrize(
+    ("value_type", "value"),
+    [(int, None), (int, "x"), (int, 1 << 70), (bytes, b"x" * 200_000), (str, "x" * 200_000), (list[int], ["x"])],
+)
+def test_a_value_that_cannot_be_written_is_refused_in_the_turn(value_type, value):
+    stage = Parts(str, value_type).stage()
+    with pytest.raises(ProductionError, match="table 't'"):
+        stage.set("k", value)
+    assert stage.get("k") is MISSING
+    assert stage.close() is None
+
+
+def test_nan_is_no_key():
+    with pytest.raises(ProductionError, match="NaN"):
+        Parts(float, int).stage().set(float("nan"), 1)
+
+
+@pytest.mark.parametrize(
+    ("key_type", "one", "other"),
+    [
+        (float, 0.0, -0.0),
+        (
+            datetime.datetime,
+            datetime.datetime(2024, 1, 1, 12, tzinfo=datetime.UTC),
+            datetime.datetime(2024, 1, 1, 14, tzinfo=datetime.timezone(datetime.timedelta(hours=2))),
+        ),
+    ],
+)
+def test_keys_that_are_equal_have_one_record_in_the_changelog(key_type, one, other):
+    parts = Parts(key_type, int)
+    stage = parts.stage()
+    stage.set(one, 1)
+    stage.join()
+    parts.seal()
+    parts.overlay.live.clear()
+    stage.set(other, 2)
+    stage.join()
+    parts.seal()
+    assert list(parts.fold().values()) == [2]
+
+
+def test_a_value_kept_from_an_earlier_turn_is_a_copy_that_changes_nothing():
+    parts = Parts(str, list[int])
+    stage = parts.stage()
+    stage.set("k", [1])
+    stage.join()
+    kept = stage.get("k")
+    stage.join()
+    kept.append(2)
+    assert stage.get("k") == [1]
+    stage.join()
+    assert parts.overlay.committed("k") is MISSING
+    parts.seal()
+    assert parts.fold() == {"k": [1]}
+
+
+def test_what_cannot_be_changed_is_never_copied():
+    stage = Parts(str, Frozen).stage()
+    value = Frozen(1)
+    stage.set("k", value)
+    assert stage.get("k") is value
+    stage.join()
+    assert stage.get("k") is value
+
+
+def test_reading_writes_nothing():
+    parts = Parts(str, dict[str, list[int]])
+    stage = parts.stage()
+    stage.set("k", {"x": [1]})
+    stage.join()
+    parts.seal()
+    stage.get("k")
+    list(stage.entries(None, None))
+    stage.default("other", dict)
+    stage.join()
+    assert not parts.seal()
+
+
+def test_a_set_that_was_only_read_is_not_written():
+    parts = Parts(str, set[str])
+    parts.overlay.dirty["k"] = b'["b","a","d","c","e"]'
+    parts.seal()
+    stage = parts.stage()
+    assert stage.get("k") == {"a", "b", "c", "d", "e"}
+    stage.join()
+    assert not parts.seal()
+    stage.get("k").add("f")
+    stage.join()
+    assert parts.seal()
+    assert parts.fold() == {"k": {"a", "b", "c", "d", "e", "f"}}
+
+
+def test_expiry_moves_with_turns_that_are_done_only():
+    parts = Parts(str, int, ttl_s=10)
+    stage = parts.stage()
+    stage.advance(1_000)
+    stage.set("k", 1)
+    stage.join()
+    stage.advance(50_000)
+    assert stage.get("k") is MISSING
+    stage.drop()
+    assert stage.get("k") == 1
+    stage.advance(10_999)
+    assert stage.get("k") == 1
+    assert list(stage.entries(None, None)) == [("k", 1)]
+    stage.join()
+    stage.advance(11_000)
+    assert stage.get("k") is MISSING
+    assert list(stage.entries(None, None)) == []
+    stage.join()
+    assert parts.overlay.stream_time_ms == 11_000
+
+
+def test_a_value_written_again_lives_on():
+    parts = Parts(str, list[int], ttl_s=10)
+    stage = parts.stage()
+    for at_ms in (0, 9_000, 18_000):
+        stage.advance(at_ms)
+        stage.set("k", [*(stage.get("k") if stage.contains("k") else []), at_ms])
+        stage.join()
+    assert stage.get("k") == [0, 9_000, 18_000]
+    parts.seal()
+    assert [at_ms for _, _, at_ms in parts.records] == [18_000]
