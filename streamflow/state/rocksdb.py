@@ -154,7 +154,9 @@ class RocksStore(Store):
                 raise StateCorruptedError("it does not say how far it is")
             self._db = Rdict(self.path, options(), families)
             data = self._bind(META).get(_CHECKPOINT)
-            return Checkpoint() if data is None else _read_checkpoint(data)
+            if data is None:
+                raise StateCorruptedError("it does not say how far it is")
+            return _read_checkpoint(data)
         except Exception as exc:
             traceback.clear_frames(exc.__traceback__)
             raise faults.translate(exc, self.path) from exc
@@ -163,9 +165,10 @@ class RocksStore(Store):
 
     def _open(self) -> None:
         options, small = self._memory.options, self._memory.small_options
+        had_data = faults.has_data(self.path)
         if os.path.lexists(os.path.join(self.path, "CURRENT")):
             present = set(Rdict.list_cf(self.path)) - {"default"}
-        elif faults.lacks_current(self.path):
+        elif had_data:
             raise StateCorruptedError("its file CURRENT is missing")
         else:
             present = set()
@@ -174,6 +177,8 @@ class RocksStore(Store):
         found = meta.get(_IDENTITY)
         if found is None and db.latest_sequence_number() > 0:
             raise UnfitError(Difference("unknown", "it does not say what it belongs to"))
+        if found is None and had_data:
+            raise StateCorruptedError("its manifest is cut short")
         stored = msgspec.structs.replace(self.identity, tables={}) if found is None else _read_identity(found)
         differing = difference(stored, self.identity)
         if differing is not None:

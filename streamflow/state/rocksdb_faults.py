@@ -73,13 +73,11 @@ def check_room(path: str, wanted_bytes: int) -> None:
             os.unlink(probe)
 
 
-def lacks_current(path: str) -> bool:
-    """Whether a directory holds data of a store, but not the file that names its state.
+def has_data(path: str) -> bool:
+    """Whether a directory holds data of a store.
 
-    RocksDB would make an empty store there and remove the data.
+    Where the files that name its state are gone or cut short, RocksDB would make an empty store there and remove it.
     """
-    if os.path.lexists(os.path.join(path, "CURRENT")):
-        return False
     with os.scandir(path) as entries:
         return any(
             entry.name.endswith(".sst") or (entry.name.endswith(".log") and entry.stat().st_size > 0)

@@ -231,6 +231,17 @@ def test_a_damaged_end_of_the_write_ahead_log_only_makes_the_store_lag(stores, p
     assert {name: dict(store.scan(name)) for name in ("x", "y")} == expected(reached)
 
 
+def test_a_manifest_that_is_cut_between_its_entries_is_damage_and_no_new_store(stores, path):
+    store = filled(stores, path)
+    store.flush()
+    store.close()
+    manifest = one(path, "MANIFEST-*")
+    os.truncate(manifest, os.path.getsize(manifest) // 3)
+    store = stores.open(path, identity())
+    assert store.set_aside.reason == "damaged"
+    assert list(store.scan("x")) == []
+
+
 def test_something_else_in_its_place_is_set_aside(stores, path):
     theirs = Rdict(path, Options(raw_mode=True))
     theirs[b"a"] = b"1"
