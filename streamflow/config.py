@@ -97,7 +97,7 @@ class Settings:
     memory_budget_bytes: Annotated[
         int,
         About(
-            "Memory for output that is not yet sent or committed, in bytes.",
+            "Memory for tables and for output that is not yet sent or committed, in bytes.",
             1024 * 1024,
             shown_default="`268435456` (256 MiB)",
         ),
