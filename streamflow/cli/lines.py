@@ -52,11 +52,12 @@ class Lines:
 
 
 @contextmanager
-def opened(file: Path | None) -> Generator[Lines]:
+def opened(file: Path | None, *, called: str = "--file") -> Generator[Lines]:
     """Open a file, or standard input.
 
     Args:
         file: None for standard input.
+        called: What the command line calls it.
 
     Raises:
         ConfigurationError: It cannot be read.
@@ -67,7 +68,7 @@ def opened(file: Path | None) -> Generator[Lines]:
     try:
         stream = file.open("rb", buffering=0)
     except OSError as exc:
-        raise ConfigurationError(f"--file {file}: {exc.strerror}") from exc
+        raise ConfigurationError(f"{called} {file}: {exc.strerror}") from exc
     with stream:
         total = None
         if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from streamflow.cli import agents, send, tail, topics, topology, version, worker
+from streamflow.cli import agents, reset, send, table, table_files, tables, tail, topics, topology, version, worker
 from streamflow.cli.errors import open_missing_streams
 from streamflow.cli.load import LoadedApp
 from streamflow.cli.options import CONNECTION, as_command
@@ -23,6 +24,14 @@ _COMMANDS = (
     ("topics", topics.topics, CONNECTION, None),
     ("agents", agents.agents, CONNECTION, None),
     ("topology", topology.topology, CONNECTION, None),
+    ("tables", tables.tables, CONNECTION, None),
+    ("reset", reset.reset, CONNECTION, None),
+)
+_TABLE_COMMANDS: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
+    ("get", table.get, CONNECTION),
+    ("scan", table.scan, CONNECTION),
+    ("export", table_files.export_file, CONNECTION),
+    ("import", table_files.import_file, CONNECTION),
 )
 
 
@@ -46,6 +55,10 @@ def build(script: LoadedApp | None = None) -> typer.Typer:
     line.callback()(_before_commands)
     for name, function, names, kind in _COMMANDS:
         line.command(name, cls=kind)(as_command(function, names=names, environ=os.environ, script=script))
+    of_table = typer.Typer(help="Read, export and import a table.", no_args_is_help=True)
+    for table_command, of_name, settings in _TABLE_COMMANDS:
+        of_table.command(table_command)(as_command(of_name, names=settings, environ=os.environ, script=script))
+    line.add_typer(of_table, name="table")
     line.command("version")(version.version)
     return line
 

@@ -21,7 +21,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from streamflow import disk
-from streamflow.errors import ClosedError, StateFullError, StateRefusedError, StreamFlowError
+from streamflow.errors import ClosedError, StateFullError, StateLockedError, StateRefusedError, StreamFlowError
 from streamflow.state.store import Checkpoint, Stores
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,11 @@ class Slot:
             return None
         return _progress(checkpoint), path, lock
 
+    def contents(self) -> list[str]:
+        """Paths of everything in it, stores that were set aside included, but for what names and locks the slot."""
+        own = {_LOCK, _ID, f"{_ID}.new"}
+        return [os.path.join(self.path, name) for name in sorted(os.listdir(self.path)) if name not in own]
+
     def release(self) -> None:
         """Let another process have the slot; its stores must be closed. Does nothing the second time."""
         lock, self._lock = self._lock, -1
@@ -180,6 +185,42 @@ def claim(data_dir: str, app: str) -> Slot:
                 number += 1
     except OSError as exc:
         raise _refused(parent, exc) from exc
+
+
+def claim_all(data_dir: str, app: str) -> list[Slot]:
+    """Lock every slot of an app that there is; none is made.
+
+    Args:
+        data_dir: The app's `data_dir`, absolute.
+        app: The app's id.
+
+    Raises:
+        StateLockedError: A live process works in one of them; none is kept locked.
+        StateRefusedError: The directory cannot be used.
+    """
+    parent = os.path.join(data_dir, safe_name(app))
+    if not os.path.isdir(parent):
+        return []
+    slots: list[Slot] = []
+    try:
+        with _turn(parent):
+            for number in _numbers(parent):
+                path = os.path.join(parent, str(number))
+                lock = _try_lock(os.path.join(path, _LOCK))
+                if lock is None:
+                    raise StateLockedError(f"state {path}: a live process works in it; stop that worker first")
+                try:
+                    slots.append(Slot(number, path, lock))
+                except OSError:
+                    os.close(lock)
+                    raise
+    except BaseException as exc:
+        for slot in slots:
+            slot.release()
+        if isinstance(exc, OSError):
+            raise _refused(parent, exc) from exc
+        raise
+    return slots
 
 
 def safe_name(name: str) -> str:

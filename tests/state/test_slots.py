@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamflow import disk
-from streamflow.errors import ClosedError, StateRefusedError
+from streamflow.errors import ClosedError, StateLockedError, StateRefusedError
 from streamflow.state import slots
 from streamflow.state.memory import MemoryStores
 from streamflow.state.rocksdb import RocksStores
@@ -56,6 +56,31 @@ def test_the_lowest_free_slot_is_taken(tmp_path):
     held[1].release()
     held[3].release()
     assert [slots.claim(str(tmp_path), "app").number for _ in range(3)] == [1, 3, 4]
+
+
+def test_all_slots_are_locked_together_or_none(tmp_path):
+    assert slots.claim_all(str(tmp_path), "app") == []
+    assert not (tmp_path / "app").exists()
+    first, second = (slots.claim(str(tmp_path), "app") for _ in range(2))
+    first.release()
+    with pytest.raises(StateLockedError, match=f"{second.path}: a live process works in it"):
+        slots.claim_all(str(tmp_path), "app")
+    second.release()
+    every = slots.claim_all(str(tmp_path), "app")
+    assert [(slot.number, slot.id) for slot in every] == [(0, first.id), (1, second.id)]
+    with slots.claim(str(tmp_path), "app") as third:
+        assert third.number == 2
+    for slot in every:
+        slot.release()
+
+
+def test_a_slot_tells_what_is_in_it_but_for_its_own_files(tmp_path):
+    with slots.claim(str(tmp_path), "app") as slot:
+        assert slot.contents() == []
+        places = [os.path.join(slot.path, name) for name in ("total-0", "total-1.aside-app")]
+        for place in places:
+            os.mkdir(place)
+        assert slot.contents() == places
 
 
 def test_a_damaged_id_is_made_anew_and_said(tmp_path, caplog):
