@@ -234,6 +234,7 @@ class Declarations:
 
     # --- tables ------------------------------------------------------------------------------------------------
 
+    @overload
     def table(
         self,
         name: str,
@@ -246,7 +247,32 @@ class Declarations:
         ttl_s: float | None = None,
         on_recover: Callable[..., Any] | None = None,
         help: str = "",
-    ) -> Table[K, V]:
+    ) -> Table[K, V]: ...
+    @overload
+    def table(
+        self,
+        name: str,
+        *,
+        source: Topic[K, V],
+        default: Callable[[], V] | None = None,
+        on_recover: Callable[..., Any] | None = None,
+        help: str = "",
+    ) -> Table[K, V]: ...
+    @known_keywords("app.table(...)")
+    def table(
+        self,
+        name: str,
+        *,
+        key_type: Any = None,
+        value_type: Any = None,
+        key_serializer: str | Serializer | None = None,
+        value_serializer: str | Serializer | None = None,
+        default: Callable[[], Any] | None = None,
+        ttl_s: float | None = None,
+        source: Topic[Any, Any] | None = None,
+        on_recover: Callable[..., Any] | None = None,
+        help: str = "",
+    ) -> Table[Any, Any]:
         """Declare a table: a mapping that agents share and that survives crashes.
 
         Each partition of the sources of the agents that use it has a part of its own, in a local store and in a
@@ -262,7 +288,11 @@ class Declarations:
             default: Makes the value that `table[key]` reads where there is none; it is not stored by reading. Left out:
                 `KeyError`.
             ttl_s: Seconds that a value lives after its last write, above 0, in stream time: the greatest timestamp of
-                the records that touched the table in its partition. Left out: for ever.
+                the records that touched the table in its partition. Left out: for ever. Not with `source=`.
+            source: A topic of the app that keeps the newest record of each key, `app.topic(..., compacting=True)`: the
+                table is what the topic says, without a changelog of its own. Agents read it and do not write it; its
+                records take effect in order of timestamp with the other records of the task. Types and serializers
+                are the topic's. Left out: agents write the table.
             on_recover: Called (sync or async) with the partition's number when a partition of it was restored.
             help: What it holds, for people.
 
@@ -274,7 +304,14 @@ class Declarations:
             SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
             TopologyError: The name was declared before with something else.
         """
-        declared: Table[K, V] = Table(
+        if source is not None:
+            where = f"table {name!r} ({place_of_call()})"
+            self._check_source(where, source, (key_type, value_type, key_serializer, value_serializer))
+            if ttl_s is not None:
+                raise ConfigurationError(
+                    f"{where}: ttl_s= is for tables that agents write; this one has what its source has. Leave it out"
+                )
+        declared: Table[Any, Any] = Table(
             self,
             name,
             key_type=key_type,
@@ -283,6 +320,7 @@ class Declarations:
             value_serializer=value_serializer,
             default=default,
             ttl_s=ttl_s,
+            source=source,
             on_recover=on_recover,
             help=help,
         )

@@ -10,7 +10,7 @@ from asyncio import current_task
 from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
-from streamflow.errors import ClosedError, ConfigurationError, NotHeld
+from streamflow.errors import ClosedError, ConfigurationError, NotHeld, TopologyError
 from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.context import current_turn
@@ -56,7 +56,8 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         ttl_s: Seconds of stream time a value lives after its last write; None for ever.
         on_recover: Called when a partition was restored.
         help: What it holds, for people.
-        changelog: The internal topic behind it.
+        source: The topic that fills it, so that it is only read; None for a table that agents write.
+        changelog: The topic it is restored from: an internal one, or the source.
         place: Where it was declared, `file:line`.
     """
 
@@ -71,13 +72,15 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         value_serializer: str | Serializer | None = None,
         default: Callable[[], V] | None = None,
         ttl_s: float | None = None,
+        source: Topic[K, V] | None = None,
         on_recover: Callable[..., Any] | None = None,
         help: str = "",
     ) -> None:
         self.app = app
         self.name = check_name(name, "table")
         self.place = place_of_call()
-        self.changelog: Topic[K, V] = Topic(
+        self.source = source
+        self.changelog: Topic[K, V] = source or Topic(
             app,
             f"{app.id}-{name}-changelog",
             key_type=key_type,
@@ -137,7 +140,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
 
     def difference(self, other: Table[Any, Any]) -> str | None:
         """What differs from another declaration of the same name, in words; None when nothing does."""
-        for field in ("default", "ttl_s", "on_recover"):
+        for field in ("default", "ttl_s", "source", "on_recover"):
             if getattr(self, field) != getattr(other, field):
                 return f"another {field}= ({self.place} and {other.place})"
         return self.changelog.difference(other.changelog)
@@ -160,7 +163,15 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             stage.advance(turn.timestamp_ms())
         return stage
 
+    def _refuse_if_filled(self) -> None:
+        if self.source is not None:
+            raise TopologyError(
+                f"table {self.name!r} is what its source says, and is not written: send to the topic, "
+                f"`await {self.source.name}.send(key=..., value=...)`, or value=None to delete"
+            )
+
     def _writable(self) -> Stage:
+        self._refuse_if_filled()
         stage = self._stage()
         if stage is None:
             turn: Any = current_turn.get()
@@ -375,6 +386,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
 
         Cancellation: the change may have been made.
         """
+        self._refuse_if_filled()
         self._refuse_in_turn()
         holder, partition, _ = self._held_of(key)
 

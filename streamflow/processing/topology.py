@@ -109,8 +109,8 @@ class TableNode:
         ttl_s: Seconds a value lives after its last write, or None.
         help: What it holds, for people.
         place: Where it was declared, `file:line`.
-        kind: `changelog`: agents write it, and its changes go to the changelog; `global`: every worker holds all of
-            it, filled from that topic.
+        kind: `changelog`: agents write it, and its changes go to the changelog; `source`: that topic fills it;
+            `global`: that topic fills it, and every worker holds all of it.
     """
 
     name: str
@@ -120,7 +120,7 @@ class TableNode:
     ttl_s: float | None
     help: str
     place: str
-    kind: Literal["changelog", "global"] = "changelog"
+    kind: Literal["changelog", "source", "global"] = "changelog"
 
     @property
     def id(self) -> str:
@@ -251,11 +251,15 @@ class Topology:
         for sub in self.sub_topologies:
             lines += ["", f"sub-topology {sub.name}"]
             lines += [f"  reads   {self._label(f'topic:{name}')}" for name in sub.topics]
+            for name in sub.tables:
+                table = self.node(f"table:{name}")
+                if isinstance(table, TableNode) and table.kind == "source":
+                    lines.append(f"  {self._label(table.id)}, filled from {self._label(f'topic:{table.changelog}')}")
             for id in (*(f"step:{name}" for name in sub.steps), *(f"agent:{name}" for name in sub.agents)):
                 lines += [f"  {self._label(id)}", *self._outputs(id)]
-        for table in self.tables:
-            if table.kind == "global":
-                lines += ["", self._label(table.id), f"  filled from {self._label(f'topic:{table.changelog}')}"]
+        for each in self.tables:
+            if each.kind == "global":
+                lines += ["", self._label(each.id), f"  filled from {self._label(f'topic:{each.changelog}')}"]
         for job in self.jobs:
             lines += ["", self._label(job.id), *self._outputs(job.id)]
         joined = {end for edge in self.edges for end in (edge.source, edge.target)}
@@ -389,7 +393,11 @@ def build_topology(
         *(edge for name in sorted(agents) for edge in _agent_edges(agents[name], every)),
         *(Edge(f"agent:{name}", f"table:{table.name}", "uses") for name in sorted(agents) for table in used[name]),
         *(edge for job in jobs for edge in _sends(f"{_job_kind(job)}:{job.name}", job.fn, every)),
-        *(Edge(f"topic:{one.source.name}", f"table:{name}", "fills") for name, one in sorted(global_tables.items())),
+        *(
+            Edge(f"topic:{one.source.name}", f"table:{name}", "fills")
+            for name, one in sorted(every_table.items())
+            if one.source
+        ),
         *(edge for name in sorted(agents) for edge in _global_reads(f"agent:{name}", agents[name].fn)),
         *(edge for job in jobs for edge in _global_reads(f"{_job_kind(job)}:{job.name}", job.fn)),
     ]
@@ -432,6 +440,7 @@ def _check_tables(tables: Mapping[str, Table[Any, Any]], used: Mapping[str, Coll
             raise TopologyError(
                 f"table {table.name!r} ({table.place}) is named by no agent, so nothing says how it is partitioned: "
                 "use it in an agent's code, give it by `@app.agent(..., tables=[...])`, or take it out"
+                + ("" if table.source is None else "; one that is only read elsewhere is an `app.global_table`")
             )
 
 
@@ -469,7 +478,8 @@ def _table_node(table: Table[Any, Any] | GlobalTable[Any, Any]) -> TableNode:
     types = type_name(table.key_type), type_name(table.value_type)
     if isinstance(table, GlobalTable):
         return TableNode(table.name, *types, table.source.name, None, table.help, table.place, "global")
-    return TableNode(table.name, *types, table.changelog.name, table.ttl_s, table.help, table.place)
+    kind: Literal["changelog", "source"] = "changelog" if table.source is None else "source"
+    return TableNode(table.name, *types, table.changelog.name, table.ttl_s, table.help, table.place, kind)
 
 
 def _agent_node(agent: Agent[Any, Any, Any]) -> AgentNode:
@@ -525,7 +535,10 @@ def _sub_topologies(
     steps: Collection[Derived[Any, Any]],
     used: Mapping[str, Collection[Table[Any, Any]]],
 ) -> tuple[SubTopology, ...]:
-    """Agents and steps that share a source topic or a table, directly or by way of others (union-find over topics)."""
+    """Agents and steps that share a source topic or a table, directly or by way of others (union-find over topics).
+
+    The topic that fills a table is a source of whoever uses the table.
+    """
     parents: dict[str, str] = {}
 
     users: dict[str, str] = {}  # a table to a topic of an agent that uses it
@@ -542,6 +555,8 @@ def _sub_topologies(
             parents[root(other)] = root(first)
         for table in used[agent.name]:
             parents[root(users.setdefault(table.name, first))] = root(first)
+            if table.source is not None:
+                parents[root(table.source.name)] = root(first)
     for step in steps:
         root(step.source_topic.name)
     groups: dict[str, list[str]] = {}

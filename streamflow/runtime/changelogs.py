@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from streamflow.errors import TopologyError
@@ -54,6 +55,8 @@ def new_changelogs(
         partitions = counts[sub.topics[0]]
         for name in sub.tables:
             table = app.tables[name]
+            if table.source is not None:
+                continue  # it is restored from its source, which is among those checked
             changelog = table.changelog.name
             if changelog in existing:
                 _check_changelog(existing[changelog], name, sub, partitions)
@@ -104,6 +107,9 @@ def _check_changelog(found: TopicDescription, table: str, sub: SubTopology, part
 def stale_after_ms(changelog: TopicDescription) -> int:
     """How long a store may be away from its changelog, milliseconds, before it may have missed a deletion.
 
-    Half of how long the changelog keeps deletions; the other half is for clocks that differ and slow restores.
+    Half of how long the changelog keeps deletions; the other half is for clocks that differ and slow restores. A topic
+    that is not compacted keeps them for ever.
     """
+    if "compact" not in changelog.config.get("cleanup.policy", "delete"):
+        return sys.maxsize
     return int(changelog.config.get("delete.retention.ms", _DEFAULT_DELETE_RETENTION_MS)) // 2

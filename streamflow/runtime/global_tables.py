@@ -29,9 +29,9 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.global_table import GlobalTable
 from streamflow.runtime.cancellation import call_user
+from streamflow.runtime.changelogs import stale_after_ms
 from streamflow.runtime.source_records import SourceRecords
 from streamflow.runtime.status import GlobalTableStatus
-from streamflow.runtime.table_sources import stale_after_ms
 from streamflow.sensors import Sensors
 from streamflow.state.format import FORMAT
 from streamflow.state.identity import Identity, TableIdentity
@@ -43,6 +43,8 @@ logger = logging.getLogger("streamflow.tables")
 
 _RETRY_S = 0.2
 _RETRY_FULL_S = 2.0
+_ANEW_POLLS = 10
+_ANEW_POLL_S = 0.1
 _LOOK_EVERY_S = 30.0
 _TOLD_EVERY_S = 5.0
 _MARK_EVERY_MS = 600_000
@@ -97,7 +99,7 @@ class GlobalCopy:
         self._sensors = sensors
         self._level_at_ms = store.checkpoint.caught_up_at_ms
         self._moved = asyncio.Event()
-        self._restored = 0
+        self.records_read = 0
         self._told_s = clock.monotonic()
 
     # --- what the table asks -----------------------------------------------------------------------------------
@@ -190,10 +192,9 @@ class GlobalCopy:
                 return f"it reaches offset {position} of {tp}, which ends at {targets[tp]}"
             if 0 < position < starts[tp]:
                 return f"it reaches offset {position} of {tp}, which begins at {starts[tp]}"
-        limit_ms = stale_after_ms(self.source)
         away_ms = self._clock.now_ms() - self._level_at_ms
         behind = any(position < targets[tp] for tp, position in positions.items())
-        if behind and limit_ms is not None and away_ms > limit_ms:
+        if behind and away_ms > stale_after_ms(self.source):
             return f"it was last level with its source {away_ms / 3_600_000:.0f} h ago and may have missed deletions"
         return ""
 
@@ -214,7 +215,7 @@ class GlobalCopy:
             await self.start_anew(f"{fetched.error}")
             return
         if isinstance(fetched.error, UnknownTopicError):
-            if (found := (await self._admin.describe([tp.topic])).get(tp.topic)) is not None:
+            if (found := await self._made_anew()) is not None:
                 self.source = found
                 await self.start_anew(f"topic {tp.topic!r} was made anew")
                 return
@@ -233,6 +234,16 @@ class GlobalCopy:
                 self._tell(changes.records)
         self.positions[tp] = fetched.next_offset
         self._wake()
+
+    async def _made_anew(self) -> TopicDescription | None:
+        """The topic that has the name now; None where there is none, a moment after the old one was deleted."""
+        name = self.source.name
+        for _ in range(_ANEW_POLLS):
+            found = (await self._admin.describe([name])).get(name)
+            if found is not None:
+                return found
+            await anyio.sleep(_ANEW_POLL_S)
+        return None
 
     async def _write(self, tp: TopicPartition, position: int, changes: Mapping[bytes, bytes | None]) -> None:
         reached = {**self.positions, tp: position}
@@ -261,11 +272,11 @@ class GlobalCopy:
         )
 
     def _tell(self, records: int) -> None:
-        self._restored += records
+        self.records_read += records
         self._sensors.restored(self.table.name, records)
         if self._clock.monotonic() - self._told_s > _TOLD_EVERY_S:
             self._told_s = self._clock.monotonic()
-            logger.info("global table %r: %d records read, %d to go", self.table.name, self._restored, self.lag)
+            logger.info("global table %r: %d records read, %d to go", self.table.name, self.records_read, self.lag)
 
     def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
@@ -481,7 +492,10 @@ class GlobalTables:
         for copy in self.copies.values():
             await copy.complete()
         logger.info(
-            "global tables are here: %s (%.1f s)", ", ".join(sorted(self.copies)), self._clock.monotonic() - started_s
+            "global tables are here: %s (%d records read, %.1f s)",
+            ", ".join(sorted(self.copies)),
+            sum(copy.records_read for copy in self.copies.values()),
+            self._clock.monotonic() - started_s,
         )
         return True
 

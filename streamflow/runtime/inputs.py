@@ -1,9 +1,9 @@
 """A task's input: whole batches as they came, opened record by record, in runs that never cross an input.
 
 With one input its order is the log's. With several the next run is of the input whose head has the smallest
-timestamp, up to the first record later than another input's head (Kafka Streams' choice, `PartitionGroup`). An input
-without a record in hand is waited for while more is known to be coming, then for `max_task_idle_s`; after that the
-others go on.
+timestamp, up to the first record later than another input's head (Kafka Streams' choice, `PartitionGroup`); of equal
+timestamps that of an input which fills a table. An input without a record in hand is waited for while more is known to
+be coming, then for `max_task_idle_s`; after that the others go on.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Input:
         # A bounded run takes nothing at or past its limit; where a written topic seems to end, units are flushed.
         self.limit: int | None = None
         self.flush_at: int | None = None
+        # It fills a table: of records of equal time its come first, so that the others find what they say.
+        self.fills_table = False
         # Its position is not in the log, and the reader has let it go until `move_to`.
         self.is_out_of_range = False
         self._timestamp_of = timestamp_of
@@ -102,6 +104,10 @@ class Input:
         if self._head_ms is None:
             self._head_ms = self._time(head)
         return self._head_ms
+
+    def place(self) -> tuple[int, bool]:
+        """Where the head, which must exist, stands among the heads of all inputs: the smallest is next."""
+        return self.head_timestamp_ms(), not self.fills_table
 
     def take(self, max_records: int, until_ms: int | None) -> list[LogRecord]:
         """Take up to `max_records` from one batch, none later than `until_ms`."""
@@ -253,8 +259,12 @@ class Inputs:
             self._idle_since = None
         elif not ready or not self._may_go_without(ready):
             return None
-        first = min(ready, key=Input.head_timestamp_ms)
-        others = [each.head_timestamp_ms() for each in ready if each is not first]
+        first = min(ready, key=Input.place)
+        others = [
+            each.head_timestamp_ms() - (each.fills_table and not first.fills_table)
+            for each in ready
+            if each is not first
+        ]
         return first, first.take(max_records, min(others) if others else None)
 
     def _may_go_without(self, ready: list[Input]) -> bool:

@@ -26,6 +26,7 @@ from streamflow.runtime.derived import Processor
 from streamflow.runtime.feed import END_UNIT, Feed, refuse_take_with_concurrency
 from streamflow.runtime.ledger import Entry, Ledger
 from streamflow.runtime.record_errors import Drop, RecordErrors
+from streamflow.runtime.source_tables import SourceTables
 from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn import EndOfHeaders
 
@@ -266,6 +267,9 @@ class Dispatcher:
             source, records = run
             task.sensors.records_in(source.tp.topic, len(records))
             readers = self._readers(source.tp)
+            if task.source_tables is not None and source.tp.topic in task.source_tables:
+                await self._fill(task.source_tables, source.tp, records, readers)
+                continue
             if self._in_step:
                 await self._dispatch_in_step(Entry(source.tp, records[0], len(readers)), readers)
                 continue
@@ -282,6 +286,27 @@ class Dispatcher:
         lanes = [lane for each in self._lanes for lane in each]
         tables = self._task.tables
         return all(lane.has_begun_nothing for lane in lanes) and not (tables is not None and tables.waits_for_turns)
+
+    async def _fill(
+        self, tables: SourceTables, tp: TopicPartition, records: list[LogRecord], readers: list[list[LaneFeed]]
+    ) -> None:
+        """Let records fill a table at their places in the ledger, and hand them to the agents that read them, too."""
+        ledger = self._ledger
+        if not readers and not len(ledger):
+            await tables.fill(tp.topic, records)
+            ledger.jump(tp, records[-1].offset + 1)
+            await asyncio.sleep(0)
+            return
+        for record in records:
+            writes = await tables.writes(tp.topic, record)
+            entry = Entry(tp, record, len(readers) + 1)
+            ledger.open(entry)
+            ledger.finish([entry], tables.staged(writes, entry.number))
+            if self._in_step:
+                await self._hand_in_step(entry, readers)
+            else:
+                self._hand(entry, readers)
+        await asyncio.sleep(0)
 
     def _waiting_units(self) -> list[LaneFeed]:
         """The lanes whose unit waits for more, while that is more than is in flight; at the limit they wait no more."""
@@ -331,12 +356,18 @@ class Dispatcher:
 
     def _dispatch(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
         self._ledger.open(entry)
+        self._hand(entry, readers)
+
+    def _hand(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
         for lanes in readers:
             _lane_of(entry, lanes).push(entry)
 
     async def _dispatch_in_step(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
         """Give a record to one agent after the other: when it is done, or keeps it in a unit that waits for more."""
         self._ledger.open(entry)
+        await self._hand_in_step(entry, readers)
+
+    async def _hand_in_step(self, entry: Entry, readers: list[list[LaneFeed]]) -> None:
         for lanes in readers:
             pending, lane = entry.pending, _lane_of(entry, lanes)
             lane.push(entry)

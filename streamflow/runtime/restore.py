@@ -11,7 +11,7 @@ A store that the log does not bear out (it reaches further than the log, or miss
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -32,6 +32,8 @@ from streamflow.log.batch import RecordBatch
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
 from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.source_records import SourceRecords
+from streamflow.runtime.source_tables import SourceTable
 from streamflow.runtime.task_tables import TaskTables
 from streamflow.sensors import Sensors
 from streamflow.state.format import pack
@@ -47,7 +49,7 @@ _TOLD_EVERY_S = 5.0
 
 @dataclass(slots=True)
 class _Span:
-    """What is to be read of one changelog partition.
+    """What is to be read of one changelog partition, or of a source that fills a table.
 
     Attributes:
         tp: The partition.
@@ -56,6 +58,7 @@ class _Span:
         position: Next offset to read.
         acknowledged: Where what is committed ends.
         target: Where reading ends.
+        source: Reads a source's records; None for a changelog.
         records: How many were read.
         uncommitted: By store key: value and timestamp of the newest record that is not committed.
     """
@@ -66,6 +69,7 @@ class _Span:
     position: int
     acknowledged: int
     target: int
+    source: SourceRecords | None = None
     records: int = 0
     uncommitted: dict[bytes, tuple[bytes | None, int]] = field(default_factory=dict)
 
@@ -100,7 +104,16 @@ class Restorer:
                 if arrived is not None:
                     await arrived.send(fetched)
 
-    async def restore(self, task: str, tables: TaskTables, mark: CommitMark, *, is_new: bool) -> None:
+    async def restore(
+        self,
+        task: str,
+        tables: TaskTables,
+        mark: CommitMark,
+        *,
+        is_new: bool,
+        filled: Sequence[SourceTable],
+        starts: Mapping[TopicPartition, int],
+    ) -> None:
         """Bring a task's store level with what is committed.
 
         Args:
@@ -108,6 +121,8 @@ class Restorer:
             tables: Its tables.
             mark: What its last commit says.
             is_new: Whether it has no committed offset.
+            filled: Those of its tables that topics fill; their records up to the task's start are restored.
+            starts: Where the task starts in its sources.
 
         Raises:
             TopologyError: It has state, and no committed offset that goes with it.
@@ -117,7 +132,8 @@ class Restorer:
         Cancellation: what was restored so far is kept.
         """
         started_s = self._clock.monotonic()
-        spans = await self._spans(tables, mark)
+        spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
+        await self._note_beginning(tables, spans)
         if is_new:
             _refuse_kept_state(task, tables)
         for span in spans:
@@ -131,7 +147,8 @@ class Restorer:
             overlay = tables.overlays.get(name)
             if overlay is not None:
                 overlay.advance(time_ms)
-        tables.is_pinned = mark.changelogs is not None and mark.changelogs.keys() >= tables.overlays.keys()
+        pinned = frozenset[str]() if mark.changelogs is None else mark.changelogs.keys()
+        tables.is_pinned = pinned >= set(tables.changelogs().values())
         await tables.level()
         for overlay in tables.overlays.values():
             overlay.committed_stream_time_ms = overlay.stream_time_ms
@@ -145,15 +162,7 @@ class Restorer:
         Raises:
             StateCorruptedError: The store cannot go on from its checkpoint.
         """
-        changelogs = list(tables.changelogs())
-        while True:
-            try:
-                starts = await self._admin.start_offsets(changelogs)
-                targets = await self._admin.high_watermarks(changelogs)
-                break
-            except RetriableError as error:
-                logger.warning("looking for the ends of changelogs: %s; trying again", error)
-                await self._clock.sleep(_RETRY_S)
+        starts, targets = await self._offsets(list(tables.changelogs()))
         self._check_store(tables, starts, targets)
         spans = []
         for tp, name in tables.changelogs().items():
@@ -161,8 +170,56 @@ class Restorer:
             acknowledged = target if mark.changelogs is None else min(target, mark.changelogs.get(name, target))
             position = max(tables.store.checkpoint.changelogs.get(name, 0), starts[tp])
             spans.append(_Span(tp, name, starts[tp], position, acknowledged, target))
-        await self._note_beginning(tables, spans)
         return spans
+
+    async def _source_spans(
+        self, tables: TaskTables, filled: Sequence[SourceTable], starts: Mapping[TopicPartition, int]
+    ) -> list[_Span]:
+        """What is to be read of the topics that fill tables: nothing that the task is going to process.
+
+        A table that cannot go on from its checkpoint is filled anew: whoever sets offsets back wants that.
+        """
+        if not filled:
+            return []
+        first, ends = await self._offsets(list({source.tp for source in filled}))
+        checkpoint = tables.store.checkpoint
+        away_ms = self._clock.now_ms() - checkpoint.caught_up_at_ms
+        spans: list[_Span] = []
+        for source in filled:
+            tp, name = source.tp, source.name
+            start, target = first[tp], min(starts.get(tp, 0), ends[tp])
+            position = checkpoint.changelogs.get(name, 0)
+            is_stale = 0 < position < target and away_ms > tables.stale_after_ms[name]
+            is_unfit = position > target or 0 < position < start or is_stale
+            if is_unfit:
+                logger.warning(
+                    "%s: the local state of table %r reaches offset %d, which does not go with what the task is to "
+                    "start from (%d; the topic begins at %d, and it was last level %.1f days ago): it is filled anew",
+                    tp,
+                    name,
+                    position,
+                    target,
+                    start,
+                    away_ms / 86_400_000,
+                )
+            # Schemas are loaded as records are read, so what was read with some is read again.
+            if is_unfit or source.records.load_schemas:
+                await anyio.to_thread.run_sync(tables.store.clear, name)
+                position = 0
+            spans.append(_Span(tp, name, start, max(position, start), target, target, source.records))
+        return spans
+
+    async def _offsets(
+        self, partitions: list[TopicPartition]
+    ) -> tuple[Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+        """Where partitions begin, and their high watermarks."""
+        while True:
+            try:
+                starts = await self._admin.start_offsets(partitions)
+                return starts, await self._admin.high_watermarks(partitions)
+            except RetriableError as error:
+                logger.warning("looking for the ends of changelogs: %s; trying again", error)
+                await self._clock.sleep(_RETRY_S)
 
     def _check_store(
         self, tables: TaskTables, starts: Mapping[TopicPartition, int], targets: Mapping[TopicPartition, int]
@@ -204,10 +261,14 @@ class Restorer:
                     raise _unreadable(span, fetched.error)
                 self._reader.ask(span.tp)
                 before = span.position, span.records
-                await self._write(tables, await anyio.to_thread.run_sync(_collect, tables, span, fetched))
+                if span.source is None:
+                    changes = await anyio.to_thread.run_sync(_collect, tables, span, fetched)
+                else:
+                    changes = await _collect_of_source(tables, span, span.source, fetched)
+                await self._write(tables, changes)
                 tables.restoring.moved(span.position - before[0], span.records - before[1])
                 self._sensors.restored(span.table, span.records - before[1])
-                if is_new and span.records:
+                if is_new and span.records and span.source is None:
                     raise _without_offsets(task, f"changelog records in {span.tp}")
                 if self._clock.monotonic() - told_s > _TOLD_EVERY_S:
                     told_s = self._clock.monotonic()
@@ -264,7 +325,7 @@ def _unreadable(span: _Span, error: Exception) -> Exception:
 
 
 def _refuse_kept_state(task: str, tables: TaskTables) -> None:
-    for name in tables.overlays:
+    for name in tables.changelogs().values():
         if next(tables.store.scan(name), None) is not None:
             raise _without_offsets(task, f"local state of table {name!r}")
 
@@ -289,6 +350,19 @@ def _collect(tables: TaskTables, span: _Span, fetched: Fetched) -> StoreBatch:
     reached = {**checkpoint.changelogs, span.table: min(span.position, span.acknowledged)}
     batch_of = StoreBatch(msgspec.structs.replace(checkpoint, changelogs=reached))
     batch_of.changes[span.table] = changes
+    return batch_of
+
+
+async def _collect_of_source(tables: TaskTables, span: _Span, source: SourceRecords, fetched: Fetched) -> StoreBatch:
+    """What records of a source below the target change in the store, with the position they reach."""
+    changes = await source.read(span.tp, fetched.batches, below=span.target)
+    span.records += changes.records
+    span.position = min(fetched.next_offset, span.target)
+    checkpoint = tables.store.checkpoint
+    batch_of = StoreBatch(
+        msgspec.structs.replace(checkpoint, changelogs={**checkpoint.changelogs, span.table: span.position})
+    )
+    batch_of.changes[span.table] = changes.by_key
     return batch_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from streamflow.errors import TopologyError
 from streamflow.log.api import TopicDescription
@@ -11,8 +12,6 @@ from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.table import Table
 from streamflow.processing.topic import Topic
 
-_DAY_MS = 24 * 3_600_000
-
 
 def check_table_sources(app: Declarations, existing: Mapping[str, TopicDescription]) -> None:
     """Check the sources of tables, as they are in the log, or as they are declared where they are to be created.
@@ -20,13 +19,18 @@ def check_table_sources(app: Declarations, existing: Mapping[str, TopicDescripti
     Raises:
         TopologyError: One of them deletes values with time.
     """
-    for table in app.global_tables.values():
-        _check(table, table.source, existing.get(table.source.name))
+    filled: list[tuple[Table[Any, Any] | GlobalTable[Any, Any], Topic[Any, Any] | None]] = [
+        *((table, table.source) for table in app.tables.values()),
+        *((table, table.source) for table in app.global_tables.values()),
+    ]
+    for table, source in filled:
+        if source is not None:
+            _check(table, source, existing.get(source.name))
 
 
 def _check(
-    table: Table[object, object] | GlobalTable[object, object],
-    source: Topic[object, object],
+    table: Table[Any, Any] | GlobalTable[Any, Any],
+    source: Topic[Any, Any],
     found: TopicDescription | None,
 ) -> None:
     if found is not None:
@@ -59,10 +63,3 @@ def _deletes(config: Mapping[str, str], *, unsaid: str) -> str:
         if int(value) >= 0:
             return f"cleanup.policy={policy} and {name}={value}"
     return ""
-
-
-def stale_after_ms(source: TopicDescription) -> int | None:
-    """How long a copy may be away from its source and still have missed no deletion, with a margin; None for ever."""
-    if "compact" not in source.config.get("cleanup.policy", "delete"):
-        return None
-    return int(source.config.get("delete.retention.ms", _DAY_MS)) // 2

@@ -38,6 +38,7 @@ from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
 from streamflow.runtime.record_errors import RecordErrors
 from streamflow.runtime.restore import Restorer
 from streamflow.runtime.run import AgentRun
+from streamflow.runtime.source_tables import SourceTables
 from streamflow.runtime.table_change import TableChange
 from streamflow.runtime.task_tables import SetAside, TaskTables
 from streamflow.runtime.task_view import Delivery, Sealed
@@ -189,6 +190,7 @@ class Task:
         # The generation in which that was last looked up.
         self.checked_generation = -1
         self.tables: TaskTables | None = None
+        self.source_tables: SourceTables | None = None
         self.changes: deque[TableChange] = deque()
         # Changes that were made: since the last commit was sealed, and all whose callers wait for a commit.
         self._made: list[TableChange] = []
@@ -212,10 +214,14 @@ class Task:
                 set_aside=local.set_aside,
                 damaged=self._is_damaged,
             )
+            if any(table.source is not None for table in local.tables):
+                self.source_tables = SourceTables(local.tables, partition, self.tables, shared.sensors)
+                for tp, each in self.inputs.by_tp.items():
+                    each.fills_table = tp.topic in self.source_tables
         self._runs = self._make_runs(agents)
 
     def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
-        if len(agents) == 1 and agents[0].concurrency == 1:
+        if len(agents) == 1 and agents[0].concurrency == 1 and not self._fills_and_feeds(agents[0]):
             feed = DirectFeed(self, agents[0], RecordErrors(agents[0], self.sensors))
             self._give_tables(feed, shared=agents[0].thread)
             return [AgentRun(agents[0], feed)]
@@ -230,11 +236,17 @@ class Task:
         return [AgentRun(feed.agent, feed) for each in lanes for feed in each]
 
     def _share_tables(self, agents: list[Processor]) -> bool:
-        """Whether two agents may touch one table."""
+        """Whether two agents may touch one table, and write it."""
         if self._local is None:
             return False
-        names = [name for agent in agents for name in set(self._local.by_agent.get(agent.name, ()))]
+        written = {table.name for table in self._local.tables if table.source is None}
+        names = [name for agent in agents for name in written.intersection(self._local.by_agent.get(agent.name, ()))]
         return len(names) > len(set(names))
+
+    def _fills_and_feeds(self, agent: Processor) -> bool:
+        """Whether a topic fills a table and is read by the agent, too, so that each record has to go to both."""
+        filling = self.source_tables
+        return filling is not None and any(topic.name in filling for topic in agent.input_topics)
 
     def _give_tables(self, feed: Feed[Any], *, shared: bool) -> None:
         if self.tables is not None and self._local is not None:
@@ -346,7 +358,12 @@ class Task:
             self.state = "restoring"
             try:
                 await local.restorer.restore(
-                    self.name, self.tables, self._mark or CommitMark(), is_new=self._mark is None
+                    self.name,
+                    self.tables,
+                    self._mark or CommitMark(),
+                    is_new=self._mark is None,
+                    filled=[] if self.source_tables is None else self.source_tables.all(),
+                    starts=self._positions,
                 )
                 for table in local.tables:
                     if table.on_recover is not None:

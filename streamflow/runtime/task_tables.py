@@ -20,11 +20,13 @@ import msgspec
 
 from streamflow.clock import Clock
 from streamflow.errors import StateCorruptedError, StateFullError
+from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
 from streamflow.state.overlay import Append, Overlay
+from streamflow.state.read_only_stage import ReadOnlyStage
 from streamflow.state.shared_stage import SharedStage, Waiting
 from streamflow.state.stage import PlainStage, Stage
 from streamflow.state.store import Store, StoreBatch
@@ -69,6 +71,10 @@ class Restoring:
         return RestoreStatus(self.records, self.remaining, per_s)
 
 
+def _is_in_source(_: bytes, __: bytes | None, ___: int) -> None:
+    """What a topic fills has no changelog of its own."""
+
+
 def _stage(overlay: Overlay, touched: Callable[[Stage], None]) -> Stage:
     kind = PlainStage if overlay.values.are_objects and overlay.ttl_ms is None else Stage
     return kind(overlay, touched)
@@ -95,7 +101,7 @@ class TaskTables:
         is_pinned: Whether the last commit says how far each changelog is committed (at least once).
         overlays: By table name.
         sweeps: Of the tables whose values expire.
-        positions: By table name: the changelog offset that follows what is committed.
+        positions: By table name: the offset of changelog or source that follows what is committed.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
     """
 
@@ -128,7 +134,13 @@ class TaskTables:
         self._outputs = outputs
         self._clock = clock
         self._waiting = {name: Waiting(overlay) for name, overlay in self.overlays.items()}
-        self._by_changelog = {TopicPartition(table.changelog.name, partition): table.name for table in tables}
+        self._by_changelog = {
+            TopicPartition(table.changelog.name, partition): table.name for table in tables if table.source is None
+        }
+        self._by_source: dict[TopicPartition, list[str]] = {}
+        for table in tables:
+            if table.source is not None:
+                self._by_source.setdefault(TopicPartition(table.source.name, partition), []).append(table.name)
         # Which tables each commit that is under way holds, the oldest first.
         self._sealed: deque[list[Overlay]] = deque()
         self._stored_at_s = clock.monotonic()
@@ -161,7 +173,7 @@ class TaskTables:
             self._damaged()
 
     def changelogs(self) -> Mapping[TopicPartition, str]:
-        """The changelog partitions, with the names of their tables."""
+        """The changelog partitions, with the names of their tables; those of tables that topics fill are none."""
         return self._by_changelog
 
     # --- turns -------------------------------------------------------------------------------------------------
@@ -177,14 +189,24 @@ class TaskTables:
             number: See `SharedStage`.
             shared: Whether several turns of the task may be in progress at once.
         """
-        if shared:
-            return {name: SharedStage(self._waiting[name], touched, number) for name in names}
-        return {name: _stage(self.overlays[name], touched) for name in names}
+        return {name: self._stage_of(name, touched, number, shared=shared) for name in names}
+
+    def _stage_of(
+        self, name: str, touched: Callable[[Stage], None], number: Callable[[], int], *, shared: bool
+    ) -> Stage:
+        if self.tables[name].source is not None:
+            return ReadOnlyStage(self._waiting[name], number)
+        return SharedStage(self._waiting[name], touched, number) if shared else _stage(self.overlays[name], touched)
+
+    def waiting_of(self, name: str) -> Waiting:
+        """What the task's turns share of a table."""
+        return self._waiting[name]
 
     @property
     def waits_for_turns(self) -> bool:
         """Whether turns that are in progress have written something, or done ones what has joined no table yet."""
-        return not all(waiting.is_empty for waiting in self._waiting.values())
+        written = (each for name, each in self._waiting.items() if self.tables[name].source is None)
+        return not all(waiting.is_empty for waiting in written)
 
     # --- commits -----------------------------------------------------------------------------------------------
 
@@ -206,6 +228,8 @@ class TaskTables:
         return bool(sealed)
 
     def _appender(self, name: str) -> Append:
+        if self.tables[name].source is not None:
+            return _is_in_source
         out = self._outputs.to(self.tables[name].changelog).partitions[self.partition]
 
         def append(key: bytes, value: bytes | None, timestamp_ms: int) -> None:
@@ -225,12 +249,18 @@ class TaskTables:
         """
         for overlay in self._sealed.popleft():
             overlay.settle()
-        self.positions = self.positions_after(ends)
+        self.positions.update(self.positions_after(ends))
         for name, time_ms in times.items():
             self.overlays[name].committed_stream_time_ms = time_ms
 
+    def reached(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
+        """The log has these offsets of the task: its source tables are what their topics say up to there."""
+        for tp, names in self._by_source.items():
+            if tp in offsets:
+                self.positions.update(dict.fromkeys(names, offsets[tp].offset))
+
     def positions_after(self, ends: Mapping[TopicPartition, int]) -> dict[str, int]:
-        """Where the changelogs stand once these offsets are committed; every table is in it."""
+        """Where the changelogs stand once these offsets are committed; every table that has one is in it."""
         return {name: ends.get(tp, self.positions.get(name, 0)) for tp, name in self._by_changelog.items()}
 
     def times(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.inputs import Inputs
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged
+from streamflow.runtime.source_tables import SourceTables
 from streamflow.runtime.table_change import TableChange
 from streamflow.runtime.task_tables import TaskTables
 from streamflow.sensors import Sensors
@@ -55,6 +56,7 @@ class TaskView(Protocol):
     commit_id_under_way: str
     checked_generation: int
     tables: TaskTables | None
+    source_tables: SourceTables | None
     failed: Callable[[Processor, RecordError, list[Staged]], None]
 
     def start_positions(self) -> dict[TopicPartition, int]:
@@ -145,6 +147,8 @@ class Sealed:
         task = self.task
         task.set_committed(self.marks)
         task.commit_id = commit_id
+        if task.tables is not None:
+            task.tables.reached(self.marks)
         if task.tables is not None and self.tables_sealed:
             task.tables.settle(ends, self.times)
         for change in self.changes:

@@ -46,6 +46,18 @@ class Waiting:
         return not self.done and not self.writers
 
 
+def at_number(versions: list[tuple[int, Any, Effects]] | None, number: int, otherwise: Any) -> Any:
+    """What is held of a key for the turn of a record.
+
+    Args:
+        versions: See `Waiting.done`.
+        number: The record's number.
+        otherwise: What to return where nothing up to it waits.
+    """
+    at = bisect_right(versions, number, key=_NUMBER) if versions else 0
+    return versions[at - 1][1] if versions and at else otherwise
+
+
 class SharedEffects(Effects):
     """Effects that turns of later records see before they are merged.
 

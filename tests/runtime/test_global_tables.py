@@ -17,6 +17,7 @@ from streamflow.metrics import Exposition, PrometheusSensors
 from streamflow.model.record import TopicPartition
 from streamflow.testing import TestApp
 from tests.runtime.machine import Machine
+from tests.runtime.waiting import until
 
 
 class User(msgspec.Struct):
@@ -282,8 +283,8 @@ async def test_a_topic_that_is_made_anew_is_read_anew(caplog: pytest.LogCaptureF
         await admin.delete(["rates"])
         await admin.create([NewTopic("rates", 2, config={"cleanup.policy": "compact"})])
         await test.advance(30)
+        await until(lambda: rates.partitions == {0, 1})
         assert dict(rates.items()) == {}
-        assert rates.partitions == {0, 1}
         assert "global table 'rates' is read anew" in caplog.text
         for number in range(8):
             await test.send_bytes(rates.source, struct.pack(">d", number), key=b"n%d" % number, partition=number % 2)
