@@ -28,6 +28,7 @@ from streamflow.runtime.layout import Layout
 from streamflow.runtime.outputs import Target
 from streamflow.runtime.table_reader import TableLog, sub_of, table_of
 from streamflow.runtime.targets import KnownTargets
+from streamflow.runtime.task_tables import largest_key
 
 
 @dataclass(slots=True)
@@ -128,12 +129,16 @@ class _Import:
         self._done = Imported()
 
     def take(self, rows: Mapping[bytes, bytes], place_of: Callable[[bytes], str]) -> None:
-        """Check sizes, and find each key's partition."""
+        """Check sizes, as agents would, and find each key's partition."""
+        max_key_bytes = largest_key(self._target.max_record_bytes)
+        max_value_bytes = self._target.max_record_bytes - max_key_bytes
         for key, value in rows.items():
-            try:
-                self._target.check_size(key, value, ())
-            except ProductionError as exc:
-                raise ProductionError(f"{place_of(key)}: {exc.message}") from exc
+            for what, data, limit in (("key", key, max_key_bytes), ("value", value, max_value_bytes)):
+                if len(data) > limit:
+                    raise ProductionError(
+                        f"{place_of(key)}: its {what} of {len(data):,} bytes is too large for table {self._name!r}, "
+                        f"which takes {limit:,}; nothing was imported"
+                    )
             self._changes[self._found.home_of(key)][key] = value
         self._done.written = len(rows)
 

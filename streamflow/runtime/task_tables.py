@@ -151,7 +151,7 @@ class TaskTables:
 
     def _overlay(self, table: Table[Any, Any], outputs: Outputs, live_entries: int, check_home: CheckHome) -> Overlay:
         max_record_bytes = outputs.to(table.changelog).target.max_record_bytes
-        max_key_bytes = min(_MAX_KEY_BYTES, max_record_bytes // 2)
+        max_key_bytes = largest_key(max_record_bytes)
         return Overlay(
             table.name,
             self.partition,
@@ -356,3 +356,12 @@ class TaskTables:
                 await anyio.to_thread.run_sync(self.store.close)
                 if self.damage is not None:
                     await anyio.to_thread.run_sync(self._set_aside, self.damage.reason, str(self.damage))
+
+
+def largest_key(max_record_bytes: int) -> int:
+    """How many bytes a table's key may have; the rest of a record is for the value.
+
+    Args:
+        max_record_bytes: What the changelog takes, key and value together.
+    """
+    return min(_MAX_KEY_BYTES, max_record_bytes // 2)

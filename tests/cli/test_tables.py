@@ -417,3 +417,33 @@ def test_a_reset_starts_where_it_is_told(bank):
     worked = bank("worker", "bank.py", "--until-end", "--no-web", "--auto-offset-reset", "latest")
     assert worked.code == 0, worked.err
     assert scanned(bank) == ["a 6"]
+
+
+GROUPED = """
+import streamflow as sf
+
+app = sf.App("grouped")
+moves = app.topic("moves", key_type=str, value_type=int)
+by_sign = app.table("by_sign", key_type=str, value_type=int, default=int)
+
+def sign(value: int) -> str:
+    return "minus" if value < 0 else "plus"
+
+@app.agent(moves.group_by(sign, name="sign"))
+async def add(stream: sf.Stream[int]) -> None:
+    async for event in stream.events():
+        by_sign[event.key] += event.value
+"""
+
+
+def test_a_reset_deletes_repartition_topics_too(shell):
+    shell.write("grouped.py", GROUPED)
+    moved(shell, ("a", 1), ("b", -2), ("c", 4), app="grouped.py")
+    before = scanned(shell, app="grouped.py", table="by_sign")
+    assert before == ["minus -2", "plus 5"]
+    lines = shell("reset", "grouped.py", "--yes", "--json").lines
+    (repartition,) = [line["topic"] for line in lines if line["deleted"] == "repartition"]
+    listed = shell("topics", "grouped.py", "--json").lines
+    assert [topic["exists"] for topic in listed if topic["topic"] == repartition] == [False]
+    moved(shell, app="grouped.py")
+    assert scanned(shell, app="grouped.py", table="by_sign") == before

@@ -148,8 +148,12 @@ async def test_state_of_another_table_without_offsets_is_refused_in_any_case(log
 
 
 async def test_too_large_a_row_is_named_and_nothing_is_written(log):
-    with pytest.raises(ProductionError, match=r"row of big: a record of .* is too large"):
-        await imported(log, {"a": "1", "big": "x" * 2_000_000}, place_of=lambda key: f"row of {key.decode()}")
+    for rows, says in (
+        ({"big": "x" * 2_000_000}, r"row of bi: its value of 2,000,000 bytes is too large"),
+        ({"k" * 70_000: "x"}, r"row of kk: its key of 70,000 bytes is too large"),
+    ):
+        with pytest.raises(ProductionError, match=says):
+            await imported(log, {"a": "1", **rows}, place_of=lambda key: f"row of {key.decode()[:2]}")
     assert await log.admin.group_offsets("bank") == {}
     assert await committed(log) == {}
 
