@@ -3,6 +3,7 @@
     streamflow send examples/word_count.py lines --file LICENSE
     streamflow worker examples/word_count.py --until-end
     streamflow tail examples/word_count.py counts --until-end
+    streamflow table scan examples/word_count.py counted
     streamflow topology examples/word_count.py
 
 Send more and run the worker again: the counts go on. The table lies in `.streamflow/` beside the log, and behind it

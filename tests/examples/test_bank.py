@@ -52,7 +52,7 @@ async def test_no_money_is_made_or_lost_when_the_worker_is_killed_again_and_agai
 @pytest.mark.timeout(180)
 async def test_no_money_is_made_or_lost_on_kafka(kafka_broker, environment, run, tmp_path):
     environment |= {"STREAMFLOW_BROKER": f"kafka://{kafka_broker.bootstrap}", "STREAMFLOW_SESSION_TIMEOUT_MS": "6000"}
-    await money_stays_the_same(environment, run, tmp_path, kill_at=(1_000, 4_000))
+    await money_stays_the_same(environment, run, tmp_path, kill_at=(3_000,))
 
 
 async def money_stays_the_same(environment: dict[str, str], run: Run, folder: Path, kill_at: tuple[int, ...]) -> None:

@@ -43,7 +43,7 @@ def test_chained_agents(run):
 
 
 def test_word_count(run):
-    send, worker, tail, topology = commands("word_count.py", "streamflow")
+    send, worker, tail, scan, topology = commands("word_count.py", "streamflow")
     expected = Counter(re.findall(r"[a-z']+", (ROOT / "LICENSE").read_text().lower()))
     for times in (1, 2):  # the second worker goes on where the first one ended
         run(send)
@@ -52,6 +52,8 @@ def test_word_count(run):
         last = {record["key"]: record["value"] for record in records}
         assert last == {word: times * count for word, count in expected.items()}
         assert len(records) == times * expected.total()
+    told = [line.rsplit(maxsplit=1) for line in run(scan).splitlines()]
+    assert {word: int(count) for word, count in told} == last
     assert "word-count-by-word-repartition" in run(topology)
 
 
@@ -61,6 +63,21 @@ def test_ask_reply(run):
     assert (answer, other) == ("2 x tea: 7.00", "1 x cake: 4.00")
     assert refused.startswith("1 x wine: refused (")
     assert "KeyError: 'wine'" in refused
+
+
+def test_state_migration(run):
+    (command,) = commands("state_migration.py", "python")
+    lines = [line.split(maxsplit=2) for line in run(command).splitlines()]
+    assert [line for line in lines if line[1] == "ann"] == [
+        ["visitors", "ann", "Visitor1(name='Ann Lee', visits=2)"],
+        ["visitors", "ann", "Visitor2(name='Ann Lee', visits=3, country='KR')"],
+        ["people", "ann", "Visitor3(first='Ann', last='Lee', visits=4, country='KR')"],
+    ]
+    assert [line for line in lines if line[1] == "bob"] == [
+        ["visitors", "bob", "Visitor1(name='Bob van Dyk', visits=1)"],
+        ["visitors", "bob", "Visitor2(name='Bob van Dyk', visits=1, country='unknown')"],
+        ["visitors", "bob", "Visitor2(name='Bob van Dyk', visits=1, country='unknown')"],
+    ]
 
 
 def test_keyed_concurrency(run):
