@@ -15,7 +15,7 @@ import msgspec
 
 from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
-from streamflow.errors import ProductionError, TopologyError
+from streamflow.errors import ConfigurationError, ProductionError, TopologyError
 from streamflow.log.api import Log, OffsetMark
 from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import compression_number
@@ -94,6 +94,7 @@ async def import_table(
         on_progress: Told of records done and to do.
 
     Raises:
+        ConfigurationError: The app has no such table, or its source fills it.
         GroupInUseError: A worker runs, or was started meanwhile.
         TopologyError: There is state without offsets that it belongs to.
         ProductionError: A record is too large; nothing was written.
@@ -101,7 +102,12 @@ async def import_table(
     Delivery: durable when it returns. Interrupted, a part of the rows may be written; doing it again writes the same.
     Cancellation: as interrupted.
     """
-    sub_of(app, table_of(app, name).name)
+    table = table_of(app, name)
+    if table.source is not None:
+        raise ConfigurationError(
+            f"table {name!r} is what its source says: send to topic {table.source.name!r} instead (`streamflow send`)"
+        )
+    sub_of(app, name)
     await refuse_live_members(log, app.id, settings, "import")
     topology = app.topology()
     layout = Layout.of(topology, await prepare_topics(app, topology, settings, log.admin))
@@ -164,7 +170,7 @@ class _Import:
     async def _refuse_foreign_state(self, parts: list[_Part], replace: bool) -> None:
         """State without offsets is refused by a start, and an import must not make it look as if it had some."""
         fresh = [number for number, part in enumerate(parts) if part.mark is None]
-        for table in self._found.sub.tables:
+        for table in self._written_tables():
             found = await TableLog.find(self._app, table, self._log.admin)
             held = sum(fold.records for fold in await found.fold(self._log, dict.fromkeys(fresh, CommitMark())))
             if not held or (table == self._name and replace):
@@ -174,6 +180,10 @@ class _Import:
                 f"table {table!r} has {held:,} changelog records in {found.changelog.name}, but the group has no "
                 f"committed offsets that say which input they stand for. {again}tart over with `streamflow reset APP`"
             )
+
+    def _written_tables(self) -> list[str]:
+        """The tables of the task that have changelogs of their own."""
+        return [name for name in self._found.sub.tables if self._app.tables[name].source is None]
 
     async def _complete(self, parts: list[_Part], replace: bool) -> None:
         """Add what the rows do not say: keys to be deleted, and updates that no commit holds."""
@@ -226,7 +236,7 @@ class _Import:
 
     async def _offsets(self, parts: list[_Part]) -> dict[TopicPartition, OffsetMark]:
         """New marks; offsets only where there are none yet."""
-        tables = {name: self._app.tables[name].changelog.name for name in self._found.sub.tables}
+        tables = {name: self._app.tables[name].changelog.name for name in self._written_tables()}
         tps = [TopicPartition(topic, number) for topic in tables.values() for number in range(len(parts))]
         ends = await self._log.admin.high_watermarks(tps)
         missing = [tp for part in parts for tp, mark in part.sources.items() if mark is None]

@@ -123,6 +123,9 @@ class TableLog:
         Args:
             offsets: What the app's group has committed.
         """
+        if self.table.source is not None:  # its values are the source's records that were processed
+            tps = [TopicPartition(self.changelog.name, number) for number in range(self.changelog.partitions)]
+            return [CommitMark("", {self.table.name: offsets[tp].offset if tp in offsets else 0}) for tp in tps]
         return [CommitMark.of_task({tp: offsets.get(tp) for tp in each}) or CommitMark() for each in self.sources]
 
     async def fold(
@@ -175,7 +178,7 @@ class TableLog:
                     if positions[tp] < targets[tp]:
                         reader.ask(tp)
                 on_progress(sum(min(positions[tp], targets[tp]) - starts[tp] for tp in tps), total)
-        for span in spans.values():
+        for span in spans.values() if self.table.source is None else ():
             self._keep_what_was_compacted(span.fold)
         return [span.fold for span in spans.values()]
 

@@ -447,3 +447,34 @@ def test_a_reset_deletes_repartition_topics_too(shell):
     assert [topic["exists"] for topic in listed if topic["topic"] == repartition] == [False]
     moved(shell, app="grouped.py")
     assert scanned(shell, app="grouped.py", table="by_sign") == before
+
+
+FILLED = """
+import streamflow as sf
+
+app = sf.App("filled")
+moves = app.topic("moves", key_type=str, value_type=int, compacting=True)
+newest = app.table("newest", source=moves)
+counts = app.table("counts", key_type=str, value_type=int, default=int)
+
+@app.agent(moves)
+async def look(stream: sf.Stream[int]) -> None:
+    async for event in stream.events():
+        newest.get(event.key)
+        counts[event.key] += 1
+"""
+
+
+def test_a_table_that_its_source_fills_shows_what_was_processed_and_is_spared(shell):
+    shell.write("filled.py", FILLED)
+    moved(shell, ("a", 1), ("b", 2), ("a", 3), app="filled.py")
+    assert shell("send", "filled.py", "moves", "9", "--key", "a").code == 0  # nobody has processed it yet
+    assert scanned(shell, app="filled.py", table="newest") == ["a 3", "b 2"]
+    refused = shell("table", "import", "filled.py", "newest", stdin=as_lines([{"key": "a", "value": 1}]))
+    assert (refused.code, "send to topic 'moves' instead" in refused.err) == (2, True)
+    assert shell("reset", "filled.py", "--yes").code == 0
+    imported = shell("table", "import", "filled.py", "counts", stdin=as_lines([{"key": "a", "value": 10}]))
+    assert imported.code == 0, imported.err
+    moved(shell, app="filled.py")
+    assert scanned(shell, app="filled.py", table="newest") == ["a 9", "b 2"]
+    assert scanned(shell, app="filled.py", table="counts") == ["a 13", "b 1"]
