@@ -10,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format bench kafka lock docs clean
+.PHONY: help demo test soak check format bench kafka lock docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: $(READY)  ## Stream real flight departures through agents on the embedded 
 
 test: $(READY)  ## Run the whole test suite (ARGS="-k name" narrows it)
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(READY)  ## Workers with tables under faults, 30 minutes and 10 M records (ARGS="--seconds 120 --records 100000")
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 check: $(READY)  ## Format, lint, types, layers and documentation
 	$(BIN)/ruff format --check .

@@ -243,6 +243,13 @@ class Broker:
         if self._process is not None and self._process.poll() is None:
             os.kill(self.pid, signal.SIGCONT)
 
+    def configure_topic(self, topic: str, config: Mapping[str, str]) -> None:
+        """Change a topic's configuration while the broker runs."""
+        change = ",".join(f"{name}={value}" for name, value in config.items())
+        options = ("--alter", "--entity-type", "topics", "--entity-name", topic, "--add-config", change)
+        command = self._java("kafka.admin.ConfigCommand", "--bootstrap-server", self.bootstrap, *options)
+        subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=self.directory)
+
     def restart(self) -> None:
         self.stop()
         self.start()
