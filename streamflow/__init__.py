@@ -30,6 +30,7 @@ from streamflow.model.serde import Codec, NeedSchema, Serializer
 from streamflow.processing.agent import Agent
 from streamflow.processing.out import Out
 from streamflow.processing.policy import DeadLetter, Retry, Skip, Stop
+from streamflow.processing.set_table import SetTable
 from streamflow.processing.stream import Event, Stream
 from streamflow.processing.table import Table
 from streamflow.processing.topic import Topic
@@ -72,6 +73,7 @@ __all__ = [
     "Retry",
     "SchemaError",
     "Serializer",
+    "SetTable",
     "Skip",
     "StateError",
     "Stop",

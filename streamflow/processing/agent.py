@@ -15,6 +15,7 @@ from streamflow.processing.names import named_objects
 from streamflow.processing.out import Out
 from streamflow.processing.places import place_of_call
 from streamflow.processing.policy import ErrorPolicy, check_policy, dead_letter_topic
+from streamflow.processing.set_table import SetTable
 from streamflow.processing.signature import UNKNOWN, Kind, Signature, code_names, signature_of
 from streamflow.processing.stream import Stream
 from streamflow.processing.table import Table
@@ -95,7 +96,10 @@ class Agent(Generic[K, V, R]):
 
     def tables(self) -> tuple[Table[Any, Any], ...]:
         """The tables it may touch: those it was declared with, or those that its code names."""
-        return named_objects(self.fn, (Table,)) if self.declared_tables is None else self.declared_tables
+        if self.declared_tables is not None:
+            return self.declared_tables
+        named = named_objects(self.fn, (Table, SetTable))
+        return tuple(dict.fromkeys(one.pairs if isinstance(one, SetTable) else one for one in named))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function itself, for unit tests; nothing is sent anywhere."""
@@ -253,14 +257,17 @@ def same_key(source: Topic[Any, Any], sink: Topic[Any, Any]) -> bool:
 def _tables(app: Owner, given: Any, where: str) -> tuple[Table[Any, Any], ...] | None:
     if given is None:
         return None
-    tables = (given,) if isinstance(given, Table) else _listed(given)
+    listed = (given,) if isinstance(given, Table | SetTable) else _listed(given)
+    tables = tuple(one.pairs if isinstance(one, SetTable) else one for one in listed)
     for one in tables:
         if isinstance(one, GlobalTable):
             raise TopologyError(
                 f"{where}: tables= names global table {one.name!r}, which every agent may read; leave it out"
             )
         if not isinstance(one, Table):
-            raise TopologyError(f"{where}: tables={one!r}: give tables made by `app.table(...)`")
+            raise TopologyError(
+                f"{where}: tables={one!r}: give tables made by `app.table(...)` or `app.set_table(...)`"
+            )
         if one.app is not app:
             raise TopologyError(f"{where}: tables= names {one.name!r}, which is of app {one.app.id!r}")
     return tables

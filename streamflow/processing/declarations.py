@@ -33,9 +33,11 @@ from streamflow.processing.hooks import (
 from streamflow.processing.places import place_of_call
 from streamflow.processing.policy import ErrorPolicy, Stop
 from streamflow.processing.selector import Field
+from streamflow.processing.set_table import SetTable
 from streamflow.processing.signature import UNKNOWN, Signature
 from streamflow.processing.stream import Stream
 from streamflow.processing.table import Table
+from streamflow.processing.table_declarations import TableDeclarations
 from streamflow.processing.topic import Derived, Partitioner, Topic, TopicOptions, check_name
 from streamflow.processing.topology import Job, Topology, build_topology, every_topic
 
@@ -50,7 +52,7 @@ S = TypeVar("S")
 _NAME_BYTES = 100
 
 
-class Declarations:
+class Declarations(TableDeclarations):
     """The declarations of one app; `App` adds settings and ways to run them.
 
     Args:
@@ -62,7 +64,8 @@ class Declarations:
         topics: Declared topics by name.
         agents: Agents by name.
         derived: Steps made by `group_by` and `through`, by name.
-        tables: Declared tables by name.
+        tables: Declared tables by name; those behind set tables, too.
+        set_tables: Declared set tables by name.
         global_tables: Declared global tables by name.
         timers: Timers, in order of declaration.
         crontabs: Crontabs.
@@ -87,6 +90,7 @@ class Declarations:
         self.agents: dict[str, Agent[Any, Any, Any]] = {}
         self.derived: dict[str, Derived[Any, Any]] = {}
         self.tables: dict[str, Table[Any, Any]] = {}
+        self.set_tables: dict[str, SetTable[Any, Any]] = {}
         self.global_tables: dict[str, GlobalTable[Any, Any]] = {}
         self.timers: list[Timer] = []
         self.crontabs: list[Crontab] = []
@@ -223,216 +227,7 @@ class Declarations:
             partitioner=partitioner,
             timestamp=timestamp,
         )
-        return self._declared(declared)
-
-    def _declared(self, topic: Topic[Any, Any]) -> Topic[Any, Any]:
-        known = self.topics.setdefault(topic.name, topic)
-        difference = known.difference(topic)
-        if difference is not None:
-            raise TopologyError(f"topic {topic.name!r} is declared twice, with {difference}")
-        return known
-
-    # --- tables ------------------------------------------------------------------------------------------------
-
-    @overload
-    def table(
-        self,
-        name: str,
-        *,
-        key_type: TypeForm[K],
-        value_type: TypeForm[V],
-        key_serializer: str | Serializer | None = None,
-        value_serializer: str | Serializer | None = None,
-        default: Callable[[], V] | None = None,
-        ttl_s: float | None = None,
-        on_recover: Callable[..., Any] | None = None,
-        help: str = "",
-    ) -> Table[K, V]: ...
-    @overload
-    def table(
-        self,
-        name: str,
-        *,
-        source: Topic[K, V],
-        default: Callable[[], V] | None = None,
-        on_recover: Callable[..., Any] | None = None,
-        help: str = "",
-    ) -> Table[K, V]: ...
-    @known_keywords("app.table(...)")
-    def table(
-        self,
-        name: str,
-        *,
-        key_type: Any = None,
-        value_type: Any = None,
-        key_serializer: str | Serializer | None = None,
-        value_serializer: str | Serializer | None = None,
-        default: Callable[[], Any] | None = None,
-        ttl_s: float | None = None,
-        source: Topic[Any, Any] | None = None,
-        on_recover: Callable[..., Any] | None = None,
-        help: str = "",
-    ) -> Table[Any, Any]:
-        """Declare a table: a mapping that agents share and that survives crashes.
-
-        Each partition of the sources of the agents that use it has a part of its own, in a local store and in a
-        compacted topic, `<app>-<name>-changelog`. What a record writes is committed with the record's offset and
-        outputs, and not at all when the record fails.
-
-        Args:
-            name: Its name.
-            key_type: Type of its keys; iteration is in their order.
-            value_type: Type of its values. `None` is no value: it is how a deletion is written.
-            key_serializer: How the changelog has its keys; see `topic`.
-            value_serializer: How changelog and store have its values.
-            default: Makes the value that `table[key]` reads where there is none; it is not stored by reading. Left out:
-                `KeyError`.
-            ttl_s: Seconds that a value lives after its last write, above 0, in stream time: the greatest timestamp of
-                the records that touched the table in its partition. Left out: for ever. Not with `source=`.
-            source: A topic of the app that keeps the newest record of each key, `app.topic(..., compacting=True)`: the
-                table is what the topic says, without a changelog of its own. Agents read it and do not write it; its
-                records take effect in order of timestamp with the other records of the task. Types and serializers
-                are the topic's. Left out: agents write the table.
-            on_recover: Called (sync or async) with the partition's number when a partition of it was restored.
-            help: What it holds, for people.
-
-        Returns:
-            The table; the same object for the same declaration.
-
-        Raises:
-            ConfigurationError: An option does not fit.
-            SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
-            TopologyError: The name was declared before with something else.
-        """
-        if source is not None:
-            where = f"table {name!r} ({place_of_call()})"
-            self._check_source(where, source, (key_type, value_type, key_serializer, value_serializer))
-            if ttl_s is not None:
-                raise ConfigurationError(
-                    f"{where}: ttl_s= is for tables that agents write; this one has what its source has. Leave it out"
-                )
-        declared: Table[Any, Any] = Table(
-            self,
-            name,
-            key_type=key_type,
-            value_type=value_type,
-            key_serializer=key_serializer,
-            value_serializer=value_serializer,
-            default=default,
-            ttl_s=ttl_s,
-            source=source,
-            on_recover=on_recover,
-            help=help,
-        )
-        self._check_table_name(name, self.global_tables)
-        known = self.tables.setdefault(name, declared)
-        difference = known.difference(declared) if known is not declared else None
-        if difference is not None:
-            raise TopologyError(f"table {name!r} is declared twice, with {difference}")
-        return known
-
-    @overload
-    def global_table(
-        self,
-        name: str,
-        *,
-        key_type: TypeForm[K],
-        value_type: TypeForm[V],
-        key_serializer: str | Serializer | None = None,
-        value_serializer: str | Serializer | None = None,
-        on_recover: Callable[[], Any] | None = None,
-        help: str = "",
-    ) -> GlobalTable[K, V]: ...
-    @overload
-    def global_table(
-        self, name: str, *, source: Topic[K, V], on_recover: Callable[[], Any] | None = None, help: str = ""
-    ) -> GlobalTable[K, V]: ...
-    @known_keywords("app.global_table(...)")
-    def global_table(
-        self,
-        name: str,
-        *,
-        key_type: Any = None,
-        value_type: Any = None,
-        source: Topic[Any, Any] | None = None,
-        key_serializer: str | Serializer | None = None,
-        value_serializer: str | Serializer | None = None,
-        on_recover: Callable[[], Any] | None = None,
-        help: str = "",
-    ) -> GlobalTable[Any, Any]:
-        """Declare a global table: a mapping that every worker holds all of, filled from a topic.
-
-        It may be read anywhere and is written by sending to its source. It belongs to no commit: see `GlobalTable`.
-
-        Args:
-            name: Its name.
-            key_type: Type of its keys; iteration is in their order. With `source=` it is the topic's.
-            value_type: Type of its values. With `source=` it is the topic's.
-            source: A topic of the app that keeps the newest record of each key, `app.topic(..., compacting=True)`. Left
-                out: the topic of the table's name, created so at start.
-            key_serializer: How the source has its keys; see `topic`. With `source=` it is the topic's.
-            value_serializer: How the source has its values.
-            on_recover: Called (sync or async), without arguments, when a worker has all that was there at its start.
-            help: What it holds, for people.
-
-        Returns:
-            The table; the same object for the same declaration.
-
-        Raises:
-            ConfigurationError: An option does not fit.
-            SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
-            TopologyError: The name, or the source, was declared before with something else.
-        """
-        given = (key_type, value_type, key_serializer, value_serializer)
-        self._check_table_name(check_name(name, "global table"), self.tables)
-        if source is None:
-            source = self._declared(
-                Topic(
-                    self,
-                    name,
-                    key_type=key_type,
-                    value_type=value_type,
-                    key_serializer=key_serializer,
-                    value_serializer=value_serializer,
-                    compacting=True,
-                )
-            )
-        else:
-            self._check_source(f"global table {name!r} ({place_of_call()})", source, given)
-        declared = GlobalTable(self, name, source, on_recover=on_recover, help=help)
-        for other in self.global_tables.values():
-            if other.source is source and other.name != name:
-                raise TopologyError(
-                    f"global tables {other.name!r} ({other.place}) and {name!r} ({declared.place}) have the same "
-                    f"source {source.name!r}, so they would hold the same: use one of them"
-                )
-        known = self.global_tables.setdefault(name, declared)
-        difference = known.difference(declared) if known is not declared else None
-        if difference is not None:
-            raise TopologyError(f"global table {name!r} is declared twice, with {difference}")
-        return known
-
-    def _check_source(self, where: str, source: Any, given: tuple[Any, ...]) -> None:
-        if not isinstance(source, Topic) or source.internal:
-            raise ConfigurationError(
-                f"{where}: source={source!r}: give a topic, `app.topic('users', key_type=str, value_type=User, "
-                "compacting=True)`; what group_by writes is deleted once it is processed"
-            )
-        if source.app is not self:
-            raise TopologyError(
-                f"{where}: source= is topic {source.name!r} of app {source.app.id!r}; declare the topic in {self.id!r} "
-                "too, by the same name"
-            )
-        if any(one is not None for one in given):
-            raise ConfigurationError(
-                f"{where}: types and serializers are those of its source {source.name!r}; leave them out"
-            )
-
-    def _check_table_name(self, name: str, others: Mapping[str, Any]) -> None:
-        if name in others:
-            raise TopologyError(
-                f"two tables are called {name!r}: one at {others[name].place}, one at {place_of_call()}; rename one"
-            )
+        return self.declared_topic(declared)
 
     # --- agents ------------------------------------------------------------------------------------------------
 
@@ -451,7 +246,7 @@ class Declarations:
         on_error: ErrorPolicy = ...,
         name: str | None = None,
         thread: bool = False,
-        tables: Sequence[Table[Any, Any]] | None = None,
+        tables: Sequence[Table[Any, Any] | SetTable[Any, Any]] | None = None,
     ) -> SinkDecorator[K, V, S]: ...
     @overload
     def agent(
@@ -464,7 +259,7 @@ class Declarations:
         on_error: ErrorPolicy = ...,
         name: str | None = None,
         thread: bool = False,
-        tables: Sequence[Table[Any, Any]] | None = None,
+        tables: Sequence[Table[Any, Any] | SetTable[Any, Any]] | None = None,
     ) -> AgentDecorator[K, V]: ...
     @overload
     def agent(
@@ -477,7 +272,7 @@ class Declarations:
         on_error: ErrorPolicy = ...,
         name: str | None = None,
         thread: bool = False,
-        tables: Sequence[Table[Any, Any]] | None = None,
+        tables: Sequence[Table[Any, Any] | SetTable[Any, Any]] | None = None,
     ) -> FreeDecorator: ...
     @overload
     def agent(self, source: Callable[[V], Awaitable[R]], /) -> Agent[Any, V, R]: ...
@@ -494,7 +289,7 @@ class Declarations:
         on_error: ErrorPolicy = Stop(),  # noqa: B008 - frozen, without state
         name: str | None = None,
         thread: bool = False,
-        tables: Sequence[Table[Any, Any]] | None = None,
+        tables: Sequence[Table[Any, Any] | SetTable[Any, Any]] | None = None,
     ) -> Any:
         """Declare an agent: `@app.agent(topic)`, or bare `@app.agent` for one with a topic of its own.
 
@@ -545,7 +340,9 @@ class Declarations:
                 "`@app.agent(orders)`, or annotate its parameter, `stream: sf.Stream[Order]`"
             )
         key_type = None if signature.key_type is UNKNOWN else signature.key_type
-        return self._declared(Topic(self, f"{self.id}-{agent}", key_type=key_type, value_type=signature.value_type))
+        return self.declared_topic(
+            Topic(self, f"{self.id}-{agent}", key_type=key_type, value_type=signature.value_type)
+        )
 
     # --- timers, crontabs, tasks -------------------------------------------------------------------------------
 

@@ -18,6 +18,10 @@ class Holder(Protocol):
         """The partitions of a table that are held here and restored, by number."""
         ...
 
+    def awaits(self, table: str) -> bool:
+        """Whether partitions of a table may still come up here: none was assigned yet, or some are being restored."""
+        ...
+
     def partition_of(self, table: str, key: bytes) -> int:
         """The partition of a key, given as the changelog has it."""
         ...

@@ -10,7 +10,7 @@ from asyncio import current_task
 from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
-from streamflow.errors import ClosedError, ConfigurationError, NotHeld, TopologyError
+from streamflow.errors import ClosedError, ConfigurationError, NotHeld, ProductionError, TopologyError
 from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.context import current_turn
@@ -138,8 +138,14 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         """Writes keys as the changelog has them."""
         return self.changelog.key_codec
 
+    def home_bytes(self, key: K) -> bytes | None:
+        """The key that decides the partition, as records of the source have it."""
+        return self.key_codec.encode(key, ())
+
     def difference(self, other: Table[Any, Any]) -> str | None:
         """What differs from another declaration of the same name, in words; None when nothing does."""
+        if type(self) is not type(other):
+            return f"another kind of table ({self.place} and {other.place})"
         for field in ("default", "ttl_s", "source", "on_recover"):
             if getattr(self, field) != getattr(other, field):
                 return f"another {field}= ({self.place} and {other.place})"
@@ -147,7 +153,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
 
     # --- where it is -------------------------------------------------------------------------------------------
 
-    def _stage(self) -> Stage | None:
+    def stage_in_turn(self) -> Stage | None:
         """The stage of the record's turn that the caller stands in; None elsewhere."""
         turn: Any = current_turn.get()
         if turn is None:
@@ -163,16 +169,27 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             stage.advance(turn.timestamp_ms())
         return stage
 
-    def _refuse_if_filled(self) -> None:
+    def refuse_if_filled(self) -> None:
+        """Refuse to write a table that a topic fills.
+
+        Raises:
+            TopologyError: It is one.
+        """
         if self.source is not None:
             raise TopologyError(
                 f"table {self.name!r} is what its source says, and is not written: send to the topic, "
                 f"`await {self.source.name}.send(key=..., value=...)`, or value=None to delete"
             )
 
-    def _writable(self) -> Stage:
-        self._refuse_if_filled()
-        stage = self._stage()
+    def writable_stage(self) -> Stage:
+        """The same, for a write.
+
+        Raises:
+            ClosedError: The caller stands in no record's turn.
+            TopologyError: A topic fills the table.
+        """
+        self.refuse_if_filled()
+        stage = self.stage_in_turn()
         if stage is None:
             turn: Any = current_turn.get()
             if turn is not None:
@@ -186,7 +203,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
     @property
     def partitions(self) -> frozenset[int]:
         """The partitions that reads and iteration cover here."""
-        stage = self._stage()
+        stage = self.stage_in_turn()
         if stage is not None:
             return frozenset({stage.overlay.partition})
         return frozenset(number for holder in holders_of(self.app) for number in holder.overlays(self.name))
@@ -197,9 +214,11 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         Raises:
             NotHeld: Not in this process.
         """
-        data = self.key_codec.encode(key, ())
+        data = self.home_bytes(key)
         holders = holders_of(self.app)
-        if data is None or not holders:
+        if data is None:
+            raise ProductionError(f"table {self.name!r}: a key cannot be None")
+        if not holders:
             raise NotHeld(
                 f"table {self.name!r}: app {self.app.id!r} is not running in this process: read it from an agent, a "
                 "timer, or within `async with app.running():`"
@@ -218,7 +237,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
     # --- reading -----------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: K) -> V:
-        stage = self._stage()
+        stage = self.stage_in_turn()
         value = self._committed(key) if stage is None else stage.get(key)
         if value is MISSING:
             if self.default is None:
@@ -244,12 +263,12 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             key: The key.
             default: What to return where there is none; the table's own default is not used.
         """
-        stage = self._stage()
+        stage = self.stage_in_turn()
         value = self._committed(key) if stage is None else stage.get(key)
         return default if value is MISSING else value
 
     def __contains__(self, key: object) -> bool:
-        stage = self._stage()
+        stage = self.stage_in_turn()
         return self._committed(cast("K", key)) is not MISSING if stage is None else stage.contains(key)
 
     def __iter__(self) -> Iterator[K]:
@@ -289,7 +308,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             Keys and values as they are at the time of the call; elsewhere than in a turn partition after partition.
         """
         low, high = self._bounds(start, stop, prefix)
-        stage = self._stage()
+        stage = self.stage_in_turn()
         if stage is not None:
             return stage.entries(low, high, reverse=reverse)
         return self._committed_entries(low, high, reverse=reverse)
@@ -316,22 +335,28 @@ class Table(MutableMapping[K, V], Generic[K, V]):
     # --- writing -----------------------------------------------------------------------------------------------
 
     def __setitem__(self, key: K, value: V) -> None:
-        self._writable().set(key, value)
+        self.writable_stage().set(key, value)
 
     def __delitem__(self, key: K) -> None:
-        stage = self._writable()
+        stage = self.writable_stage()
         if not stage.contains(key):
             raise KeyError(key)
         stage.delete(key)
 
-    def pop(self, key: K, default: Any = _UNSET) -> Any:
+    @overload
+    def pop(self, key: K, /) -> V: ...
+    @overload
+    def pop(self, key: K, /, default: V) -> V: ...
+    @overload
+    def pop(self, key: K, /, default: T) -> V | T: ...
+    def pop(self, key: K, /, default: Any = _UNSET) -> Any:
         """Delete a key and return its value.
 
         Args:
             key: The key.
             default: What to return where there is none; left out, that is a `KeyError`.
         """
-        stage = self._writable()
+        stage = self.writable_stage()
         value = stage.get(key)
         if value is MISSING:
             if default is _UNSET:
@@ -340,21 +365,21 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         stage.delete(key)
         return value
 
-    def setdefault(self, key: K, default: Any = None) -> Any:
+    def setdefault(self, key: K, default: V, /) -> V:  # None is no value
         """The value of a key, written first where there is none.
 
         Args:
             key: The key.
             default: What is written; the table's own default is not used.
         """
-        stage = self._writable()
+        stage = self.writable_stage()
         if not stage.contains(key):
             stage.set(key, default)
-        return stage.get(key)
+        return cast("V", stage.get(key))
 
     def clear(self) -> None:
         """Delete every key of this partition."""
-        stage = self._writable()
+        stage = self.writable_stage()
         for key in [key for key, _ in stage.entries(None, None)]:
             stage.delete(key)
 
@@ -362,11 +387,35 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         """Between records, too, an agent would wait for a turn that it keeps from coming."""
         turn: Any = current_turn.get()
         if turn is not None and (
-            self._stage() is not None or (turn.owner is not None and current_task() is turn.owner)
+            self.stage_in_turn() is not None or (turn.owner is not None and current_task() is turn.owner)
         ):
             raise ClosedError(
                 f"table {self.name!r}: update_async is for code outside of agents; write in a record's turn"
             )
+
+    def is_committed(self, key: K) -> bool:
+        """Whether a key has a committed value in this process.
+
+        Raises:
+            NotHeld: Its partition is not held here.
+        """
+        return self._committed(key) is not MISSING
+
+    def committed_keys(self, key: Any, low: bytes | None, high: bytes | None) -> Iterator[K]:
+        """Committed keys of a range in the partition that one of them lies in.
+
+        Raises:
+            NotHeld: It is not held here.
+        """
+        _, _, overlay = self._held_of((key, None))  # type: ignore[arg-type]
+        return (self.keys_in_order.decode(store_key) for store_key, _ in overlay.entries(low, high, committed=True))
+
+    async def change_of(self, key: K, work: Callable[[Stage], T]) -> T:
+        """Run a function over the stage of a key's partition, in a turn of its own; see `update_async`."""
+        self.refuse_if_filled()
+        self._refuse_in_turn()
+        holder, partition, _ = self._held_of(key)
+        return cast("T", await holder.change(self.name, partition, work))
 
     async def update_async(self, key: K, change: Callable[[V | None], V | None]) -> V | None:
         """Change a value from outside of a record's turn: in a timer, a task, an HTTP handler.
@@ -386,9 +435,6 @@ class Table(MutableMapping[K, V], Generic[K, V]):
 
         Cancellation: the change may have been made.
         """
-        self._refuse_if_filled()
-        self._refuse_in_turn()
-        holder, partition, _ = self._held_of(key)
 
         def work(stage: Stage) -> V | None:
             value = stage.get(key)
@@ -400,7 +446,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
                 stage.delete(key)
             return new
 
-        return cast("V | None", await holder.change(self.name, partition, work))
+        return await self.change_of(key, work)
 
 
 class _Items(ItemsView[K, V]):

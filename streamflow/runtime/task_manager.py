@@ -424,6 +424,15 @@ class TaskManager:
             if task.is_readable and task.tables is not None and table in task.tables.overlays
         }
 
+    def awaits(self, table: str) -> bool:
+        """Whether partitions of a table may still come up here: none was assigned yet, or some are being restored."""
+        if not self.assigned_once.is_set() or self.changing:
+            return not self._finishing
+        return any(
+            task.tables is not None and table in task.tables.overlays and task.state in ("created", "restoring")
+            for task in tuple(self.tasks.values())
+        )
+
     def partition_of(self, table: str, key: bytes) -> int:
         """The partition of a key, given as the changelog has it."""
         sub = next(sub for sub in self._layout.sub_topologies if table in sub.tables)

@@ -22,6 +22,7 @@ from streamflow.clock import Clock
 from streamflow.errors import StateCorruptedError, StateFullError
 from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
+from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
@@ -162,6 +163,7 @@ class TaskTables:
             live_entries=live_entries,
             ttl_ms=None if table.ttl_s is None else round(table.ttl_s * 1000),
             check_home=partial(check_home, table.name),
+            home_bytes=table.home_bytes if isinstance(table, Pairs) else None,
             damaged=self.is_damaged,
             max_key_bytes=max_key_bytes,
         )

@@ -17,6 +17,7 @@ not committed; a layer moves down whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from streamflow.errors import ProductionError, StateCorruptedError
@@ -48,7 +49,8 @@ class Overlay:
         store: The task's store.
         live_entries: How many values `live` holds, about.
         ttl_ms: How long a value lives after its last write, in stream time; None for ever.
-        check_home: Told the changelog's key bytes of keys that are new: raises for one of another partition.
+        check_home: Told `home_bytes` of keys that are new: raises for one of another partition.
+        home_bytes: The part of a key that decides its partition, as bytes; None takes the changelog's key.
         damaged: Told when the store turns out to be damaged, before whoever reads learns it by the error.
 
         max_key_bytes: Largest key, as the changelog has it.
@@ -74,6 +76,7 @@ class Overlay:
         live_entries: int,
         ttl_ms: int | None = None,
         check_home: Callable[[bytes, Any], None] | None = None,
+        home_bytes: Callable[[Any], bytes | None] | None = None,
         damaged: Callable[[StateCorruptedError], None] | None = None,
         max_key_bytes: int = 64 * 1024,
     ) -> None:
@@ -103,6 +106,7 @@ class Overlay:
         self._key_codec = key_codec
         self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
         self._check_home = check_home
+        self._home_bytes = home_bytes
         self._damaged = damaged or _nobody_is_told
 
         self._max_key_bytes = max_key_bytes
@@ -218,7 +222,7 @@ class Overlay:
                 f"table {self.name!r}: a key of {len(data):,} bytes is too large; {self._max_key_bytes:,} are the limit"
             )
         if self._check_home is not None:
-            self._check_home(data, key)
+            self._check_home(data if self._home_bytes is None else self._home_bytes(key) or b"", key)
 
     def check_equal_key(self, key: Any) -> None:
         """Check a key that equals a known one and may yet be of another type, as True equals 1.
@@ -314,6 +318,15 @@ class Overlay:
             return pack(self.values.payload(held), None)
         expires_ms, value = held
         return pack(self.values.payload(value), expires_ms)
+
+    def stored_key_after(self, start: bytes, count: int) -> bytes | None:
+        """The key in the store that has `count` others before it from `start` on; None where there are fewer."""
+        try:
+            found = next(islice(self._store.scan(self.name, start, None), count, None), None)
+        except StateCorruptedError as error:
+            self._damaged(error)
+            raise
+        return None if found is None else found[0]
 
     # --- committed reads ---------------------------------------------------------------------------------------
 

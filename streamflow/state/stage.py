@@ -208,6 +208,11 @@ class Stage:
         """
         self._write_copies()
 
+    def written_and_deleted(self) -> tuple[int, int]:
+        """How many keys the turn has written, and how many it has deleted, those changed in place after `check`."""
+        deleted = sum(1 for held in self.writes.values() if held is MISSING)
+        return len(self.writes) - deleted, deleted
+
     def close(self) -> Effects | None:
         """The turn is done: what it has written, None where it has written nothing.
 

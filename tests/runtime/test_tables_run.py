@@ -1,0 +1,479 @@
+"""Tables of running apps: reads and writes elsewhere, conflicts, expiry, set tables, visits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from zlib import crc32
+
+import pytest
+
+import streamflow as sf
+from streamflow.testing import TestApp
+from tests.runtime.waiting import until
+
+
+def fold(test: TestApp, table: Any) -> dict[Any, Any]:
+    """What a table's changelog holds."""
+    found: dict[Any, Any] = {}
+    for event in test.records(table.changelog):
+        found.pop(event.key, None)
+        if event.value is not None:
+            found[event.key] = event.value
+    return found
+
+
+async def process_one(app: sf.App, source: Any) -> None:
+    """Run an app over one record."""
+    async with TestApp(app) as test:
+        await test.send(source, 1, key="a")
+        await test.settle()
+
+
+def counting(partitions: int = 4, **options: Any) -> tuple[sf.App, Any, Any]:
+    """An app that counts per key."""
+    app = sf.App("t", partitions=partitions)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int, default=int, **options)
+
+    @app.agent(source, tables=[table])
+    async def count(stream: sf.Stream[int, str]) -> None:
+        async for key, value in stream.items():
+            table[key] += value
+
+    return app, source, table
+
+
+# --- elsewhere -----------------------------------------------------------------------------------------------------
+
+
+async def test_elsewhere_committed_values_of_all_partitions_are_read():
+    app, source, table = counting()
+    async with TestApp(app) as test:
+        for key in "abcdef":
+            await test.send(source, 2, key=key)
+        await test.settle()
+        assert dict(table.items()) == dict.fromkeys("abcdef", 2)
+        assert table.partitions == frozenset(range(4))
+        assert len(table) == 6
+        assert table["nobody"] == 0
+        assert table.get("nobody") is None
+        assert ("nobody", 0) not in table.items()
+        assert ("a", 2) in table.items()
+        assert await asyncio.to_thread(lambda: table["a"]) == 2
+
+
+async def test_a_write_elsewhere_names_update_async():
+    app, _, table = counting()
+    async with TestApp(app):
+        for write in (lambda: table.update(a=1), lambda: table.pop("a"), table.clear, lambda: table.__delitem__("a")):
+            with pytest.raises(sf.ClosedError, match="update_async"):
+                write()
+
+
+async def test_without_a_running_app_nothing_is_held():
+    _, _, table = counting()
+    for read in (lambda: table["a"], lambda: "a" in table, lambda: list(table), lambda: len(table)):
+        with pytest.raises(sf.NotHeld, match="is not running in this process"):
+            read()
+    with pytest.raises(sf.NotHeld):
+        await table.update_async("a", lambda value: 1)
+
+
+async def test_update_async_is_committed_when_it_returns():
+    app, source, table = counting()
+    async with TestApp(app) as test:
+        await test.send(source, 2, key="a")
+        await test.settle()
+        assert await table.update_async("a", lambda value: value + 40) == 42
+        assert table["a"] == 42
+        assert await table.update_async("a", lambda value: None) is None
+        assert "a" not in table
+        with pytest.raises(ZeroDivisionError):
+            await table.update_async("a", lambda value: 1 // 0)
+        with pytest.raises(sf.ProductionError, match="takes int"):
+            await table.update_async("a", lambda value: "no")
+        await test.settle()
+        assert fold(test, table) == {}
+
+
+async def test_a_change_is_made_while_an_agent_waits_for_the_rest_of_a_unit():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int, default=int)
+
+    @app.agent(source, tables=[table])
+    async def units(stream: sf.Stream[int]) -> None:
+        async for unit in stream.take(3):
+            table["k"] += sum(unit)
+
+    @app.agent(source)
+    async def other(stream: sf.Stream[int]) -> None:
+        async for _ in stream:
+            pass
+
+    async with TestApp(app) as test, asyncio.timeout(20):
+        await test.send(source, 1, key="k")
+        await until(lambda: any(run.feed.lacking for task in test.worker.manager.running() for run in task._runs))
+        assert await table.update_async("k", lambda value: value + 100) == 100
+        await test.send(source, 1, key="k")
+        await test.send(source, 1, key="k")
+        await test.settle()
+        assert table["k"] == 103
+
+
+async def test_an_agent_may_not_wait_for_its_own_turn():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int)
+
+    @app.agent(source, tables=[table])
+    async def waits(stream: sf.Stream[int]) -> None:
+        async for _ in stream:
+            await table.update_async("k", lambda value: 1)
+
+    with pytest.raises(sf.ProcessingError, match="update_async is for code outside of agents"):
+        await process_one(app, source)
+
+
+async def test_an_agent_that_writes_without_a_record_is_told_so():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int)
+
+    @app.agent(source, tables=[table])
+    async def early(stream: sf.Stream[int]) -> None:
+        table["k"] = 1
+        async for _ in stream:
+            pass
+
+    with pytest.raises(sf.StreamFlowError, match="while it had no record in hand"):
+        async with TestApp(app) as test:
+            await test.settle()
+
+
+async def test_a_change_whose_task_closes_before_its_commit_is_not_held():
+    app, _, _ = counting(partitions=1)
+    async with TestApp(app) as test:
+        manager = test.worker.manager
+        assert manager is not None
+        (task,) = manager.running()
+        task.lost = True  # as when another worker has taken the partition
+        with pytest.raises(sf.NotHeld):
+            await task.change("counts", lambda stage: stage.set("a", 1))
+        task.lost = False
+        async with task.delivery._one_at_a_time:  # type: ignore[attr-defined]  # no commit meanwhile
+            asked = asyncio.create_task(task.change("counts", lambda stage: stage.set("a", 1)))
+            await until(lambda: bool(task._owed))
+            task.seal()
+            task.lost = True
+            await task.close_tables()
+            with pytest.raises(sf.NotHeld, match="closed before the change was committed"):
+                await asked
+
+
+# --- several at once -----------------------------------------------------------------------------------------------
+
+
+async def test_records_in_progress_at_once_never_lose_an_update():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=str)
+    table = app.table("counts", key_type=str, value_type=int, default=int)
+    letters = app.topic("letters")
+    gate = asyncio.Event()
+
+    @app.agent(source, concurrency=2, on_error=sf.DeadLetter(letters), tables=[table])
+    async def count(stream: sf.Stream[str]) -> None:
+        async for value in stream:
+            if value == "slow":
+                await gate.wait()
+            table["k"] += 1
+
+    other = next(key for key in "bcdefg" if crc32(key.encode()) % 2 != crc32(b"a") % 2)
+    async with TestApp(app) as test:
+        await test.send(source, "slow", key="a")
+        await test.send(source, "fast", key=other)
+        (task,) = test.worker.manager.running()  # type: ignore[union-attr]
+        await until(lambda: bool(task.tables._waiting["counts"].done))  # type: ignore[union-attr]
+        gate.set()
+        await test.settle()
+        assert table["k"] == 1
+        (letter,) = test.records(letters)
+        assert "two records in progress at once write the key 'k'" in str(letter.headers)
+
+
+@pytest.mark.parametrize("order", ["slow first", "fast first"])
+async def test_agents_that_share_a_table_take_each_record_one_after_the_other(order):
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    sink = app.topic("sink", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int, default=int)
+
+    async def slow(stream: sf.Stream[int]) -> None:
+        async for _ in stream:
+            before = table["k"]
+            await asyncio.sleep(0.001)
+            table["k"] = before + 1
+            sink.send_nowait(key="k", value=table["k"])
+
+    async def fast(stream: sf.Stream[int]) -> None:
+        async for _ in stream:
+            table["k"] += 1
+            sink.send_nowait(key="k", value=table["k"])
+
+    for one in (slow, fast) if order == "slow first" else (fast, slow):
+        app.agent(source, tables=[table])(one)
+    async with TestApp(app) as test:
+        for number in range(40):
+            source.send_nowait(key="k", value=number)
+        await test.settle()
+        assert table["k"] == 80
+        assert [event.value for event in test.records(sink)] == list(range(1, 81))
+
+
+# --- expiry --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ttl_s", [0, -1, "5", True, float("nan"), float("inf"), 0.0001])
+def test_ttl_is_a_number_above_0(ttl_s):
+    with pytest.raises(sf.ConfigurationError, match="ttl_s="):
+        sf.App("t").table("x", key_type=str, value_type=int, ttl_s=ttl_s)
+
+
+async def test_expired_values_leave_the_store_and_the_changelog():
+    app, source, table = counting(partitions=1, ttl_s=10)
+    async with TestApp(app) as test:
+        for key, at_s in [("old", 0), ("new", 8)]:
+            await test.send(source, 1, key=key, timestamp_ms=1_000_000 + at_s * 1000)
+        await test.settle()
+        (task,) = test.worker.manager.running()  # type: ignore[union-attr]
+        await task.tables.write_store()  # type: ignore[union-attr]
+        await test.send(source, 1, key="now", timestamp_ms=1_011_000)
+        await test.settle()
+        assert sorted(table) == ["new", "now"]
+        await until(lambda: not task.changes and task.tables.overlays["counts"]._newest(b"old") is None)  # type: ignore[union-attr]
+        await test.settle()
+        assert fold(test, table) == {"new": 1, "now": 1}
+        await test.send(source, 5, key="old", timestamp_ms=1_011_000)
+        await test.settle()
+        assert table["old"] == 5
+
+
+async def test_a_failing_record_does_not_move_expiry():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int, ttl_s=10)
+
+    @app.agent(source, on_error=sf.Skip(), tables=[table])
+    async def write(stream: sf.Stream[int]) -> None:
+        async for value in stream:
+            table["k"] = 10 // value
+
+    async with TestApp(app) as test:
+        await test.send(source, 1, key="k", timestamp_ms=1_000_000)
+        await test.send(source, 0, key="k", timestamp_ms=9_000_000)
+        await test.settle()
+        assert table["k"] == 10
+
+
+async def test_a_change_before_any_record_lives_from_the_clocks_time():
+    app, source, table = counting(partitions=1, ttl_s=10)
+    async with TestApp(app) as test:
+        await table.update_async("k", lambda value: 7)
+        await test.send(source, 1, key="other")
+        await test.settle()
+        assert table["k"] == 7
+
+
+# --- keys of other partitions --------------------------------------------------------------------------------------
+
+
+async def test_a_key_of_another_partition_is_refused_and_group_by_is_named():
+    app = sf.App("t", partitions=4)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("counts", key_type=str, value_type=int)
+
+    @app.agent(source, tables=[table])
+    async def write(stream: sf.Stream[int]) -> None:
+        async for value in stream:
+            for number in range(10):
+                table[f"fixed{number}"] = value
+
+    with pytest.raises(sf.ProductionError, match="group_by"):
+        await process_one(app, source)
+
+
+# --- set tables ----------------------------------------------------------------------------------------------------
+
+
+def tagging(partitions: int = 4) -> tuple[sf.App, Any, sf.SetTable[str, int]]:
+    """An app that runs programs over a set table."""
+    app = sf.App("t", partitions=partitions)
+    source = app.topic("source", key_type=str, value_type=list[str])
+    tags = app.set_table("tags", key_type=str, member_type=int)
+
+    @app.agent(source, on_error=sf.Skip())
+    async def run(stream: sf.Stream[list[str], str]) -> None:
+        async for key, lines in stream.items():
+            for line in lines:
+                exec(line, {"tags": tags, "key": key})
+
+    return app, source, tags
+
+
+async def test_members_are_added_and_taken_out_one_by_one():
+    app, source, tags = tagging()
+    async with TestApp(app) as test:
+        await test.send(source, ["tags[key].update([3, 1, 2])", "tags[key].add(1)", "assert 2 in tags[key]"], key="a")
+        await test.send(source, ["tags[key] |= {5}", "assert list(tags[key]) == [5]", "assert key in tags"], key="b")
+        await test.settle()
+        before = len(test.records(tags.pairs.changelog))
+        await test.send(source, ["tags[key].remove(1)", "assert len(tags[key]) == 2", "tags[key].add(3)"], key="a")
+        await test.settle()
+        assert len(test.records(tags.pairs.changelog)) == before + 1
+        assert {key: list(tags[key]) for key in tags} == {"a": [2, 3], "b": [5]}
+        assert len(tags) == 2
+        assert "a" in tags
+        assert "c" not in tags
+        assert 2 in tags["a"]
+        assert not tags["c"]
+        assert tags["a"] & {2, 9} == {2}
+        assert fold(test, tags.pairs) == {("a", 2): b"", ("a", 3): b"", ("b", 5): b""}
+
+
+async def test_a_set_is_deleted_replaced_and_cleared():
+    app, source, tags = tagging()
+    async with TestApp(app) as test:
+        for key in "abc":
+            await test.send(source, ["tags[key].update([1, 2])"], key=key)
+        await test.send(source, ["del tags[key]", "assert key not in tags", "tags[key].discard(7)"], key="a")
+        await test.send(source, ["tags[key] = {2, 3}", "assert set(tags[key]) == {2, 3}"], key="b")
+        await test.send(source, ["tags[key].clear()", "tags[key].add(9)", "raise ValueError"], key="c")
+        await test.send(source, ["del tags['nobody']"], key="a")
+        await test.settle()
+        assert {key: set(tags[key]) for key in tags} == {"b": {2, 3}, "c": {1, 2}}
+
+
+async def test_a_set_of_another_partition_or_type_is_refused():
+    app, source, tags = tagging()
+    async with TestApp(app) as test:
+        await test.send(source, [f"tags['k{number}'].add(1)" for number in range(10)], key="a")
+        await test.send(source, ["tags[key].add('no number')"], key="a")
+        await test.settle()
+        assert list(tags) == []
+        with pytest.raises(sf.ClosedError, match="update_async"):
+            tags["a"].add(1)
+
+
+async def test_a_set_is_changed_from_elsewhere():
+    app, _, tags = tagging()
+    async with TestApp(app):
+        await tags.update_async("a", lambda members: members.update([1, 2]))
+        await tags.update_async("a", lambda members: members.discard(1))
+        assert set(tags["a"]) == {2}
+
+
+def test_members_need_an_order():
+    with pytest.raises(sf.SchemaError, match="have no order"):
+        sf.App("t").set_table("x", key_type=str, member_type=dict[str, int])
+
+
+def test_a_set_table_is_declared_once():
+    app = sf.App("t")
+    tags = app.set_table("x", key_type=str, member_type=int)
+    assert app.set_table("x", key_type=str, member_type=int) is tags
+    with pytest.raises(sf.TopologyError, match="declared twice"):
+        app.table("x", key_type=tuple[str, int], value_type=bytes)
+
+
+# --- visits --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_visit_goes_through_every_key_of_every_partition():
+    app, source, table = counting()
+    async with TestApp(app) as test:
+        keys = [f"k{number}" for number in range(1500)]
+        for number, key in enumerate(keys):
+            source.send_nowait(key=key, value=number)
+        await test.settle()
+
+        def fn(key: str, value: int) -> int | None:
+            if value % 3 == 0:
+                table.pop(key)
+                return None
+            return value * 2 if value % 3 == 1 else None
+
+        done = await app.visit(table, fn)
+        assert (done.keys, done.written, done.deleted) == (1500, 500, 500)
+        assert (done.partitions, done.left) == (frozenset(range(4)), frozenset())
+        wanted = {key: n * 2 if n % 3 == 1 else n for n, key in enumerate(keys) if n % 3}
+        assert dict(table.items()) == wanted
+        await test.settle()
+        assert fold(test, table) == wanted
+
+
+async def test_a_visit_notices_what_is_changed_in_place():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("lists", key_type=str, value_type=list[int])
+
+    @app.agent(source, tables=[table])
+    async def write(stream: sf.Stream[int, str]) -> None:
+        async for key, value in stream.items():
+            table[key] = [value]
+
+    async with TestApp(app) as test:
+        await test.send(source, 1, key="a")
+        await test.send(source, 2, key="b")
+        await test.settle()
+        done = await app.visit(table, lambda key, value: value.append(9) if key == "a" else None)
+        assert (done.keys, done.written) == (2, 1)
+        assert dict(table.items()) == {"a": [1, 9], "b": [2]}
+
+
+async def test_a_visit_that_raises_says_where_and_drops_its_slice():
+    app, source, table = counting(partitions=1)
+    async with TestApp(app) as test:
+        for key in "abc":
+            await test.send(source, 1, key=key)
+        await test.settle()
+        with pytest.raises(sf.ProcessingError, match="for the key 'b' of table 'counts'"):
+            await app.visit(table, lambda key, value: 5 if key == "a" else 1 // 0)
+        assert set(table.values()) == {1}
+
+
+async def test_a_task_visits_what_is_still_to_be_assigned():
+    app, _, table = counting()
+    found: list[Any] = []
+
+    @app.task
+    async def migrate() -> None:
+        found.append(await app.visit(table, lambda key, value: None))
+
+    async with TestApp(app) as test:
+        await test.settle()
+        await until(lambda: bool(found))
+    assert found[0].partitions == frozenset(range(4))
+
+
+async def test_a_partition_that_leaves_is_named():
+    app, source, table = counting(partitions=2)
+    async with TestApp(app) as test:
+        for number in range(50):
+            await test.send(source, 1, key=f"k{number}")
+        await test.settle()
+        tasks = {task.partition: task for task in test.worker.manager.running()}  # type: ignore[union-attr]
+
+        def fn(key: str, value: int) -> None:
+            tasks[1].lost = True  # as when the group says so while partition 0 is visited
+
+        done = await app.visit(table, fn)
+        tasks[1].lost = False
+        assert done.partitions == frozenset({0})
+        assert done.left <= frozenset({1})
+
+
+async def test_without_a_running_app_there_is_nothing_to_visit():
+    app, _, table = counting()
+    with pytest.raises(sf.NotHeld, match="visit it from a task"):
+        await app.visit(table, lambda key, value: None)

@@ -1,0 +1,78 @@
+"""Tables and set tables as they are meant to be used: both checkers must accept every line."""
+
+from collections.abc import Iterator
+from typing import assert_type
+
+import msgspec
+
+import streamflow as sf
+
+
+class Total(msgspec.Struct):
+    user: str
+    total: float
+
+
+app = sf.App("tables")
+orders = app.topic("orders", key_type=str, value_type=float)
+totals = app.table("totals", key_type=str, value_type=float, default=float)
+structs = app.table("structs", key_type=tuple[str, int], value_type=Total, ttl_s=60)
+lists = app.table("lists", key_type=int, value_type=list[int], default=list)
+tags = app.set_table("tags", key_type=str, member_type=int)
+
+assert_type(totals, sf.Table[str, float])
+assert_type(structs, sf.Table[tuple[str, int], Total])
+assert_type(lists, sf.Table[int, list[int]])
+assert_type(tags, sf.SetTable[str, int])
+
+
+@app.agent(orders, tables=[totals, structs, lists, tags])
+async def total(stream: sf.Stream[float, str]) -> None:
+    async for user, amount in stream.items():
+        totals[user] += amount
+        assert_type(totals[user], float)
+        assert_type(totals.get(user), float | None)
+        assert_type(totals.get(user, 0.0), float)
+        assert_type(totals.get(user, "none"), float | str)
+        totals.update({user: 1.0})
+        assert_type(totals.pop(user), float)
+        assert_type(totals.pop(user, None), float | None)
+        assert_type(totals.setdefault(user, 2.0), float)
+        structs[user, 1] = Total(user, amount)
+        structs[user, 1].total += amount
+        lists[1].append(2)
+        del totals[user]
+        tags[user].add(3)
+        tags[user].update([1, 2], {3})
+        tags[user].discard(3)
+        tags[user] |= {4}
+        if user in tags and 4 in tags[user]:
+            del tags[user]
+        for member in tags[user]:
+            assert_type(member, int)
+        for key in tags:
+            assert_type(key, str)
+        for key, value in totals.scan("a", "b", reverse=True):
+            assert_type(key, str)
+            assert_type(value, float)
+        for pair, struct in structs.scan(prefix=("a",)):
+            assert_type(pair, tuple[str, int])
+            assert_type(struct, Total)
+
+
+def everything() -> Iterator[tuple[str, float]]:
+    yield from totals.items()
+
+
+def migrated(key: str, value: float) -> float | None:
+    return value * 2 if key else None
+
+
+@app.task
+async def elsewhere() -> None:
+    assert_type(await totals.update_async("a", lambda value: (value or 0.0) + 1), float | None)
+    await tags.update_async("a", lambda members: members.add(1))
+    done = await app.visit(totals, migrated)
+    assert_type(done.partitions, frozenset[int])
+    assert_type(done.keys, int)
+    await app.visit(tags.pairs, lambda pair, _: None)
