@@ -101,19 +101,21 @@ class Restart:
         return sum((await log.admin.end_offsets(partitions)).values())
 
     async def until_outputs(self, log: Log, more_than: int) -> None:
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(1200):
             while await self.outputs(log) <= more_than:  # noqa: ASYNC110 - the log has no event for it
                 await asyncio.sleep(0.01)
 
-    async def build(self, log: Log) -> float:
-        """Let a worker build the table; seconds."""
+    async def build(self, log: Log) -> dict[str, float]:
+        """Let a worker build the table."""
         await self.fill(log)
         started_s = time.perf_counter()
         worker = self.start()
         await self.until_outputs(log, self.keys - 1)
         took_s = time.perf_counter() - started_s
+        await asyncio.sleep(6)  # what waits for the store is written by then
+        peak_mb = _peak_mb(worker)
         self.stop(worker)
-        return took_s
+        return {"build_s": round(took_s, 1), "peak_rss_mb": peak_mb}
 
     async def restart(self, log: Log) -> dict[str, float]:
         """Start a worker, send it a record, and wait for its output."""
@@ -132,6 +134,7 @@ class Restart:
             while len(found := self.restores()) < PARTITIONS:  # noqa: ASYNC110 - it is another process's log
                 await asyncio.sleep(0.02)
         all_s = time.perf_counter() - started_s
+        peak_mb = _peak_mb(worker)
         self.stop(worker)
         records, seconds = sum(count for count, _ in found), max(took for _, took in found)
         return {
@@ -140,11 +143,18 @@ class Restart:
             "records": records,
             "restore_s": seconds,
             "records_per_s": round(records / max(seconds, 0.1)),
+            "peak_rss_mb": peak_mb,
         }
 
     def restores(self) -> list[tuple[int, float]]:
         text = self.output.read_text(errors="replace")
         return [(int(count), float(took)) for count, took in re.findall(r"restored (\d+) records in ([\d.]+) s", text)]
+
+
+def _peak_mb(worker: subprocess.Popen[bytes]) -> int:
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak) // 1024
 
 
 async def measure(broker: str, keys: int) -> dict[str, object]:
@@ -154,14 +164,14 @@ async def measure(broker: str, keys: int) -> dict[str, object]:
         broker = broker or f"sqlite:///{folder / 'log.db'}"
         restart = Restart(folder, broker, keys)
         async with connect(broker, clock=SystemClock(), client_id="benchmark") as log:
-            build_s = await restart.build(log)
+            build = await restart.build(log)
             clean = await restart.restart(log)
             shutil.rmtree(folder / "data" / restart.app_id)
             wiped = await restart.restart(log)
         return {
             "broker": broker.split(":")[0],
             "keys": keys,
-            "build_s": round(build_s, 1),
+            "build": build,
             "clean": clean,
             "wiped": wiped,
         }

@@ -223,6 +223,15 @@ async def test_only_what_came_since_is_read(task):
     assert task.aside == []
 
 
+async def test_a_long_restore_says_how_far_it_is(task, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "streamflow")
+    monkeypatch.setattr("streamflow.runtime.restore._TOLD_EVERY_S", -1.0)
+    await task.write({"a": 1, "b": 2})
+    await task.restore()
+    assert re.search(r"task task-0: restoring, 2 records so far, 0 to go, [\d,]+/s", caplog.text)
+    assert re.search(r"task task-0: restored 2 records in \d+\.\d s", caplog.text)
+
+
 async def test_a_kill_in_the_middle_of_a_restore_keeps_what_it_reached(task):
     """Each fetch is in the store with its position; only what was not is read again."""
     for number in range(12):  # several fetches of about a mebibyte

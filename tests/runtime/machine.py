@@ -79,10 +79,15 @@ class Machine:
 
     async def start(self, *, app: sf.App | None = None, sensors: Sensors | None = None, **options: Any) -> Running:
         """Start one more worker and wait until it runs."""
+        running = self.launch(app=app, sensors=sensors, **options)
+        await running.worker.wait_started()
+        return running
+
+    def launch(self, *, app: sf.App | None = None, sensors: Sensors | None = None, **options: Any) -> Running:
+        """Start one more worker."""
         running = Running(Worker(app or self.app, self.settings, clock=self.clock, sensors=sensors, **options))
         self.workers.append(running)
         self._tasks.start_soon(running.run)
-        await running.worker.wait_started()
         return running
 
     async def stop(self, running: Running) -> None:

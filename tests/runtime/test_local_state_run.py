@@ -388,3 +388,74 @@ async def test_an_on_recover_that_raises_stops_the_worker_and_names_the_table() 
     assert isinstance(running.error, FatalError)
     assert "on_recover of table 'totals'" in str(running.error)
     assert "ValueError: nothing for 0" in str(running.error)
+
+
+# --- beside running tasks --------------------------------------------------------------------------------------------
+
+
+def two_partitions(**table: Any) -> tuple[sf.App, Any, Any]:
+    app = sf.App("beside")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=2, partitioner=lambda key, _: key[0] % 2)
+    totals = app.table("totals", key_type=str, value_type=int, default=int, **table)
+
+    @app.agent(numbers, tables=[totals])
+    async def add(stream: sf.Stream[int]) -> None:
+        async for key, number in stream.items():
+            totals[key] += number
+
+    return app, numbers, totals
+
+
+async def test_a_task_is_restored_beside_running_ones_and_the_worker_says_how_far_it_is() -> None:
+    go = anyio.Event()
+
+    async def wait(partition: int) -> None:
+        if partition == 1:
+            await go.wait()
+
+    app, numbers, totals = two_partitions(on_recover=wait)
+    async with Machine(app) as machine:
+        running = machine.launch()
+        await until(lambda: len(running.tasks) == 2)
+        zero, one = running.tasks["numbers-0"], running.tasks["numbers-1"]
+        await until(lambda: zero.state == "running" and one.state == "restoring")
+        await machine.send(numbers, 1, key="b")  # 98: partition 0
+        await machine.send(numbers, 1, key="a")
+        await until(lambda: zero.positions()[sf.TopicPartition("numbers", 0)] == 1)
+        await machine.commit(running)
+        status = running.worker.status()
+        assert not status.ready
+        assert status.busy == "restoring task numbers-1: 0 records so far, 0 to go, 0/s"
+        assert [task.restoring is not None for task in status.tasks] == [False, True]
+        assert one.positions()[sf.TopicPartition("numbers", 1)] == 0
+        go.set()
+        await machine.settle()
+        assert running.worker.status().ready
+        assert dict(totals) == {"a": 1, "b": 1}
+
+
+async def test_a_worker_that_is_stopped_while_it_restores_stops_at_once_and_cleanly() -> None:
+    async def wait(_: int) -> None:
+        await anyio.sleep_forever()
+
+    app, _, _ = two_partitions(on_recover=wait)
+    async with Machine(app) as machine:
+        running = machine.launch()
+        await until(lambda: {task.state for task in running.tasks.values()} == {"restoring"})
+        with anyio.fail_after(4):
+            await machine.stop(running)
+
+
+async def test_partitions_added_to_a_source_of_tables_are_refused_with_the_choices() -> None:
+    app, _, _ = two_partitions()
+    async with Machine(app) as machine:
+        running = await machine.start()
+        manager = running.worker.manager
+        assert manager is not None
+        manager._tell_of_new([sf.TopicPartition("numbers", 2)])
+        with anyio.fail_after(10):
+            await running.ended.wait()
+        machine.workers.clear()
+        assert isinstance(running.error, TopologyError)
+        assert "'numbers' has 3 partitions or more, and had 2 when the tables totals" in str(running.error)
+        assert "streamflow reset" in str(running.error)

@@ -246,22 +246,23 @@ async def test_a_second_worker_on_the_same_data_has_a_slot_of_its_own_and_takes_
     assert aside(system) == []
 
 
-async def test_a_stopped_worker_keeps_its_slot_and_its_stores(sqlite: System) -> None:
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_a_stopped_worker_keeps_its_slot_and_its_stores(system: System, guarantee: str) -> None:
     """Its partitions go to another worker, which restores them; when it wakes up it starts anew, and all is right."""
-    counted = Counted(sqlite)
-    await counted.begin()
-    first = await sqlite.started()
+    counted = Counted(system)
+    await counted.begin(processing_guarantee=guarantee, session_timeout_ms=6_000 if system.is_kafka else 2_000)
+    first = await system.started()
     await counted.count()
     first.signal(signal.SIGSTOP)
-    second = sqlite.start()
-    await second.owns(sqlite.topic("numbers"), 2)
+    second = system.start()
+    await second.owns(system.topic("numbers"), 2)
     assert await all_restored(second) == KEYS
     await counted.count()
     first.signal(signal.SIGCONT)
-    await first.owns(sqlite.topic("numbers"), 1)
+    await first.owns(system.topic("numbers"), 1)
     await counted.count()
     await counted.check()
-    assert aside(sqlite) == []
+    assert aside(system) == []
 
 
 async def test_a_changelog_made_anew_is_told_by_its_id(system: System, counted: Counted) -> None:
