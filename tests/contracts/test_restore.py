@@ -167,7 +167,9 @@ class Task:
         before = self.sensors.records
         async with asyncio.timeout(DEADLINE_S), self.opened() as (tables, restorer):
             try:
-                await restorer.restore("task-0", tables, mark or CommitMark("some"), is_new=is_new)
+                await restorer.restore(
+                    "task-0", tables, mark or CommitMark("some"), is_new=is_new, filled=[], starts={}
+                )
             except StateCorruptedError as error:
                 tables.is_damaged(error)
                 raise
@@ -238,7 +240,9 @@ async def test_a_kill_in_the_middle_of_a_restore_keeps_what_it_reached(task):
         await task.write({f"{number}-{'k' * 1000}-{each}": each for each in range(200)})
         await task.write({f"{number}-{'k' * 1000}-{each}": each for each in range(200, 400)})
     async with task.opened() as (tables, restorer):
-        restore = asyncio.ensure_future(restorer.restore("task-0", tables, CommitMark("some"), is_new=False))
+        restore = asyncio.ensure_future(
+            restorer.restore("task-0", tables, CommitMark("some"), is_new=False, filled=[], starts={})
+        )
         await until(lambda: tables.store.checkpoint.changelogs.get("totals"))
         restore.cancel()
         await asyncio.wait([restore])
@@ -387,7 +391,7 @@ async def test_a_full_disk_is_waited_out(task, monkeypatch, caplog):
             write(batch)
 
         monkeypatch.setattr(tables.store, "write", full)
-        await restorer.restore("task-0", tables, CommitMark("some"), is_new=False)
+        await restorer.restore("task-0", tables, CommitMark("some"), is_new=False, filled=[], starts={})
         assert Restored(task, tables, 1).values == {"a": 1}
     assert "restoring goes on when there is room" in caplog.text
 
@@ -402,7 +406,7 @@ async def test_damage_found_while_restoring_sets_the_store_aside(task, monkeypat
 
         monkeypatch.setattr(tables.store, "write", damaged)
         with pytest.raises(StateCorruptedError) as caught:
-            await restorer.restore("task-0", tables, CommitMark("some"), is_new=False)
+            await restorer.restore("task-0", tables, CommitMark("some"), is_new=False, filled=[], starts={})
         tables.is_damaged(caught.value)
     assert task.aside == ["damaged"]
     assert (await task.restore()).values == {"a": 1}
