@@ -17,6 +17,8 @@ from streamflow.log.api import NewTopic
 from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import NONE
 from streamflow.metrics import PrometheusSensors
+from streamflow.runtime.table_import import import_table
+from streamflow.runtime.table_reader import TableLog
 from streamflow.testing import TestApp
 from tests.runtime.machine import Machine
 from tests.runtime.waiting import until
@@ -411,6 +413,28 @@ async def _equals_a_dict(steps: list[tuple[str, int, int]]) -> None:
         assert dict(users.items()) == expected
         assert sorted(machine.values(joined)) == lookups
         await machine.stop(running)
+
+
+async def test_what_is_read_beside_a_worker_is_what_is_committed() -> None:
+    app, _, source, *_ = shop()
+    async with Machine(app, partitions=1) as machine:
+        running = await machine.start()
+        await machine.send(source, "Ann", key="ann")
+        await machine.settle()
+        await machine.stop(running)
+        await machine.send(source, "Bob", key="bob")
+        table = await TableLog.find(app, "people", machine.log.admin)
+        (mark,) = table.marks(await machine.log.admin.group_offsets(app.id))
+        (fold,) = await table.fold(machine.log, {0: mark})
+        assert fold.live(None) == {b"ann": b"Ann"}
+        assert set(fold.uncommitted) == {b"bob"}
+
+
+async def test_an_import_is_refused_with_the_way_to_do_it() -> None:
+    app, *_ = shop()
+    async with Machine(app) as machine:
+        with pytest.raises(ConfigurationError, match="`streamflow send`"):
+            await import_table(machine.log, app, machine.settings, "people", {b"ann": b"Ann"})
 
 
 # --- declaration -----------------------------------------------------------------------------------------------------
