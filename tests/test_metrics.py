@@ -2,7 +2,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamflow.metrics import Exposition, Histogram, PrometheusSensors, fleet_metrics, merge
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.status import PartitionStatus, TaskStatus, WorkerStatus
+from streamflow.runtime.status import PartitionStatus, RestoreStatus, TaskStatus, WorkerStatus
 
 
 def status(**changes) -> WorkerStatus:
@@ -43,6 +43,9 @@ def used() -> PrometheusSensors:
     sensors.commit_failed("LogUnavailableError")
     sensors.record_error("total", "skip")
     sensors.rebalanced(4, 1, 0)
+    sensors.restored("totals", 1000)
+    sensors.restored("totals", 24)
+    sensors.foreign_key("totals")
     sensors.loop_stalled(0.02)
     sensors.loop_stalled(0.5)
     return sensors
@@ -73,6 +76,8 @@ def test_everything_is_told():
         "streamflow_event_loop_stall_max_seconds": 0.5,
         "streamflow_partitions_moved_total|assigned": 4,
         "streamflow_partitions_moved_total|lost": 0,
+        "streamflow_restored_records_total|totals": 1024,
+        "streamflow_foreign_keys_total|totals": 1,
         "streamflow_lag_records|0|orders": 3,
         "streamflow_assigned_partitions": 2,
         "streamflow_oldest_in_flight_seconds": 0.25,
@@ -96,6 +101,16 @@ def test_gauges_are_asked_for_at_each_scrape():
     later = samples(exposition.text())
     assert later["streamflow_ready"] == 0
     assert "streamflow_last_commit_age_seconds" not in later
+
+
+def test_restores_are_told_while_they_last():
+    tasks = (TaskStatus("orders-0", "restoring", (), 0.0, RestoreStatus(500, 1500, 250.0)),)
+    states = iter([status(tasks=tasks, ready=False), status()])
+    exposition = Exposition(PrometheusSensors(), lambda: next(states))
+    found = samples(exposition.text())
+    assert found["streamflow_restore_remaining_records|orders-0"] == 1500
+    assert found["streamflow_restore_records_per_second|orders-0"] == 250
+    assert not any(name.startswith("streamflow_restore_") for name in samples(exposition.text()))
 
 
 def test_a_histogram_counts_equal_observations_at_once():

@@ -4,8 +4,23 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
+from streamflow.runtime.status import PartitionStatus, RestoreStatus, TaskStatus
 from streamflow.web.site import ProcessView, build_site
 from tests.web.status import overview, status
+
+RESTORING = status(
+    ready=False,
+    tasks=(
+        TaskStatus("orders-0", "running", (), 0.0),
+        TaskStatus(
+            "orders-1",
+            "restoring",
+            (PartitionStatus("orders", 1, 0, None, None),),
+            0.0,
+            RestoreStatus(12_345, 67_890, 4_321.0),
+        ),
+    ),
+)
 
 
 class FakeSource:
@@ -49,6 +64,14 @@ async def test_all_is_well(question):
             "/ready",
             [ProcessView(None, status(ready=False, state="starting"))],
             {"ready": False, "reason": "the worker is starting"},
+        ),
+        (
+            "/ready",
+            [ProcessView(None, RESTORING)],
+            {
+                "ready": False,
+                "reason": "the worker is restoring task orders-1: 12,345 records so far, 67,890 to go, 4,321/s",
+            },
         ),
         (
             "/ready",
@@ -144,6 +167,13 @@ async def test_the_page_says_what_is_wrong():
     assert "record orders-0-7 takes 400 s" in text_of((await get("/", stuck)).text)
     waiting = ProcessView(None, status(ready=False, state="rebalancing"))
     assert "rebalancing" in text_of((await get("/", waiting)).text)
+
+
+async def test_the_page_says_how_far_a_restore_is():
+    page = (await get("/", ProcessView(None, RESTORING))).text
+    assert '">restoring</span>' in page
+    assert "orders-1 (restoring, 67,890 changelog records to go)" in text_of(page)
+    assert "12,345 records so far" in text_of(page)
 
 
 async def test_the_page_of_several_processes():
