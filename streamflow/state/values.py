@@ -41,6 +41,7 @@ class Values:
 
     __slots__ = (
         "_codec",
+        "_decode",
         "_encode",
         "_has_sets",
         "_is_deep",
@@ -55,6 +56,7 @@ class Values:
         self._codec = codec
         self._max_bytes = max_bytes
         self.are_objects = is_immutable(codec.type) and codec.fast_decode is not None
+        self._decode: Callable[[bytes], Any] = codec.fast_decode or self._decode_with_headers
         self._is_deep = codec.type not in _SHALLOW
         self._has_sets = not self.are_objects and holds_sets(codec.type)
         exact = codec.exact_type if self.are_objects else None
@@ -79,15 +81,30 @@ class Values:
         Raises:
             ProductionError: See `held`.
         """
-        data = self._encoded(value)
+        return self._readable(self._encoded(value))
+
+    def _readable(self, data: bytes) -> bytes:
         if self._is_deep:
             try:
-                self._codec.decode(data, ())
-            except DeserializationError as exc:
+                self._decode(data)
+            except Exception as exc:
                 raise ProductionError(
-                    f"table {self._table!r}: a value is not of the table's type: {exc.message}"
+                    f"table {self._table!r}: a value is not of the table's type: {self._explained(data, exc)}"
                 ) from exc
         return data
+
+    def _decode_with_headers(self, data: bytes) -> Any:
+        return self._codec.decode(data, ())
+
+    def _explained(self, data: bytes, error: Exception) -> str:
+        """What is wrong with bytes that do not decode, in the serializer's words."""
+        try:
+            self._codec.decode(data, ())
+        except DeserializationError as explained:
+            return explained.message
+        except Exception as other:
+            return str(other)
+        return str(error)
 
     def _encoded(self, value: Any) -> bytes:
         try:
@@ -117,9 +134,9 @@ class Values:
             ProductionError: See `held`.
         """
         data = self._encoded(value)
-        if data == before or (self._has_sets and self._codec.decode(before, ()) == value):
+        if data == before or (self._has_sets and self._decode(before) == value):
             return None
-        return self.encoded(value)
+        return self._readable(data)
 
     def payload(self, held: Any) -> bytes:
         """What is held, as the changelog has it."""
@@ -144,10 +161,10 @@ class Values:
     def decoded(self, data: bytes, key: Any) -> Any:
         """A value as the changelog has it; arguments and errors as `value`."""
         try:
-            return self._codec.decode(data, ())
+            return self._decode(data)
         except Exception as exc:
             raise StateError(
                 f"table {self._table!r}: the stored value of the key {key!r} does not decode as its type of today: "
-                f"{exc}. Give the type back what old values need (defaults for new fields), or migrate them with "
-                "app.visit(...) under the old type first"
+                f"{self._explained(data, exc)}. Give the type back what old values need (defaults for new fields), or "
+                "migrate them with app.visit(...) under the old type first"
             ) from exc

@@ -477,3 +477,69 @@ async def test_without_a_running_app_there_is_nothing_to_visit():
     app, _, table = counting()
     with pytest.raises(sf.NotHeld, match="visit it from a task"):
         await app.visit(table, lambda key, value: None)
+
+
+# --- across restarts, threads and logs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keeps_its_state", [True, False])
+async def test_expiry_goes_on_after_a_restart(tmp_path, keeps_its_state):
+    def settings(run: str) -> dict[str, Any]:
+        folder = tmp_path / ("state" if keeps_its_state else run)
+        return {"broker": f"sqlite:///{tmp_path}/log.db", "data_dir": str(folder), "commit_interval_ms": 20}
+
+    app, source, table = counting(partitions=1, ttl_s=10)
+    async with app.running(**settings("first")):
+        await source.send(key="early", value=1, timestamp_ms=1_000_000)
+        await source.send(key="late", value=2, timestamp_ms=1_008_000)
+        await until(lambda: "late" in table, within_s=20)
+    app, source, table = counting(partitions=1, ttl_s=10)
+    async with app.running(**settings("second")):
+        assert dict(table.items()) == {"early": 1, "late": 2}
+        await source.send(key="later", value=3, timestamp_ms=1_012_000)
+        await until(lambda: "later" in table, within_s=20)
+        assert dict(table.items()) == {"late": 2, "later": 3}
+    app, source, table = counting(partitions=1, ttl_s=10)
+    async with app.running(**settings("third")):
+        assert dict(table.items()) == {"late": 2, "later": 3}  # stream time was not forgotten
+
+
+async def test_another_loop_is_told_where_to_change_tables():
+    app, _, table = counting()
+    async with TestApp(app):
+
+        def elsewhere() -> None:
+            asyncio.run(table.update_async("a", lambda value: 1))
+
+        with pytest.raises(sf.ClosedError, match="another event loop"):
+            await asyncio.to_thread(elsewhere)
+
+
+async def test_a_change_whose_caller_was_cancelled_before_it_began_is_not_made():
+    app, _, table = counting(partitions=1)
+    async with TestApp(app) as test:
+        asked = asyncio.create_task(table.update_async("a", lambda value: 1))
+        await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await test.settle()
+        assert "a" not in table
+
+
+async def test_a_table_that_only_looks_like_the_changed_one_is_refused_within_a_change():
+    app, source, table = counting(partitions=1)
+    other = app.table("other", key_type=str, value_type=int)
+    app.agent(source, name="second", tables=[other])(_ignore)
+    async with TestApp(app):
+
+        def change(value: int | None) -> int:
+            other["a"] = 1
+            return 1
+
+        with pytest.raises(sf.ClosedError, match="changes another one"):
+            await table.update_async("a", change)
+
+
+async def _ignore(stream: sf.Stream[int]) -> None:
+    async for _ in stream:
+        pass
