@@ -28,6 +28,7 @@ from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import Headers, RecordMetadata, TopicPartition
 from streamflow.model.serde import Codec, NeedSchema, Serializer
 from streamflow.processing.agent import Agent
+from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.out import Out
 from streamflow.processing.policy import DeadLetter, Retry, Skip, Stop
 from streamflow.processing.set_table import SetTable
@@ -59,6 +60,7 @@ __all__ = [
     "DeserializationError",
     "Event",
     "FatalError",
+    "GlobalTable",
     "Headers",
     "Kafka",
     "LogFullError",

@@ -87,6 +87,18 @@ async def test_everything_that_waits_is_merged_by_time() -> None:
         await machine.stop(running)
 
 
+async def test_of_equal_times_the_table_comes_first() -> None:
+    app, _, source, orders, joined = shop()
+    async with Machine(app, partitions=1) as machine:
+        for at_ms in (3, 5):
+            await machine.send(orders, at_ms, key="ann", timestamp_ms=at_ms)
+        await machine.send(source, "Ann", key="ann", timestamp_ms=5)
+        running = await machine.start()
+        await machine.settle()
+        assert machine.values(joined) == [[3, None], [5, "Ann"]]
+        await machine.stop(running)
+
+
 @pytest.mark.parametrize("form", ["concurrent", "two agents", "thread", "reads the source too"])
 async def test_the_order_holds_in_every_form_of_agent(form: str) -> None:
     app = sf.App("shop", partitions=1)

@@ -76,3 +76,24 @@ async def elsewhere() -> None:
     assert_type(done.partitions, frozenset[int])
     assert_type(done.keys, int)
     await app.visit(tags.pairs, lambda pair, _: None)
+
+
+users = app.topic("users", key_type=str, value_type=Total, compacting=True)
+people = app.table("people", source=users)
+prices = app.global_table("prices", key_type=int, value_type=float)
+named = app.global_table("named", source=users, help="by name")
+
+
+@app.task
+async def filled() -> None:
+    assert_type(people["a"], Total)
+    assert_type(prices[1], float)
+    assert_type(prices.get(1), float | None)
+    assert_type(named.get("a", 3), Total | int)
+    for key, value in named.scan(prefix="a"):
+        assert_type(key, str)
+        assert_type(value, Total)
+    assert_type(list(prices), list[int])
+    assert_type(prices.lag, int)
+    await prices.caught_up(timeout_s=3)
+    await prices.source.send(key=1, value=2.0)

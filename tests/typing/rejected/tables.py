@@ -5,6 +5,9 @@ import streamflow as sf
 app = sf.App("tables")
 totals = app.table("totals", key_type=str, value_type=float, default=float)
 tags = app.set_table("tags", key_type=str, member_type=int)
+prices = app.global_table("prices", key_type=int, value_type=float)
+app.global_table("g", key_type=str)  # error: a value type
+app.table("h", source="orders")  # error: a topic
 app.table("a", key_type=str)  # error: a value type
 app.table("b", key_type=str, value_type=3)  # error: a type
 app.table("c", key_type=str, value_type=float, ttl=3)  # error: no such option
@@ -35,3 +38,10 @@ async def elsewhere() -> None:
     await totals.update_async(1, lambda value: 1.0)  # error: the key
     await app.visit(totals, renamed)  # error: the value
     await app.visit(tags, lambda key, members: None)  # error: its pairs
+
+
+def filled() -> None:
+    prices["a"]  # error: the key
+    prices[1] = 2.0  # error: it is filled from its source
+    del prices[1]  # error: likewise
+    prices.pop(1)  # error: likewise
