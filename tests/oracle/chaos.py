@@ -70,7 +70,10 @@ class Chaos:
         """Write the app, make its source, start the workers."""
         system = self.system
         system.write_app(
-            BODY, session_timeout_ms=round(SESSION_S * 1000), processing_guarantee=self.guarantee, partitions=4
+            BODY,
+            session_timeout_ms=round(SESSION_S * 1000),
+            processing_guarantee=self.guarantee,
+            partitions=self.partitions,
         )
         if system.is_kafka:
             self._shorten_transactions()
