@@ -21,10 +21,13 @@ from tests.kafka.broker import Broker
 from tests.oracle.chaos import Chaos, repeats
 from tests.system.harness import System, Worker
 
+ROOM = 1.25
+"""How much more memory or open files a worker may have in the last quarter than in the second: tasks move."""
 FILE_ROOM = 40
-"""How many more files a worker may have open at the end than it had at most in the first quarter: tasks move."""
-MEMORY_ROOM = 1.25
+FILES_PER_STORE = 32
+"""What a store may have on disk: files wait to be merged until a table has four; each open after a crash adds some."""
 SAMPLE_S = 5.0
+WORKERS, SUB_TOPOLOGIES = 3, 2
 _MIB = 1 << 20
 
 
@@ -72,7 +75,7 @@ class Soak:
     async def run(self) -> dict[str, object]:
         """All of it; the summary."""
         chaos = self._chaos
-        await chaos.begin()
+        await chaos.begin(WORKERS)
         self._began_s = time.monotonic()
         sampling = asyncio.create_task(self._sample())
         try:
@@ -141,21 +144,29 @@ def _files_under(folder: Path) -> Iterator[str]:
         yield from names
 
 
-def flat(summary: dict[str, object]) -> list[str]:
+def grown(summary: dict[str, object], stores: int) -> list[str]:
     """What has grown that should not."""
-    grown = []
-    for field, room in (("rss_mib", 0.0), ("files", FILE_ROOM), ("disk_files", FILE_ROOM)):
-        figures = summary[field]
-        assert isinstance(figures, dict)
-        before, after = figures["second_quarter"], figures["last_quarter"]
-        if after > before * MEMORY_ROOM + room:
-            grown.append(f"{field}: {before} in the second quarter, {after} in the last")
-    return grown
+    found = []
+    for field, room in (("rss_mib", 0), ("files", FILE_ROOM)):
+        before, after = _quarters(summary, field)
+        if after > before * ROOM + room:
+            found.append(f"{field}: {before} in the second quarter, {after} in the last")
+    _, files = _quarters(summary, "disk_files")
+    if files > stores * FILES_PER_STORE:
+        found.append(f"disk_files: {files} for at most {stores} stores")
+    return found
+
+
+def _quarters(summary: dict[str, object], field: str) -> tuple[float, float]:
+    figures = summary[field]
+    assert isinstance(figures, dict)
+    return figures["second_quarter"], figures["last_quarter"]
 
 
 async def soak(arguments: argparse.Namespace) -> dict[str, object]:
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-soak-")))
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-soak-")))
+        folder.mkdir(parents=True, exist_ok=True)
         broker = None
         address = f"sqlite:///{folder / 'log.db'}"
         if arguments.log == "kafka":
@@ -176,11 +187,13 @@ def main() -> None:
     parser.add_argument("--guarantee", choices=["exactly_once", "at_least_once"], default="exactly_once")
     parser.add_argument("--partitions", type=int, default=6)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between faults, about")
+    parser.add_argument("--folder", type=Path, help="keep everything here (default: thrown away)")
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    summary = asyncio.run(soak(parser.parse_args()))
+    arguments = parser.parse_args()
+    summary = asyncio.run(soak(arguments))
     print(json.dumps(summary))
-    if grown := flat(summary):
-        raise SystemExit("it grew: " + "; ".join(grown))
+    if found := grown(summary, stores=WORKERS * SUB_TOPOLOGIES * arguments.partitions):
+        raise SystemExit("it grew: " + "; ".join(found))
 
 
 if __name__ == "__main__":
