@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -61,6 +62,7 @@ class GlobalCopy:
         source: Its topic as it is in the log.
         store: Its store, open.
         cached_values: See `Replica`.
+        set_aside: Moves the closed store away; takes a word and a text that say why.
         reader: The lane of all global tables.
         admin: For offsets.
         clock: Time.
@@ -73,6 +75,7 @@ class GlobalCopy:
         source: TopicDescription,
         store: Store,
         cached_values: int,
+        set_aside: Callable[[str, str], object],
         reader: Reader,
         admin: Admin,
         clock: Clock,
@@ -93,6 +96,7 @@ class GlobalCopy:
         self.positions: dict[TopicPartition, int] = {}
         self.is_complete = False
         self._targets: dict[TopicPartition, int] = {}
+        self._set_aside = set_aside
         self._reader = reader
         self._admin = admin
         self._clock = clock
@@ -336,12 +340,12 @@ class GlobalCopy:
             ) from exc
 
     async def close(self) -> None:
-        """Let go of it, with a note of how far it is."""
+        """Let go of it, with a note of how far it is; a damaged copy is set aside, and read anew by the next start."""
         if self in self.table.copies:
             self.table.copies.remove(self)
         with anyio.CancelScope(shield=True):
             try:
-                if self.is_complete and not self.lag:
+                if self.is_complete and not self.lag and self.replica.damage is None:
                     self._level_at_ms = self._clock.now_ms()
                     checkpoint = self._checkpoint(self.positions)
                     await anyio.to_thread.run_sync(self.replica.write, {}, checkpoint)
@@ -349,6 +353,8 @@ class GlobalCopy:
                 logger.warning("%s; global table %r reads a little more at the next start", error, self.table.name)
             finally:
                 await anyio.to_thread.run_sync(self.replica.close)
+                if (damage := self.replica.damage) is not None:
+                    await anyio.to_thread.run_sync(self._set_aside, damage.reason, str(damage))
 
 
 class GlobalTables:
@@ -410,6 +416,7 @@ class GlobalTables:
                         source,
                         store,
                         max(_LEAST_CACHED_VALUES, per_table),
+                        partial(stores.set_aside, store.path),
                         reader,
                         log.admin,
                         clock,

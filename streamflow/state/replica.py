@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from streamflow.errors import StateError
+from streamflow.errors import StateCorruptedError, StateError
 from streamflow.state.format import unpack
 from streamflow.state.keys import KeyOrder
 from streamflow.state.store import Checkpoint, Store, StoreBatch
@@ -30,6 +30,9 @@ class Replica:
         values: How its values are held.
         store: Its store, open; it holds this table alone.
         cached_values: How many values are kept decoded, about.
+
+    Attributes:
+        damage: What showed that the store is damaged; None while nothing did.
     """
 
     def __init__(self, name: str, *, keys: KeyOrder, values: Values, store: Store, cached_values: int) -> None:
@@ -45,6 +48,7 @@ class Replica:
         self._older: dict[bytes, Any] = {}
         self._version = 0
         self._told = False
+        self.damage: StateCorruptedError | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -72,7 +76,7 @@ class Replica:
         version = self._version
         held = self._older.get(store_key, _ABSENT)
         if held is _ABSENT:
-            data = self._store_get(store_key)
+            data = self._read(store_key)
             held = MISSING if data is None else unpack(data, table=self.name)[0]
             if self._are_objects and held is not MISSING:
                 held = self._readable(held, store_key)
@@ -83,6 +87,13 @@ class Replica:
             self._cache.pop(store_key, None)
             self._older.pop(store_key, None)
         return held
+
+    def _read(self, store_key: bytes) -> bytes | None:
+        try:
+            return self._store_get(store_key)
+        except StateCorruptedError as error:
+            self.damage = error
+            raise
 
     def _readable(self, payload: bytes, store_key: bytes) -> Any:
         """A stored value decoded; one that today's type does not read counts as passed over, like a record."""
@@ -125,7 +136,11 @@ class Replica:
         """
         batch = StoreBatch(checkpoint)
         batch.changes[self.name] = dict(changes)
-        self._store.write(batch)
+        try:
+            self._store.write(batch)
+        except StateCorruptedError as error:
+            self.damage = error
+            raise
         self._forget(changes)
 
     def _forget(self, keys: Mapping[bytes, bytes | None]) -> None:

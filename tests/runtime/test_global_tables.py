@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import streamflow as sf
-from streamflow.errors import ConfigurationError, NotHeld, TopologyError
+from streamflow.errors import ConfigurationError, NotHeld, StateCorruptedError, TopologyError
 from streamflow.log.api import NewTopic
 from streamflow.metrics import Exposition, PrometheusSensors
 from streamflow.model.record import TopicPartition
@@ -290,6 +290,22 @@ async def test_a_topic_that_is_made_anew_is_read_anew(caplog: pytest.LogCaptureF
             await test.send_bytes(rates.source, struct.pack(">d", number), key=b"n%d" % number, partition=number % 2)
         await test.settle()
         assert set(rates) == {f"n{number}" for number in range(8)}
+
+
+async def test_a_copy_that_turns_out_damaged_is_set_aside(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(_: Any) -> None:
+        raise StateCorruptedError("state rates is damaged: a block", reason="damaged")
+
+    app, rates, _, _ = rates_app()
+    async with Machine(app) as machine:
+        running = await machine.start()
+        monkeypatch.setattr(rates.copies[0].replica._store, "write", damaged)
+        await machine.send(rates.source, 2.0, key="eur")
+        with pytest.raises(StateCorruptedError, match="a block"):
+            await machine.ended(running)
+        assert "cannot be used: state rates is damaged: a block. It was dropped from memory" in caplog.text
 
 
 async def test_a_source_that_is_deleted_stops_the_worker() -> None:
