@@ -90,8 +90,11 @@ async def test_everything_that_waits_is_merged_by_time() -> None:
 async def test_of_equal_times_the_table_comes_first() -> None:
     app, _, source, orders, joined = shop()
     async with Machine(app, partitions=1) as machine:
+        builder = BatchBuilder(NONE, 10_000)  # in one batch, so that one run might have both
         for at_ms in (3, 5):
-            await machine.send(orders, at_ms, key="ann", timestamp_ms=at_ms)
+            assert builder.append(at_ms, b"ann", at_ms.to_bytes(8, "big"), [])
+        async with machine.log.producer() as producer:
+            await (await producer.enqueue(sf.TopicPartition(orders.name, 0), builder.seal()))
         await machine.send(source, "Ann", key="ann", timestamp_ms=5)
         running = await machine.start()
         await machine.settle()
