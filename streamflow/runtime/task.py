@@ -372,7 +372,8 @@ class Task:
                 self.tables.is_damaged(error)
                 return False
             except StreamFlowError as error:
-                self._fail(error)
+                if self.tables.damage is None:  # else it is a consequence, and the task is opened anew
+                    self._fail(error)
                 return False
             if self.state != "restoring":
                 return False

@@ -170,6 +170,27 @@ async def test_damage_found_while_restoring_rebuilds_the_task(faults: Faults) ->
         assert dict(summing.totals) == {"k0": 6, "k1": 6, "k2": 6}
 
 
+async def test_damage_found_by_on_recover_rebuilds_the_task(faults: Faults) -> None:
+    told: list[int | None] = []
+
+    def look(_: int) -> None:
+        told.append(summing.totals.get("k0"))
+
+    summing = Summing(on_recover=look)
+    async with Machine(summing.app) as machine:
+        await machine.start()
+        await summing.send(machine, 9)
+        await machine.settle()
+        await machine.stop(machine.workers[0])
+        faults.damaged_reads = 1
+        running = await machine.start()
+        await summing.send(machine, 9)
+        await machine.settle()
+        assert told == [None, 3]
+        assert dict(summing.totals) == {"k0": 6, "k1": 6, "k2": 6}
+        assert running.error is None
+
+
 async def test_damage_found_as_the_worker_stops_sets_the_store_aside(
     faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
