@@ -11,8 +11,8 @@ A store that the log does not bear out (it reaches further than the log, or miss
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.abc
@@ -45,6 +45,7 @@ logger = logging.getLogger("streamflow.restore")
 _RETRY_S = 0.2
 _RETRY_FULL_S = 1.0
 _TOLD_EVERY_S = 5.0
+_BATCHES_AT_ONCE = 2
 
 
 @dataclass(slots=True)
@@ -260,14 +261,8 @@ class Restorer:
                 if fetched.error is not None:
                     raise _unreadable(span, fetched.error)
                 self._reader.ask(span.tp)
-                before = span.position, span.records
-                if span.source is None:
-                    changes = await anyio.to_thread.run_sync(_collect, tables, span, fetched)
-                else:
-                    changes = await _collect_of_source(tables, span, span.source, fetched)
-                await self._write(tables, changes)
-                tables.restoring.moved(span.position - before[0], span.records - before[1])
-                self._sensors.restored(span.table, span.records - before[1])
+                for piece in _pieces(fetched):
+                    await self._take(tables, span, piece)
                 if is_new and span.records and span.source is None:
                     raise _without_offsets(task, f"changelog records in {span.tp}")
                 if self._clock.monotonic() - told_s > _TOLD_EVERY_S:
@@ -278,6 +273,17 @@ class Restorer:
             self._reader.remove(span.tp)
             send.close()
             receive.close()
+
+    async def _take(self, tables: TaskTables, span: _Span, fetched: Fetched) -> None:
+        """Put fetched records into the store, with the position they reach."""
+        position, records = span.position, span.records
+        if span.source is None:
+            changes = await anyio.to_thread.run_sync(_collect, tables, span, fetched)
+        else:
+            changes = await _collect_of_source(tables, span, span.source, fetched)
+        await self._write(tables, changes)
+        tables.restoring.moved(span.position - position, span.records - records)
+        self._sensors.restored(span.table, span.records - records)
 
     async def _write(self, tables: TaskTables, batch: StoreBatch) -> None:
         """Write to the store; a full disk is waited out."""
@@ -316,6 +322,15 @@ class Restorer:
                 span.tp,
                 kept,
             )
+
+
+def _pieces(fetched: Fetched) -> Iterator[Fetched]:
+    """A fetch bit by bit: compressed it is small, and opened as a whole it would be memory that no budget knows."""
+    batches = fetched.batches
+    for at in range(0, max(1, len(batches)), _BATCHES_AT_ONCE):
+        some = batches[at : at + _BATCHES_AT_ONCE]
+        is_last = at + _BATCHES_AT_ONCE >= len(batches)
+        yield replace(fetched, batches=some, next_offset=fetched.next_offset if is_last else some[-1].next_offset)
 
 
 def _unreadable(span: _Span, error: Exception) -> Exception:
