@@ -20,7 +20,10 @@ MAX_METADATA_BYTES = 4096
 """Kafka's `offset.metadata.max.bytes`."""
 
 
-class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename={"id": "c", "changelogs": "l", "times": "t"}):
+_SHORT = {"id": "c", "changelogs": "l", "times": "t", "incarnations": "i"}
+
+
+class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename=_SHORT):
     """One task's part of a commit.
 
     Attributes:
@@ -28,11 +31,14 @@ class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename={"id": 
         changelogs: By table: the changelog offset up to which records are committed; what lies behind it is not. None
             where the log commits both together, so that everything it shows is committed.
         times: By table: stream time, where values expire.
+        incarnations: By table: the beginning of its changelog's topic id. A changelog that was deleted and made anew has
+            another one, and does not hold what the offset stands for.
     """
 
     id: str = ""
     changelogs: Mapping[str, int] | None = None
     times: Mapping[str, int] = {}
+    incarnations: Mapping[str, str] = {}
 
     def metadata(self) -> str:
         """The mark as an offset's metadata.

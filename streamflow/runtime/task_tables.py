@@ -39,6 +39,7 @@ logger = logging.getLogger("streamflow.tables")
 CheckHome = Callable[[str, bytes, Any], None]
 SetAside = Callable[[str, str], object]
 
+_SHOWN_ID = 8
 _STORE_EVERY_S = 5.0
 _STORE_FROM_ENTRIES = 50_000
 _MAX_UNSTORED = 400_000
@@ -102,6 +103,7 @@ class TaskTables:
         is_pinned: Whether the last commit says how far each changelog is committed (at least once).
         overlays: By table name.
         sweeps: Of the tables whose values expire.
+        incarnations: By table name: the beginning of its changelog's topic id.
         positions: By table name: the offset of changelog or source that follows what is committed.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
     """
@@ -138,6 +140,8 @@ class TaskTables:
         self._by_changelog = {
             TopicPartition(table.changelog.name, partition): table.name for table in tables if table.source is None
         }
+        ids = store.identity.tables
+        self.incarnations = {name: ids[name].topic_id[:_SHOWN_ID] for name in self._by_changelog.values()}
         self._by_source: dict[TopicPartition, list[str]] = {}
         for table in tables:
             if table.source is not None:

@@ -134,7 +134,8 @@ class Sealed:
         """
         anchor = self.task.anchor
         offset = self.marks[anchor].offset if anchor in self.marks else self.task.committed[anchor]
-        mark = CommitMark(commit_id, changelogs, self.times)
+        incarnations = self.task.tables.incarnations if self.task.tables is not None else {}
+        mark = CommitMark(commit_id, changelogs, self.times, incarnations)
         return {**self.marks, anchor: OffsetMark(offset, mark.metadata())}
 
     def committed(self, commit_id: str, ends: Mapping[TopicPartition, int]) -> None:
