@@ -31,8 +31,8 @@ class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename=_SHORT)
         changelogs: By table: the changelog offset up to which records are committed; what lies behind it is not. None
             where the log commits both together, so that everything it shows is committed.
         times: By table: stream time, where values expire.
-        incarnations: By table: the beginning of its changelog's topic id. One that was deleted and made anew has another,
-            and does not hold what the offset stands for.
+        incarnations: By table: the beginning of its changelog's topic id. One that was deleted and made anew has
+            another, and does not hold what the offset stands for.
     """
 
     id: str = ""
