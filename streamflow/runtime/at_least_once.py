@@ -23,6 +23,8 @@ from streamflow.runtime.task_view import Sealed, TaskView
 from streamflow.sensors import Sensors
 
 _SILENCE_POLL_S = 0.05
+_MANY_BATCHES = 16
+_BATCHES_PER_PARTITION = 2
 
 
 class AtLeastOnce(Commits):
@@ -50,6 +52,7 @@ class AtLeastOnce(Commits):
         self._sending = asyncio.Lock()
         self._unsent: deque[tuple[TopicPartition, SealedBatch]] = deque()
         self._unacknowledged: set[asyncio.Future[int]] = set()
+        self._written: set[TopicPartition] = set()
         # The newest batch per partition that was handed over, and how many records it has.
         self._newest: dict[TopicPartition, tuple[asyncio.Future[int], int]] = {}
         self._failed: BaseException | None = None
@@ -59,13 +62,13 @@ class AtLeastOnce(Commits):
 
     async def idle(self, task: TaskView) -> None:
         """Send what the batch that ended has left; while the group is silent, the next commit does."""
-        if task.outputs.waiting and not self._group_is_silent():
+        if task.outputs.waiting and not self._group_is_silent() and not self._is_behind():
             await self._send(task)
 
     async def linger(self, tasks: Iterable[TaskView]) -> None:
         """Send what slow agents have left."""
         for task in list(tasks):
-            if task.outputs.waiting and not self._group_is_silent():
+            if task.outputs.waiting and not self._group_is_silent() and not self._is_behind():
                 await self._send(task)
 
     async def make_room(self, task: TaskView) -> None:
@@ -99,6 +102,7 @@ class AtLeastOnce(Commits):
             future = await self._producer.enqueue(tp, batch)
             self._sent([self._unsent.popleft()])
             self._unacknowledged.add(future)
+            self._written.add(tp)
             self._newest[tp] = future, batch.num_records
             future.add_done_callback(self._acknowledged)
 
@@ -109,6 +113,14 @@ class AtLeastOnce(Commits):
         """
         while self._group_is_silent():
             await self._clock.sleep(_SILENCE_POLL_S)
+
+    def _is_behind(self) -> bool:
+        """Whether the log acknowledges more slowly than batches are made: then they wait for the commit and grow.
+
+        A partition takes one batch at a time; many small ones in line would hold up the commit for seconds, and a crash
+        would repeat all of them.
+        """
+        return len(self._unacknowledged) > max(_MANY_BATCHES, _BATCHES_PER_PARTITION * len(self._written))
 
     def _group_is_silent(self) -> bool:
         age_s = self._group().statistics().last_heartbeat_age_s

@@ -111,6 +111,8 @@ class FakeProducer:
         self.enqueued: list[bytes] = []
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
+        self.is_slow = False
+        self.unanswered: list[asyncio.Future[int]] = []
 
     async def commit(self, commit: AtomicCommit) -> dict[TopicPartition, int]:
         if self.gate is not None:
@@ -126,7 +128,9 @@ class FakeProducer:
             await self.gate.wait()
         self.enqueued.append(batch.unstamped())
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        if self.error is None:
+        if self.is_slow:
+            self.unanswered.append(future)
+        elif self.error is None:
             future.set_result(0)
         else:
             future.set_exception(self.error)
@@ -406,6 +410,25 @@ async def test_at_least_once_sends_what_a_cancelled_send_has_left() -> None:
     await at.commit()
     assert at.producer.enqueued == [b"5", b"3"]
     assert at.group.commits == [{A: 5, B: 3}]
+
+
+async def test_at_least_once_does_not_line_up_small_batches_behind_a_slow_log() -> None:
+    """They would be acknowledged one by one, and the commit would wait for all of them."""
+    at = Fixture(AtLeastOnce)
+    at.producer.is_slow = True
+    tasks = cast(Any, [at.a, at.b])
+    for position in range(6, 106):
+        at.a.work(position)
+        await at.delivery.linger(tasks)
+    sent = len(at.producer.enqueued)
+    assert 2 < sent < 30
+    assert at.a.outputs.waiting  # it gathers meanwhile
+    for future in at.producer.unanswered:
+        future.set_result(0)
+    await asyncio.sleep(0)
+    at.producer.is_slow = False
+    await at.delivery.linger(tasks)
+    assert len(at.producer.enqueued) == 102  # both tasks' first ones, and these 100
 
 
 async def test_an_output_the_log_refuses_for_good_stops_the_worker() -> None:
