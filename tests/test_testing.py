@@ -124,6 +124,24 @@ async def test_what_stopped_the_worker_comes_out_of_send_settle_and_the_block() 
             await run(then_send=then_send, then_settle=then_settle)
 
 
+async def test_settle_waits_for_a_worker_that_is_stopping_over_an_error() -> None:
+    app, numbers, _ = app_of("stopping")
+
+    @app.agent(numbers)
+    async def fail(number: int) -> None:
+        raise ValueError("no")
+
+    @app.on_stop
+    async def slow() -> None:
+        await asyncio.sleep(0.2)
+
+    with pytest.raises(sf.ProcessingError, match="ValueError: no"):
+        async with TestApp(app) as test:
+            await test.send(numbers, 1, key="k")
+            await test.settle()
+            raise AssertionError("settled before the error was out")
+
+
 async def test_an_error_of_the_test_itself_is_not_hidden() -> None:
     app, numbers, _ = app_of("own")
 

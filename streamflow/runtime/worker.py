@@ -174,6 +174,8 @@ class Worker:
         manager, delivery = self.manager, self._delivery
         if manager is None or delivery is None:
             return ""
+        if self._stop.is_set():
+            return "the worker is stopping"
         await delivery.commit(manager.running())
         if (self._jobs is not None and self._jobs.firing) or (self._sender is not None and self._sender.waiting):
             return "a timer runs or its records are being sent"
