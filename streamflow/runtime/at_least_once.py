@@ -149,6 +149,8 @@ class AtLeastOnce(Commits):
                 ) from self._failed
             ends = self._ends_of_changelogs(taken)
             commit_id = new_commit_id()
+            for each in taken:
+                each.task.commit_id_under_way = commit_id
             offsets = [(each.task, _marks(each, commit_id, ends)) for each in taken]
             committed = await self._commit_offsets([each for each in offsets if each[1]], started_s)
             for each in taken:
@@ -171,6 +173,8 @@ class AtLeastOnce(Commits):
         fresh = [task for task in tasks if not _is_pinned(task) and not task.lost and task.is_changed()]
         if fresh:
             commit_id = new_commit_id()
+            for task in fresh:
+                task.commit_id_under_way = commit_id
             offsets = [(task, _pinned(task, task.tables, commit_id)) for task in fresh if task.tables is not None]
             for task in await self._commit_offsets(offsets, perf_counter()):
                 task.commit_id = commit_id

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -90,6 +91,8 @@ class FakeGroup:
         self.refuse: Callable[[], None] = lambda: None
         self.silent_s: float | None = 0.1
         self.marks: dict[TopicPartition, OffsetMark] = {}
+        # How many commits are stored without an answer; a rebalance follows each.
+        self.loses_answers = 0
 
     def statistics(self) -> GroupStatistics:
         return GroupStatistics(last_heartbeat_age_s=self.silent_s)
@@ -99,6 +102,11 @@ class FakeGroup:
 
     async def commit(self, offsets: dict[TopicPartition, OffsetMark], membership: Membership) -> None:
         self.refuse()
+        if self.loses_answers:
+            self.loses_answers -= 1
+            self.marks.update(offsets)
+            self.membership = Membership("g", "me", 8)
+            raise LogUnavailableError("no answer")
         self.commits.append({tp: mark.offset for tp, mark in offsets.items()})
 
 
@@ -409,6 +417,18 @@ async def test_at_least_once_sends_what_a_cancelled_send_has_left() -> None:
     at.producer.gate.set()
     await at.commit()
     assert at.producer.enqueued == [b"5", b"3"]
+    assert at.group.commits == [{A: 5, B: 3}]
+
+
+async def test_a_commit_whose_answer_was_lost_before_a_rebalance_is_known_as_ones_own() -> None:
+    at = Fixture(AtLeastOnce)
+    tables = SimpleNamespace(
+        is_pinned=True, incarnations={}, positions_after=lambda _: {}, changelogs=dict, reached=lambda _: None
+    )
+    at.a.tables = cast(Any, tables)
+    at.group.loses_answers = 1
+    await at.commit_over_time()
+    assert not at.a.lost
     assert at.group.commits == [{A: 5, B: 3}]
 
 
