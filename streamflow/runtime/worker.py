@@ -116,6 +116,7 @@ class Worker:
         self._failure: BaseException | None = None
         self._open: anyio.CancelScope | None = None
         self._log_is_away = False
+        self._may_process = False
         self.manager: TaskManager | None = None
         self.group: Group | None = None
         self.global_tables: GlobalTables | None = None
@@ -216,7 +217,7 @@ class Worker:
                     log = await self._open_log(stack)
                     if log is not None:
                         with anyio.CancelScope() as self._open:
-                            await self._run_on(log, topology)
+                            await self._run_unless_stopped(log, topology)
         finally:
             self.state = "stopped"
             self._started.set()
@@ -252,6 +253,19 @@ class Worker:
                 await self._stop.wait()
                 return None
             self._log = self._connect()
+
+    async def _run_unless_stopped(self, log: Log, topology: Topology) -> None:
+        """Run; a stop that comes while the log keeps the start waiting ends the start where it is."""
+        async with anyio.create_task_group() as watch:
+            watch.start_soon(self._give_up_start)
+            await self._run_on(log, topology)
+            watch.cancel_scope.cancel()
+
+    async def _give_up_start(self) -> None:
+        await self._stop.wait()
+        if not self._may_process and self._open is not None:
+            logger.info("stopping: the start was not over yet")
+            self._open.cancel()
 
     async def _run_on(self, log: Log, topology: Topology) -> None:
         descriptions = await prepare_topics(self.app, topology, self.settings, log.admin)
@@ -354,6 +368,7 @@ class Worker:
         )
 
     async def _run_without_agents(self) -> None:
+        self._may_process = True
         async with anyio.create_task_group() as group:
             group.start_soon(Jobs(self.app, self.clock, self.sensors, lambda: None, self._fail).run)
             self.state = "running"
@@ -366,6 +381,7 @@ class Worker:
         self, log: OpenLog, known: KnownTargets, layout: Layout, local: LocalStates, restorer: Restorer
     ) -> None:
         """Be a member: process until a stop is asked for, then wind down."""
+        self._may_process = True
         ends = self._ends
         async with anyio.create_task_group() as tasks, AsyncExitStack() as stack:
             loops = Loops(self.settings, self.clock, self.sensors, log)
@@ -464,7 +480,7 @@ class Worker:
         return self.manager.tasks.get((self._layout.leading, 0))
 
     async def _call_stop_hooks(self) -> None:
-        with anyio.CancelScope(shield=self._log_is_away):
+        with anyio.CancelScope(shield=self._log_is_away or not self._may_process):
             error = await call_hooks("on_stop", self.app.stop_hooks)
             self._failure = self._failure or error
 

@@ -83,3 +83,14 @@ async def test_a_stop_does_not_wait_for_a_foreign_lock_and_loses_nothing(system:
     await system.has_committed("numbers", 150)
     assert await again.stops(10) == 0
     assert [value for _, value in await system.rows("results")] == [2 * number for number in range(150)]
+
+
+async def test_a_stop_before_the_start_is_over_does_not_wait_for_a_foreign_lock(system: System, tmp_path: Path) -> None:
+    system.write_app(WAITS, partitions=1)
+    await system.create("numbers", partitions=1)  # the file is there, the app's other topics are not
+    with locked(tmp_path / "log.db") as pid:
+        worker = system.start()
+        await worker.says(f"held by process {pid}")
+        assert await worker.stops(10) == 0
+        assert "the start was not over yet" in worker.said
+        assert "Traceback" not in worker.said
