@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from time import perf_counter
+from typing import TypeVar
 
 from streamflow.clock import Clock
+from streamflow.errors import RetriableError
 from streamflow.log.api import Group, OffsetMark
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
@@ -25,6 +27,7 @@ FIRST_RETRY_S = 0.02
 _MAX_RETRY_S = 1.0
 _TELL_FROM_S = 0.25
 
+T = TypeVar("T")
 Offsets = dict[TopicPartition, OffsetMark]
 
 
@@ -92,6 +95,15 @@ class Commits:
                 logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", task.name)
                 self._is_overtaken(task)
 
+    async def was_overtaken(self, task: TaskView) -> bool:
+        """Look up whether another worker has committed for a task since it was opened; then it is lost, and told."""
+        marks = await self._until_answered(lambda: self._group().committed([task.anchor]))
+        if CommitMark.of(marks[task.anchor]).id in (task.commit_id, task.commit_id_under_way):
+            return False
+        logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", task.name)
+        self._is_overtaken(task)
+        return True
+
     def _is_overtaken(self, task: TaskView) -> None:
         task.lost = True
         self.overtaken(task)
@@ -103,6 +115,14 @@ class Commits:
             logger.warning("commit: %s; trying again until it succeeds", error)
         await self._clock.sleep(delay_s)
         return min(delay_s * 2, _MAX_RETRY_S)
+
+    async def _until_answered(self, call: Callable[[], Awaitable[T]]) -> T:
+        delay_s = FIRST_RETRY_S
+        while True:
+            try:
+                return await call()
+            except RetriableError as error:
+                delay_s = await self._back_off(error, delay_s)
 
 
 def _nobody_is_told(_: TaskView) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import anyio
 
@@ -39,7 +39,6 @@ logger = logging.getLogger("streamflow.commits")
 _CHANGE_PATIENCE_S = 10.0
 _CHANGE_POLL_S = 0.02
 
-T = TypeVar("T")
 OpenProducer = Callable[[], AbstractAsyncContextManager[TransactionalProducer]]
 
 
@@ -240,11 +239,3 @@ class ExactlyOnce(Commits):
         await self._opened.aclose()
         self._opened = AsyncExitStack()
         self._producer = await self._opened.enter_async_context(self._open_producer())
-
-    async def _until_answered(self, call: Callable[[], Awaitable[T]]) -> T:
-        delay_s = FIRST_RETRY_S
-        while True:
-            try:
-                return await call()
-            except RetriableError as error:
-                delay_s = await self._back_off(error, delay_s)

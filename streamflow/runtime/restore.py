@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
-import anyio.abc
 import anyio.to_thread
 import msgspec
+from anyio.streams.memory import MemoryObjectSendStream
 
 from streamflow.clock import Clock
 from streamflow.errors import (
@@ -95,7 +95,7 @@ class Restorer:
         self._admin = admin
         self._clock = clock
         self._sensors = sensors
-        self._arrived: dict[TopicPartition, anyio.abc.ObjectSendStream[Fetched]] = {}
+        self._arrived: dict[TopicPartition, MemoryObjectSendStream[Fetched]] = {}
 
     async def run(self) -> None:
         """Hand fetches to the restores that wait for them, until cancelled."""
@@ -103,7 +103,9 @@ class Restorer:
             for fetched in await self._reader.receive():
                 arrived = self._arrived.get(fetched.tp)
                 if arrived is not None:
-                    await arrived.send(fetched)
+                    # Without an await: who waits for it may be cancelled meanwhile, and take the worker along. There is
+                    # room, since one fetch is asked for at a time.
+                    arrived.send_nowait(fetched)
 
     async def restore(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import FatalError, NotHeld, RecordError, StateCorruptedError, StreamFlowError
+from streamflow.errors import FatalError, NotHeld, RecordError, StateCorruptedError, StreamFlowError, TopologyError
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
@@ -370,6 +370,11 @@ class Task:
                         await self._call_on_recover(table.name, table.on_recover)
             except StateCorruptedError as error:
                 self.tables.is_damaged(error)
+                return False
+            except TopologyError as error:
+                # What does not go together may be from before and after another worker had the task.
+                if self.tables.damage is None and not await self.delivery.was_overtaken(self):
+                    self._fail(error)
                 return False
             except StreamFlowError as error:
                 if self.tables.damage is None:  # else it is a consequence, and the task is opened anew

@@ -33,6 +33,10 @@ class Delivery(Protocol):
     async def make_room(self, task: TaskView) -> None:
         """The task holds as much unsent output as it may: wait until some of it is with the log."""
 
+    async def was_overtaken(self, task: TaskView) -> bool:
+        """Look up whether another worker has committed for a task since it was opened; then it is lost, and told."""
+        ...
+
     def hurry(self) -> None:
         """Somebody waits for what is done: do not let it wait for the commit interval."""
 
