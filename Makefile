@@ -7,10 +7,12 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 KAFKA_PORT ?= 9092
 ARGS ?=
+COUNT ?= 10000
+JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test soak check format bench kafka lock docs clean
+.PHONY: help demo test simulate soak check format bench kafka lock docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +25,9 @@ test: $(READY)  ## Run the whole test suite (ARGS="-k name" narrows it)
 
 soak: $(READY)  ## Workers with tables under faults, 30 minutes and 10 M records (ARGS="--seconds 120 --records 100000")
 	@$(BIN)/python -m tests.soak $(ARGS)
+
+simulate: $(READY)  ## Simulate 10,000 runs with faults (COUNT=, JOBS=), or SEED=n once more, told step by step
+	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--count $(COUNT) --jobs $(JOBS))
 
 check: $(READY)  ## Format, lint, types, layers and documentation
 	$(BIN)/ruff format --check .

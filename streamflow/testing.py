@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import AsyncExitStack
 from time import perf_counter
 from typing import Any, TypeVar
@@ -32,9 +32,11 @@ from streamflow.processing.topic import Topic
 from streamflow.runtime.observer import Observer
 from streamflow.runtime.worker import Worker
 from streamflow.sensors import Sensors
+from streamflow.virtual_loop import VirtualLoop, without_threads
 
-__all__ = ["Records", "TestApp"]
+__all__ = ["Records", "TestApp", "simulate"]
 
+T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -257,7 +259,7 @@ class TestApp:
                     break
             if perf_counter() > give_up_s:
                 raise TimeoutError(f"not settled after {timeout_s:g} s: {busy}")
-            await asyncio.sleep(_POLL_S)
+            await _moment()
         self._raise_failure()
         await self._observing().look()
 
@@ -299,3 +301,33 @@ class TestApp:
         """
         name = self._name_of(topic)
         return Records(self._observing().records(name))
+
+
+async def _moment() -> None:
+    """Let a little time pass; in a simulation, up to whatever comes next."""
+    loop = asyncio.get_running_loop()
+    next_s = loop.next_timer_s() if isinstance(loop, VirtualLoop) else None
+    await asyncio.sleep(_POLL_S if next_s is None else max(_POLL_S, next_s))
+
+
+def simulate(fn: Callable[[], Coroutine[Any, Any, T]], *, seed: int = 0) -> T:
+    """Run a test in an event loop of its own in which no sleep takes time, and a seed decides what comes first.
+
+    Whenever nothing is left to do, the loop's time jumps to the next timer: `asyncio.sleep(3600)` is over at once, and
+    comes after everything that takes less. Which of several ready tasks goes first is drawn from the seed, so that
+    other seeds try other orders, and the same one repeats. What is handed to threads runs on the spot. `TestApp` works
+    as it always does: its clock stands still until `advance`. Real connections and real threads do not work in it.
+
+    Args:
+        fn: An async function without arguments.
+        seed: Which order.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        NothingLeftError: Everything waits for something that nobody is left to do.
+        Exception: What the function raised.
+    """
+    with without_threads(), asyncio.Runner(loop_factory=lambda: VirtualLoop(seed)) as runner:
+        return runner.run(fn())

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "streamflow"
 LAYERS = (
-    ("errors", "error_groups", "clock", "config", "disk", "keywords", "lifecycle", "sensors", "model"),
+    ("errors", "error_groups", "clock", "virtual_loop", "config", "disk", "keywords", "lifecycle", "sensors", "model"),
     ("log",),
     ("state",),
     ("processing",),

@@ -278,7 +278,7 @@ class Worker:
             stack.enter_context(registered_sender(self.app, self._sender))
             layout = self._layout = Layout.of(topology, descriptions)
             slot = await self._claim_slot(stack) if layout.counts or self.app.global_tables else None
-            stores = MemoryStores() if slot is None else RocksStores(self.settings.memory_budget_bytes)
+            stores = self._open_stores(slot)
             stack.callback(stores.close)
             if not await self._restored_globally(stack, log, descriptions, slot, stores):
                 return
@@ -325,6 +325,9 @@ class Worker:
             return None
         slot = await anyio.to_thread.run_sync(claim, self.settings.data_dir, self.app.id)
         return stack.enter_context(slot)
+
+    def _open_stores(self, slot: Slot | None) -> Stores:
+        return MemoryStores() if slot is None else RocksStores(self.settings.memory_budget_bytes)
 
     @property
     def _is_in_memory(self) -> bool:

@@ -1,0 +1,43 @@
+"""Bugs that are put into the runtime on purpose: a simulation that does not find them proves nothing."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit import Commits
+from streamflow.runtime.exactly_once import ExactlyOnce
+from streamflow.runtime.ledger import Ledger
+from streamflow.state.overlay import Overlay
+
+
+async def _send_again(self: ExactlyOnce, error: Exception) -> None:
+    await self._until_answered(self._replace_producer)
+
+
+async def _forget(self: ExactlyOnce, error: Exception) -> None:
+    await self._until_answered(self._replace_producer)
+    self._taken.popleft()
+
+
+async def _look_at_nothing(*_: Any) -> None:
+    pass
+
+
+def _behind_all(self: Ledger) -> dict[TopicPartition, int]:
+    return {**self._positions, **{entry.tp: entry.record.offset + 1 for entry in self._entries}}
+
+
+BUGS: dict[str, tuple[type, str, Any]] = {
+    "a commit of unknown outcome is sent again unseen": (ExactlyOnce, "_settle_unknown", _send_again),
+    "a commit of unknown outcome is taken for stored": (ExactlyOnce, "_settle_unknown", _forget),
+    "a task is kept that another worker has had": (Commits, "_keep_owned", _look_at_nothing),
+    "a commit passes records in flight": (Ledger, "positions", _behind_all),
+    "what a full store refused is forgotten": (Overlay, "not_stored", Overlay.stored),
+}
+
+
+def planted(name: str) -> AbstractContextManager[object]:
+    """The bug is there while the block runs."""
+    owner, attribute, wrong = BUGS[name]
+    return mock.patch.object(owner, attribute, wrong)

@@ -1,0 +1,161 @@
+"""From a seed to a verdict."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamflow.log.api import Log
+from streamflow.model.record import TopicPartition
+from tests.simulation.apps import APP_ID
+from tests.simulation.checks import Judge, read_all
+from tests.simulation.faults import Rates
+from tests.simulation.processes import ProcessLoop
+from tests.simulation.world import Broken, Plan, TracedLogging, World, only_chance
+
+SETTLE_S = 90.0
+STOP_S = 40.0
+_CLEAN_UP_ROUNDS = 20_000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run went.
+
+    Attributes:
+        plan: What was run.
+        digest: Of everything that happened: equal for equal runs.
+        broken: What was not as it must be.
+        kills: How many processes were killed.
+        starts: How many were started.
+        seconds: Virtual seconds.
+    """
+
+    plan: Plan
+    digest: str
+    broken: BaseException | None
+    kills: int
+    starts: int
+    seconds: float
+
+
+def simulate(plan: Plan, out: Callable[[str], object] | None = None) -> Verdict:
+    """Run a plan to its end."""
+    loop = ProcessLoop(plan.seed)
+    world = World(plan, loop, out)
+    logger, handler = logging.getLogger("streamflow"), TracedLogging(world)
+    before = logger.level, logger.propagate
+    logger.propagate = False
+    logger.setLevel(logging.INFO if out is not None else logging.CRITICAL + 1)
+    logger.addHandler(handler)
+    gc.disable()  # when rubbish is collected, no seed says
+    broken: BaseException | None = None
+    try:
+        with only_chance(loop, plan):
+            try:
+                loop.run_until_complete(_run(world))
+            except Exception as error:
+                broken = error
+            digest, seconds = world.digest(), loop.time()
+            logger.setLevel(logging.CRITICAL + 1)
+            _clean_up(loop, world)
+    finally:
+        gc.enable()
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+        loop.close()
+        asyncio.set_event_loop(None)
+    return Verdict(plan, digest, broken, plan.kills - world.kills_left, len(world.all), seconds)
+
+
+async def _run(world: World) -> None:
+    plan = world.plan
+    async with world.log() as log:
+        await world.make_sources(log)
+        for _ in range(plan.workers):
+            world.start(world.new_seat())
+        world.faulty = True
+        nobodies = [world.loop.run_as_nobody(work) for work in (world.feed(log), world.tend(), world.upset(log))]
+        await asyncio.sleep(plan.horizon_s)
+        world.trace("no more faults")
+        world.faulty = False
+        await asyncio.wait(nobodies[:1])
+        await _settle(world, log)
+        world.is_over = True
+        await _stop_all(world)
+        for each in nobodies:
+            each.cancel()
+        world.trace("judged")
+        described = await log.admin.topics()
+        Judge(world, await read_all(log, list(described))).judge()
+
+
+async def _settle(world: World, log: Log) -> None:
+    """Until everything is committed up to its end, and what is in the air has arrived."""
+    until_s = world.loop.time() + SETTLE_S
+    while True:
+        await asyncio.sleep(0.2)
+        if world.breaks is not None:
+            raise world.breaks
+        behind = await _behind(world, log)
+        if not behind and not world.under_way and world.running:
+            return
+        if world.loop.time() > until_s:
+            status = [(each.process.name, each.process.state) for each in world.running]
+            raise Broken(f"nothing moves any more: {behind or world.under_way}; workers: {status}")
+
+
+async def _behind(world: World, log: Log) -> dict[str, str]:
+    committed = {tp: mark.offset for tp, mark in (await log.admin.group_offsets(APP_ID)).items()}
+    topics = [
+        *world.sources(),
+        *(f"{APP_ID}-{work.sink}-by-group-repartition" for work in world.plan.works if work.kind == "distinct"),
+    ]
+    described = await log.admin.describe(topics)
+    if len(described) < len(topics):
+        return {"topics": "not yet made"}
+    ends = await log.admin.end_offsets([TopicPartition(t, p) for t in topics for p in range(world.plan.partitions)])
+    return {str(tp): f"{committed.get(tp)} of {end}" for tp, end in ends.items() if end > committed.get(tp, 0)}
+
+
+async def _stop_all(world: World) -> None:
+    for running in world.running:
+        if running.worker is not None:
+            running.worker.request_stop()
+    tasks = [running.task for running in world.running]
+    if not tasks:
+        return
+    _, left = await asyncio.wait(tasks, timeout=STOP_S)
+    if left:
+        raise Broken(f"{[each.process.name for each in world.running if not each.task.done()]} do not stop")
+    for running in world.running:
+        if running.error is not None and running.process.name not in world.fenced:
+            raise Broken(f"{running.process.name} ended with {running.error!r}") from running.error
+    if world.breaks is not None:
+        raise world.breaks
+
+
+def _clean_up(loop: ProcessLoop, world: World) -> None:
+    """Let everything end that the run has left, so that nothing of it is found by the next one."""
+    world.rates, world.faulty, world.is_over = Rates(), False, True
+    for running in world.all:
+        if running.process.state != "running":
+            loop.let_run(running.process)
+
+    async def end() -> None:
+        for _ in range(50):
+            tasks = asyncio.all_tasks(loop) - {asyncio.current_task()}
+            if not tasks:
+                return
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=10)
+
+    loop.set_exception_handler(lambda *_: None)
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loop.run_until_complete(end())
+        gc.collect(1)
