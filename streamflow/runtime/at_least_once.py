@@ -192,7 +192,8 @@ class AtLeastOnce(Commits):
             try:
                 if membership is None:
                     raise TaskMigratedError("not a member of the group at present")
-                await self._keep_owned_tables(taken, membership.generation)
+                sealed = [Sealed(task, marks, [], False, {}, []) for task, marks in taken]
+                await self._keep_owned(sealed, membership.generation)
                 if any(task.lost for task, _ in taken):
                     continue
                 await self._group().commit(offsets, membership)
@@ -202,13 +203,6 @@ class AtLeastOnce(Commits):
                 self._succeeded(started_s, offsets)
                 return [task for task, _ in taken]
         return []
-
-    async def _keep_owned_tables(
-        self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]], generation: int
-    ) -> None:
-        """See `_keep_owned`; tasks without tables have no commit ids here."""
-        sealed = [Sealed(task, marks, [], False, {}, []) for task, marks in taken if task.tables is not None]
-        await self._keep_owned(sealed, generation)
 
     def _owned(
         self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]
@@ -232,5 +226,5 @@ def _pinned(task: TaskView, tables: TaskTables, commit_id: str) -> dict[TopicPar
 def _marks(sealed: Sealed, commit_id: str, ends: Mapping[TopicPartition, int]) -> dict[TopicPartition, OffsetMark]:
     tables = sealed.task.tables
     if tables is None:
-        return sealed.marks
+        return sealed.marked(commit_id) if sealed.marks else {}
     return sealed.marked(commit_id, tables.positions_after(ends))

@@ -406,6 +406,20 @@ async def test_at_least_once_repeats_only_the_offsets_and_leaves_out_what_is_gon
     assert at.a.committed == {A: 0}
 
 
+async def test_at_least_once_does_not_fall_back_behind_a_worker_that_had_the_partition_meanwhile() -> None:
+    """A process that was stopped wakes up: its heartbeat has lost all and got it again before anybody was told."""
+    at = Fixture(AtLeastOnce)
+    await at.commit()
+    at.group.marks = {A: OffsetMark(9, CommitMark("theirs").metadata()), B: OffsetMark(3, at.mark_of(at.b))}
+    at.group.membership = Membership("g", "me anew", 9)
+    at.a.work(6)
+    at.b.work(4)
+    await at.commit()
+    assert at.group.commits[1:] == [{B: 4}]
+    assert at.a.lost
+    assert at.overtaken == [at.a]
+
+
 async def test_at_least_once_sends_what_a_cancelled_send_has_left() -> None:
     at = Fixture(AtLeastOnce)
     at.producer.gate = asyncio.Event()
