@@ -86,6 +86,8 @@ class ExactlyOnce(Commits):
         self._tried: Membership | None = None
         # Sealed and not yet with the log: they are first in line, also when the commit that took them was cancelled.
         self._taken: deque[_Taken] = deque()
+        # Whether it is unknown if the first of them was stored, also when whoever looks for the answer was cancelled.
+        self._is_outcome_unknown = False
 
     async def __aenter__(self) -> Self:
         self._producer = await self._opened.enter_async_context(self._open_producer())
@@ -120,11 +122,16 @@ class ExactlyOnce(Commits):
                 if self.trying_since_s is None:
                     self.trying_since_s = self._clock.monotonic()
                 try:
-                    await self._commit_first()
+                    if self._is_outcome_unknown:
+                        await self._settle_unknown()
+                    else:
+                        await self._commit_first()
                 except TaskMigratedError as error:
                     await self._migrated(error)
                 except IndeterminateCommitError as error:
-                    await self._settle_unknown(error)
+                    self._is_outcome_unknown = True
+                    self._sensors.commit_failed(type(error).__name__)
+                    logger.warning("commit: %s; finding out whether it was stored", error)
                 except RetriableError as error:
                     delay_s = await self._back_off(error, delay_s)
             self.trying_since_s = None
@@ -211,27 +218,32 @@ class ExactlyOnce(Commits):
                 await anyio.sleep(_CHANGE_POLL_S)
         return False
 
-    async def _settle_unknown(self, error: IndeterminateCommitError) -> None:
+    async def _settle_unknown(self) -> None:
         """Learn whether the first commit in line was stored; if it was not, it is sent again."""
-        self._sensors.commit_failed(type(error).__name__)
-        logger.warning("commit: %s; finding out whether it was stored", error)
         started_s = perf_counter()
         await self._until_answered(self._replace_producer)
         taken = self._taken[0]
         taken.drop_lost()
         anchors = [each.task.anchor for each in taken.sealed]
         if not anchors:
+            self._is_outcome_unknown = False
             return
+        # The ends come first: where the marks are still those of this commit, nothing of another worker's is below them.
+        changelogs = [tp for each in taken.sealed if each.task.tables for tp in each.task.tables.changelogs()]
+        ends = await self._until_answered(lambda: self._admin.end_offsets(changelogs)) if changelogs else {}
         marks = await self._until_answered(lambda: self._group().committed(anchors))
-        if not any(CommitMark.of(marks[anchor]).id == taken.id for anchor in anchors):
+        self._is_outcome_unknown = False
+        stored = [each for each in taken.sealed if CommitMark.of(marks[each.task.anchor]).id == taken.id]
+        if not stored:
             logger.warning("commit: it was not stored, and is sent again")
             return
-        changelogs = [tp for each in taken.sealed if each.task.tables for tp in each.task.tables.changelogs()]
-        ends = await self._until_answered(lambda: self._admin.high_watermarks(changelogs)) if changelogs else {}
         logger.info("commit: it was stored")
-        self._is_committed(
-            taken, {tp: mark for each in taken.sealed for tp, mark in each.marks.items()}, ends, started_s
-        )
+        for each in taken.sealed:
+            if each not in stored:
+                logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", each.task.name)
+                self._is_overtaken(each.task)
+        taken.sealed = stored
+        self._is_committed(taken, {tp: mark for each in stored for tp, mark in each.marks.items()}, ends, started_s)
         self._taken.popleft()
 
     async def _replace_producer(self) -> None:

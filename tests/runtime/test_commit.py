@@ -119,6 +119,7 @@ class FakeProducer:
         self.enqueued: list[bytes] = []
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
+        self.opening: asyncio.Event | None = None
         self.is_slow = False
         self.unanswered: list[asyncio.Future[int]] = []
 
@@ -169,6 +170,8 @@ class Fixture:
     @asynccontextmanager
     async def _open(self) -> AsyncGenerator[TransactionalProducer]:
         self.opened += 1
+        if self.producer.opening is not None:
+            await self.producer.opening.wait()
         yield cast(TransactionalProducer, self.producer)
 
     async def commit(self) -> None:
@@ -344,6 +347,78 @@ async def test_a_commit_without_an_answer_is_looked_up_by_its_id_with_a_new_prod
     assert (at.a.committed, at.b.committed) == ({A: 5}, {B: 3})
     await at.commit()
     assert at.producer.stored[-1][:2] == ([b"50"], {A: 50})
+
+
+async def test_whoever_looks_for_the_outcome_may_be_cancelled_and_the_next_commit_looks_first() -> None:
+    """At a stop: what may have been stored is never sent again unseen."""
+    at = Fixture(ExactlyOnce)
+    answered = asyncio.Event()
+
+    def lose(commit: AtomicCommit) -> None:
+        at.producer.decide = lambda commit: None
+        at.group.marks = dict(commit.offsets)
+        raise IndeterminateCommitError("no answer")
+
+    async def slowly(partitions: list[TopicPartition]) -> dict[TopicPartition, OffsetMark | None]:
+        await answered.wait()
+        return {tp: at.group.marks.get(tp) for tp in partitions}
+
+    await at.commit()
+    at.a.work(6)
+    at.producer.decide = lose
+    at.group.committed = slowly  # type: ignore[method-assign]
+    committing = asyncio.ensure_future(at.commit())
+    next_one = asyncio.ensure_future(at.commit())  # waits for its turn
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert at.opened == 2
+    committing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    answered.set()
+    await next_one
+    outputs = [output for stored in at.producer.stored for output in stored[0]]
+    assert outputs == [b"5", b"3"]  # 6 was stored, without an answer
+    assert at.a.committed == {A: 6}
+
+
+async def test_a_commit_is_looked_up_also_where_the_new_producer_was_not_there_yet() -> None:
+    at = Fixture(ExactlyOnce)
+    await at.commit()
+
+    def lose(commit: AtomicCommit) -> None:
+        at.producer.decide = lambda commit: None
+        raise IndeterminateCommitError("no answer")
+
+    at.producer.decide = lose
+    at.producer.opening = asyncio.Event()
+    at.a.work(6)
+    committing = asyncio.ensure_future(at.commit())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    committing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    at.producer.opening.set()
+    at.group.marks = {A: OffsetMark(5, at.mark_of(at.a)), B: OffsetMark(3, at.mark_of(at.b))}
+    await at.commit()
+    assert [output for stored in at.producer.stored for output in stored[0]] == [b"5", b"3", b"6"]
+
+
+async def test_of_an_unknown_commit_a_task_that_another_worker_has_committed_for_starts_anew() -> None:
+    """Its changelog ends with what the other one wrote: to count that as in the local store would lose it."""
+    at = Fixture(ExactlyOnce)
+
+    def lose(commit: AtomicCommit) -> None:
+        at.producer.decide = lambda commit: None
+        at.group.marks = {A: commit.offsets[A], B: OffsetMark(9, CommitMark("theirs").metadata())}
+        raise IndeterminateCommitError("no answer")
+
+    at.producer.decide = lose
+    await at.commit()
+    assert at.producer.stored == []
+    assert (at.a.committed, at.b.committed) == ({A: 5}, {B: 0})
+    assert at.overtaken == [at.b]
 
 
 async def test_an_unknown_commit_of_tasks_that_have_gone_is_dropped() -> None:
