@@ -52,7 +52,6 @@ class Overlay:
         check_home: Told `home_bytes` of keys that are new: raises for one of another partition.
         home_bytes: The part of a key that decides its partition, as bytes; None takes the changelog's key.
         damaged: Told when the store turns out to be damaged, before whoever reads learns it by the error.
-
         max_key_bytes: Largest key, as the changelog has it.
 
     Attributes:
@@ -108,7 +107,6 @@ class Overlay:
         self._check_home = check_home
         self._home_bytes = home_bytes
         self._damaged = damaged or _nobody_is_told
-
         self._max_key_bytes = max_key_bytes
 
     # --- what turns do -----------------------------------------------------------------------------------------
@@ -126,17 +124,17 @@ class Overlay:
         return held if self.ttl_ms is None or held is MISSING else self._unexpired(held, time_ms)
 
     def load(self, key: Any) -> Any:
-        """What is held of a key that is not in `live`, which it joins."""
+        """What is held of a key that is not in `live`, which it joins; in a thread, too, while others are merged."""
+        live = self.live
         held = self._older.get(key, _ABSENT)
         if held is _ABSENT:
             held = self.dirty.get(key, _ABSENT)
         if held is _ABSENT:
             store_key = self._encode_key(key)
             held = self._held(self._newest(store_key), key)
-        if len(self.live) >= self._live_entries:
-            self._older, self.live = self.live, {}
-        self.live[key] = held
-        return held
+        if len(live) >= self._live_entries and live is self.live:
+            self._older, self.live = live, {}
+        return live.setdefault(key, held)  # what was merged since the look stays
 
     def _newest(self, store_key: bytes) -> bytes | None:
         for layer in self._sealed:
@@ -353,11 +351,11 @@ class Overlay:
         dirty = self.dirty
         if not dirty:
             return False
-        self.dirty = {}
         layer = (
             self._sealed_plain(dirty, append, now_ms) if self.ttl_ms is None else self._sealed_expiring(dirty, append)
         )
         self._sealed = (layer, *self._sealed)
+        self.dirty = {}  # last: a turn in a thread that finds nothing here looks into what was sealed
         if len(self.live) >= self._live_entries:
             self._older, self.live = self.live, {}
         return True
@@ -391,11 +389,6 @@ class Overlay:
         """The log has committed the oldest sealed layer."""
         self._settled.update(self._sealed[-1])
         self._sealed = self._sealed[:-1]
-
-    @property
-    def has_sealed(self) -> bool:
-        """Whether a commit is under way."""
-        return bool(self._sealed)
 
     # --- the store ---------------------------------------------------------------------------------------------
 

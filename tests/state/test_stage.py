@@ -407,3 +407,32 @@ def test_a_value_written_again_lives_on():
     assert stage.get("k") == [0, 9_000, 18_000]
     parts.seal()
     assert [at_ms for _, _, at_ms in parts.records] == [18_000]
+
+
+def test_a_turn_in_a_thread_sees_what_is_being_sealed() -> None:
+    parts = Parts(str, int)
+    parts.overlay.merge({"a": 1})
+    parts.overlay.live.clear()
+    seen: list[Any] = []
+    parts.overlay.seal(lambda *_: seen.append(parts.overlay.find("a")), 7)
+    assert seen == [1]
+
+
+def test_a_look_into_the_store_by_a_thread_does_not_undo_what_is_merged_meanwhile() -> None:
+    parts = Parts(str, int)
+    overlay = parts.overlay
+    overlay.merge({"a": 1})
+    parts.seal()
+    overlay.settle()
+    parts.write_store()
+    overlay.live.clear()
+    look = overlay._store_get
+
+    def slowly(key: bytes) -> bytes | None:
+        found = look(key)
+        overlay.merge({"a": 2})
+        return found
+
+    overlay._store_get = slowly
+    overlay.find("a")
+    assert overlay.find("a") == 2
