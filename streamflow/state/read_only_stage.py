@@ -60,12 +60,7 @@ class ReadOnlyStage(Stage):
     def entries(self, start: bytes | None, stop: bytes | None, *, reverse: bool = False) -> Iterator[tuple[Any, Any]]:
         overlay = self.overlay
         decode_key, decoded = overlay.keys.decode, overlay.values.decoded
-        number, waiting = self._number(), {}
-        for key, versions in list(self._waiting.done.items()):
-            held = at_number(versions, number, _ABSENT)
-            if held is not _ABSENT:
-                waiting[key] = held
-        pairs = overlay.entries(start, stop, reverse=reverse, writes=waiting)
+        pairs = overlay.entries(start, stop, reverse=reverse, writes=self._waiting.at(self._number()))
         keyed = ((decode_key(store_key), payload) for store_key, payload in pairs)
         return ((key, decoded(payload, key)) for key, payload in keyed)
 

@@ -45,6 +45,11 @@ class Waiting:
         """Whether every turn's writes have joined the task's values."""
         return not self.done and not self.writers
 
+    def at(self, number: int) -> dict[Any, Any]:
+        """What waits for the turn of a record to see, by key; in a thread, too, while others are merged."""
+        found = ((key, at_number(versions, number, _ABSENT)) for key, versions in list(self.done.items()))
+        return {key: held for key, held in found if held is not _ABSENT}
+
 
 def at_number(versions: list[tuple[int, Any, Effects]] | None, number: int, otherwise: Any) -> Any:
     """What is held of a key for the turn of a record.
@@ -115,9 +120,8 @@ class SharedStage(Stage):
         return held
 
     def _newest(self, key: Any) -> Any:
-        versions = self._waiting.done.get(key)
-        at = bisect_right(versions, self._number(), key=_NUMBER) if versions else 0
-        return versions[at - 1][1] if versions and at else self.overlay.find(key, self.time_ms)
+        held = at_number(self._waiting.done.get(key), self._number(), _ABSENT)
+        return self.overlay.find(key, self.time_ms) if held is _ABSENT else held
 
     def set(self, key: Any, value: Any) -> None:
         self._claim(key)
@@ -159,13 +163,7 @@ class SharedStage(Stage):
             self._touched(self)
 
     def _visible_writes(self) -> dict[Any, Any]:
-        number = self._number()
-        visible = {}
-        for key, versions in self._waiting.done.items():
-            at = bisect_right(versions, number, key=_NUMBER)
-            if at:
-                visible[key] = versions[at - 1][1]
-        return {**visible, **self.writes}
+        return {**self._waiting.at(self._number()), **self.writes}
 
     def _write(self, key: Any, held: Any) -> None:
         self._claim(key)
