@@ -297,6 +297,7 @@ class GlobalCopy:
         logger.error("global table %r is read anew, and incomplete until then: %s", self.table.name, why)
         for tp in self.positions:
             self._reader.remove(tp)
+        self.positions = dict.fromkeys(self.positions, 0)  # so that nobody takes it for caught up, and says so on disk
         self._level_at_ms = self._clock.now_ms()
         await self._patiently(lambda: self.replica.clear(self._checkpoint({})))
         await self.begin()

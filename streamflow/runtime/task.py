@@ -471,7 +471,7 @@ class Task:
             if change.make(tables.overlays[change.table], self.clock.now_ms()):
                 self._made.append(change)
                 self._owed.add(change)
-        self.delivery.hurry()
+                self.delivery.hurry()
 
     # --- positions ---------------------------------------------------------------------------------------------
 

@@ -209,6 +209,8 @@ class TaskManager:
 
     async def _open_all(self, starts: Mapping[tuple[str, int], Mapping[TopicPartition, _Start]]) -> None:
         for key, of_task in starts.items():
+            if self._finishing:
+                return
             try:
                 await self._open(key, of_task)
             except StreamFlowError as error:

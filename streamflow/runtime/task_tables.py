@@ -308,10 +308,9 @@ class TaskTables:
         Args:
             even_if_level: Write the checkpoint also where nothing waits.
 
-        What damages the store, or shows that it is, is told to the task; then this only returns.
-
         Raises:
-            StateFullError: No room; nothing is lost, and it may be tried again.
+            StateFullError: No room; nothing is lost, and it may be tried again. A store that turns out to be damaged
+                raises nothing: the task is told.
         """
         async with self._storing:
             if self._closed or self.damage is not None:
@@ -357,11 +356,12 @@ class TaskTables:
                     await self.write_store(even_if_level=True)
             except StateFullError as error:
                 logger.warning("%s; what is missing is restored from the changelogs", error)
-            async with self._storing:
-                self._closed = True
-                await anyio.to_thread.run_sync(self.store.close)
-                if self.damage is not None:
-                    await anyio.to_thread.run_sync(self._set_aside, self.damage.reason, str(self.damage))
+            finally:
+                async with self._storing:
+                    self._closed = True
+                    await anyio.to_thread.run_sync(self.store.close)
+                    if self.damage is not None:
+                        await anyio.to_thread.run_sync(self._set_aside, self.damage.reason, str(self.damage))
 
 
 def largest_key(max_record_bytes: int) -> int:
