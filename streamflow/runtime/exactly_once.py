@@ -228,7 +228,7 @@ class ExactlyOnce(Commits):
         if not anchors:
             self._is_outcome_unknown = False
             return
-        # The ends come first: where the marks are still those of this commit, nothing of another worker's is below them.
+        # The ends come first: where the marks are still this commit's, nothing of another worker's is below them.
         changelogs = [tp for each in taken.sealed if each.task.tables for tp in each.task.tables.changelogs()]
         ends = await self._until_answered(lambda: self._admin.end_offsets(changelogs)) if changelogs else {}
         marks = await self._until_answered(lambda: self._group().committed(anchors))
