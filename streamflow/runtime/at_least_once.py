@@ -53,6 +53,8 @@ class AtLeastOnce(Commits):
         self._unsent: deque[tuple[TopicPartition, SealedBatch]] = deque()
         self._unacknowledged: set[asyncio.Future[int]] = set()
         self._written: set[TopicPartition] = set()
+        # Sealed, and not in a commit that is over: they are in the next one, also when theirs was cancelled.
+        self._taken: list[Sealed] = []
         # The newest batch per partition that was handed over, and how many records it has.
         self._newest: dict[TopicPartition, tuple[asyncio.Future[int], int]] = {}
         self._failed: BaseException | None = None
@@ -85,16 +87,15 @@ class AtLeastOnce(Commits):
                 self._unsent.extend(task.outputs.seal())
                 await self._send_unsent()
 
-    async def _send_sealed(self, task: TaskView) -> Sealed | None:
-        """Send everything that a task has; what it stands for, None where the task is lost."""
+    async def _send_sealed(self, task: TaskView) -> None:
+        """Take and send everything that a task has."""
         async with self._sending:
             await self._heard_from_group()
-            if task.lost:
-                return None
-            sealed = task.seal()
-            self._unsent.extend(sealed.batches)
-            await self._send_unsent()
-        return sealed
+            if not task.lost:
+                if sealed := task.seal():
+                    self._taken.append(sealed)
+                    self._unsent.extend(sealed.batches)
+                await self._send_unsent()
 
     async def _send_unsent(self) -> None:
         while self._unsent:  # also what a cancelled call has left
@@ -138,7 +139,8 @@ class AtLeastOnce(Commits):
             self.trying_since_s = self._clock.monotonic()
             tasks = list(tasks)
             await self._pin(tasks)
-            taken = [sealed for task in tasks if _is_pinned(task) and (sealed := await self._send_sealed(task))]
+            for task in filter(_is_pinned, tasks):
+                await self._send_sealed(task)
             if self._unacknowledged:
                 await asyncio.wait(self._unacknowledged)
             if self._failed is not None:
@@ -147,6 +149,7 @@ class AtLeastOnce(Commits):
                     if not isinstance(self._failed, ProductionError)
                     else FatalError(f"an output could not be written: {self._failed}")
                 ) from self._failed
+            taken = self._taken
             ends = self._ends_of_changelogs(taken)
             commit_id = new_commit_id()
             for each in taken:
@@ -156,12 +159,13 @@ class AtLeastOnce(Commits):
             for each in taken:
                 if each.task in committed:
                     each.committed(commit_id, ends)
+            self._taken, self._newest = [], {}
             self._committed.set()
             self.trying_since_s = None
 
     def _ends_of_changelogs(self, taken: Iterable[Sealed]) -> dict[TopicPartition, int]:
         """The offset after the last record of each changelog that was written; only a commit writes them."""
-        newest, self._newest = self._newest, {}
+        newest = self._newest
         changelogs = [tp for each in taken if each.task.tables is not None for tp in each.task.tables.changelogs()]
         return {tp: newest[tp][0].result() + newest[tp][1] for tp in changelogs if tp in newest}
 

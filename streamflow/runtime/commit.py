@@ -92,17 +92,19 @@ class Commits:
             if commit_id in (task.commit_id, task.commit_id_under_way) or task.lost:
                 task.checked_generation = generation
             else:
-                logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", task.name)
-                self._is_overtaken(task)
+                self._is_committed_elsewhere(task)
 
     async def was_overtaken(self, task: TaskView) -> bool:
         """Look up whether another worker has committed for a task since it was opened; then it is lost, and told."""
         marks = await self._until_answered(lambda: self._group().committed([task.anchor]))
         if CommitMark.of(marks[task.anchor]).id in (task.commit_id, task.commit_id_under_way):
             return False
+        self._is_committed_elsewhere(task)
+        return True
+
+    def _is_committed_elsewhere(self, task: TaskView) -> None:
         logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", task.name)
         self._is_overtaken(task)
-        return True
 
     def _is_overtaken(self, task: TaskView) -> None:
         task.lost = True

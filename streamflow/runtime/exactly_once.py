@@ -240,8 +240,7 @@ class ExactlyOnce(Commits):
         logger.info("commit: it was stored")
         for each in taken.sealed:
             if each not in stored:
-                logger.warning("task %s: another worker has committed for it meanwhile; it starts anew", each.task.name)
-                self._is_overtaken(each.task)
+                self._is_committed_elsewhere(each.task)
         taken.sealed = stored
         self._is_committed(taken, {tp: mark for each in stored for tp, mark in each.marks.items()}, ends, started_s)
         self._taken.popleft()

@@ -267,7 +267,7 @@ class TaskTables:
 
     def positions_after(self, ends: Mapping[TopicPartition, int]) -> dict[str, int]:
         """Where the changelogs stand once these offsets are committed; every table that has one is in it."""
-        return {name: ends.get(tp, self.positions.get(name, 0)) for tp, name in self._by_changelog.items()}
+        return {name: max(ends.get(tp, 0), self.positions.get(name, 0)) for tp, name in self._by_changelog.items()}
 
     def times(self) -> dict[str, int]:
         """Stream time of the tables whose values expire."""

@@ -116,6 +116,28 @@ async def test_a_crash_between_changelog_and_offsets_counts_no_update_twice(
         assert dict(counts.totals) == ({"a": 2, "c": 1} if is_first else {"a": 3, "b": 1, "c": 1})
 
 
+async def test_what_a_cancelled_commit_had_sent_belongs_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the offsets would pass updates that the mark, or the local store, knows nothing of."""
+    counts = Counts()
+    async with Machine(counts.app, processing_guarantee=AT_LEAST_ONCE) as machine:
+        running = await machine.start()
+        await send(machine, counts, "a", "b")
+        await machine.settle()
+        await send(machine, counts, "a")
+        await processed(running, 3)
+        with monkeypatch.context() as patch:
+            await refuse_offsets(machine, running, patch)
+            with anyio.move_on_after(0.2):
+                await machine.commit(running)
+        await send(machine, counts, "c")
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
+        await machine.stop(running)
+        await machine.start()
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
+
+
 async def test_a_crash_after_the_table_was_restored_and_before_it_was_committed_counts_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
