@@ -56,6 +56,10 @@ class Pairs(Table[tuple[K, M], bytes], Generic[K, M]):
     def home_bytes(self, key: tuple[K, Any]) -> bytes | None:
         return self._of_key.encode(key[0], ())
 
+    def home_bytes_of(self, data: bytes) -> bytes:
+        pair = self.key_codec.decode(data)
+        return b"" if pair is None else self.home_bytes(pair) or b""
+
 
 class Members(MutableSet[M]):
     """The members under one key of a set table; made by `tags[key]`.

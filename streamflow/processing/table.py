@@ -142,6 +142,10 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         """The key that decides the partition, as records of the source have it."""
         return self.key_codec.encode(key, ())
 
+    def home_bytes_of(self, data: bytes) -> bytes:
+        """The same, of a key as the changelog has it."""
+        return data
+
     def difference(self, other: Table[Any, Any]) -> str | None:
         """What differs from another declaration of the same name, in words; None when nothing does."""
         if type(self) is not type(other):

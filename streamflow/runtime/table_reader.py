@@ -115,7 +115,7 @@ class TableLog:
 
     def home_of(self, key: bytes) -> int:
         """The partition of a key as the changelog has it."""
-        return self.homes.of(self.sub, key)
+        return self.homes.of(self.sub, self.table.home_bytes_of(key))
 
     def marks(self, offsets: Mapping[TopicPartition, OffsetMark]) -> list[CommitMark]:
         """The commit mark of each partition's task.

@@ -199,3 +199,22 @@ async def test_a_worker_that_came_before_the_deletion_keeps_everything(log):
     assert await log.admin.groups() == []
     assert await start_at(log, APP, SETTINGS, "earliest") == {TopicPartition("moves", n): 0 for n in range(2)}
     assert sorted(await log.admin.group_offsets("bank")) == [TopicPartition("moves", n) for n in range(2)]
+
+
+async def test_pairs_of_a_set_table_lie_where_their_key_does(log):
+    app = sf.App("tagged")
+    things = app.topic("things", key_type=str, value_type=str, partitions=4)
+    tags = app.set_table("tags", key_type=str, member_type=str)
+
+    @app.agent(things, tables=[tags])
+    async def tag(stream: sf.Stream[str]) -> None:
+        async for event in stream.events():
+            tags[event.key].add(event.value)
+
+    keys = [f"thing {number}" for number in range(20)]
+    rows = {tags.pairs.key_codec.encode((key, "new")): b"" for key in keys}
+    await import_table(log, app, app.settings({}), "tags", rows)
+    found = await TableLog.find(app, "tags", log.admin)
+    folds = await found.fold(log, {number: CommitMark() for number in range(4)})
+    placed = {tags.pairs.key_codec.decode(key)[0]: fold.partition for fold in folds for key in fold.values}
+    assert placed == {key: partition_for(key.encode(), 4) for key in keys}
