@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,17 +130,22 @@ class TaskManager:
 
     async def handle(self, event: GroupEvent | Overtaken) -> None:
         """Act on one event of the group; events are handled one after the other."""
+        async with self._acting_alone():
+            if isinstance(event, Assigned):
+                await self._assigned(event)
+            elif isinstance(event, Revoked):
+                await self._revoked(event.partitions)
+            elif isinstance(event, Lost):
+                await self._lost(event)
+            else:
+                await self._open_anew(event.task)
+
+    @asynccontextmanager
+    async def _acting_alone(self) -> AsyncGenerator[None]:
         async with self._acting:
             self.changing = True
             try:
-                if isinstance(event, Assigned):
-                    await self._assigned(event)
-                elif isinstance(event, Revoked):
-                    await self._revoked(event.partitions)
-                elif isinstance(event, Lost):
-                    await self._lost(event)
-                else:
-                    await self._open_anew(event.task)
+                yield
             finally:
                 self.changing = False
 
@@ -148,7 +154,7 @@ class TaskManager:
 
         Closing sets the store aside. What the task had not committed is processed again.
         """
-        async with self._acting:
+        async with self._acting_alone():
             key = task.sub_topology.name, task.partition
             if self.tasks.get(key) is not task or task.tables is None:
                 return  # it has gone to another worker meanwhile
