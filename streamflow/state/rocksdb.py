@@ -2,7 +2,8 @@
 
 The seam to rocksdict, found out by trying (0.3.29): a write, a read and an iterator's step hold the interpreter's lock,
 flush and compaction release it; hence writes in slices. `ReadOptions.set_iterate_lower_bound` moves the upper bound,
-hence the check of a reverse scan's start in Python. `items` ends without a word where a file is damaged, hence
+hence the check of a reverse scan's start in Python. The options lend an iterator their bound and it does not keep them
+alive: without them it ends anywhere, hence `_Scan` has both. `items` ends without a word where a file is damaged, hence
 `iter` and its `status`. Every native object keeps the database open, and locked: hence
 `_Scan`, and no variable holds one in a frame that may raise, since whoever keeps the error keeps the frame.
 """
@@ -58,11 +59,12 @@ _decode_identity = msgspec.json.Decoder(Identity).decode
 class _Scan(Iterator[tuple[bytes, bytes]]):
     """An iterator that its store can end: a native one would keep the database open, and locked."""
 
-    __slots__ = ("__weakref__", "_native", "_path", "_reverse", "_start", "is_over")
+    __slots__ = ("__weakref__", "_native", "_options", "_path", "_reverse", "_start", "is_over")
 
-    def __init__(self, native: RdictIter, path: str, start: bytes | None, reverse: bool) -> None:
+    def __init__(self, native: RdictIter, options: ReadOptions, path: str, start: bytes | None, reverse: bool) -> None:
         self.is_over = False
         self._native: RdictIter | None = native
+        self._options = options  # the bound that the native iterator looks at is theirs
         self._path = path
         self._start = start
         self._reverse = reverse
@@ -342,7 +344,7 @@ class RocksStore(Store):
         with self._natives:
             self._check_open()
             try:
-                scan = _Scan(self._families[_PREFIX + table].iter(options), self.path, start, reverse)
+                scan = _Scan(self._families[_PREFIX + table].iter(options), options, self.path, start, reverse)
             except KeyError as exc:
                 raise faults.no_room(self.path, "it is being opened again") from exc
             except Exception as exc:

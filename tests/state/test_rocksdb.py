@@ -42,6 +42,26 @@ def filled(stores, path, entries=3000):
     return store
 
 
+# --- scans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("size", [6, 8, 16, 32])
+def test_a_scan_goes_to_its_bound_whatever_happens_in_memory_meanwhile(stores, path, reverse, size):
+    store = stores.open(path, identity())
+    keys = [b"\x80" + number.to_bytes(size - 1, "big") for number in range(100)]
+    batch = StoreBatch(Checkpoint())
+    for key in keys:
+        batch.put("x", key, b"value")
+    store.write(batch)
+    for _ in range(50):
+        scan = store.scan("x", bytes(bytearray(keys[5])), bytes(bytearray(keys[25])), reverse=reverse)
+        reused = [bytes([7] * size) for _ in range(2000)]  # takes the place of what was freed
+        wanted = keys[5:25]
+        assert [key for key, _ in scan] == (wanted[::-1] if reverse else wanted)
+        del reused
+
+
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
