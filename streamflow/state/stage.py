@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from streamflow.errors import ClosedError
 from streamflow.state.overlay import Overlay
 from streamflow.state.values import MISSING
 
@@ -160,15 +161,27 @@ class Stage:
         """Keys and values of a range in key order, as they are at the time of the call.
 
         Values that can be changed in place are compared like those of `get`, unless the turn has written or deleted
-        the key since the call.
+        the key since the call. An iteration over such values ends with its turn.
+
+        Raises:
+            ClosedError: It goes on in another turn.
         """
         self._write_copies()
-        writes = self._visible_writes()
-        return self._values_of(self.overlay.entries(start, stop, reverse=reverse, writes=writes, time_ms=self.time_ms))
+        visible, writes = self._visible_writes(), self.writes
+        entries = self.overlay.entries(start, stop, reverse=reverse, writes=visible, time_ms=self.time_ms)
+        return self._values_of(entries, writes)
 
-    def _values_of(self, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[Any, Any]]:
+    def _values_of(
+        self, entries: Iterator[tuple[bytes, bytes]], writes_of_turn: dict[Any, Any]
+    ) -> Iterator[tuple[Any, Any]]:
         decode_key, values = self.overlay.keys.decode, self.overlay.values
         for store_key, payload in entries:
+            if self.writes is not writes_of_turn and not values.are_objects:
+                # What it gives out would stand for the key in this turn, and undo what other turns have written since.
+                raise ClosedError(
+                    f"table {self.overlay.name!r}: an iteration that began in an earlier record's turn goes on in a "
+                    "later one; begin anew in each turn, or take a list"
+                )
             key = decode_key(store_key)
             held = values.from_payload(payload, key)
             self._saw(key, held)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from streamflow.errors import ProductionError
+from streamflow.errors import ClosedError, ProductionError
 from streamflow.state.shared_stage import SharedStage, Waiting
 from streamflow.state.stage import Stage
 from streamflow.state.values import MISSING
@@ -338,6 +338,25 @@ def test_a_value_kept_from_an_earlier_turn_is_a_copy_that_changes_nothing():
     assert parts.overlay.committed("k") is MISSING
     parts.seal()
     assert parts.fold() == {"k": [1]}
+
+
+def test_an_iteration_kept_from_an_earlier_turn_gives_out_no_old_values():
+    parts = Parts(str, list[int])
+    stage = parts.stage()
+    stage.set("a", [1])
+    stage.set("b", [1])
+    stage.join()
+    kept = stage.entries(None, None)
+    assert next(kept) == ("a", [1])
+    stage.join()
+    stage.get("b").append(2)
+    stage.join()
+    with pytest.raises(ClosedError, match="began in an earlier record's turn"):
+        next(kept)
+    stage.get("b").append(3)
+    stage.join()
+    parts.seal()
+    assert parts.fold() == {"a": [1], "b": [1, 2, 3]}
 
 
 def test_what_cannot_be_changed_is_never_copied():
