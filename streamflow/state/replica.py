@@ -116,10 +116,14 @@ class Replica:
         return self._decoded(self._store.scan(self.name, start, stop, reverse=reverse))
 
     def _decoded(self, pairs: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[Any, Any]]:
-        for store_key, data in pairs:
-            value = self._readable(unpack(data, table=self.name)[0], store_key)
-            if value is not MISSING:
-                yield self._decode_key(store_key), value
+        try:
+            for store_key, data in pairs:
+                value = self._readable(unpack(data, table=self.name)[0], store_key)
+                if value is not MISSING:
+                    yield self._decode_key(store_key), value
+        except StateCorruptedError as error:
+            self.damage = error
+            raise
 
     # --- writing: one at a time --------------------------------------------------------------------------------
 

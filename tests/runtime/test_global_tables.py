@@ -4,7 +4,7 @@ import asyncio
 import logging
 import struct
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import msgspec
@@ -305,6 +305,23 @@ async def test_a_copy_that_turns_out_damaged_is_set_aside(
         await machine.send(rates.source, 2.0, key="eur")
         with pytest.raises(StateCorruptedError, match="a block"):
             await machine.ended(running)
+        assert "cannot be used: state rates is damaged: a block. It was dropped from memory" in caplog.text
+
+
+async def test_damage_that_a_scan_meets_sets_the_copy_aside_at_the_stop(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any, **__: Any) -> Iterator[Any]:
+        raise StateCorruptedError("state rates is damaged: a block", reason="damaged")
+        yield
+
+    app, rates, _, _ = rates_app()
+    async with Machine(app) as machine:
+        running = await machine.start()
+        monkeypatch.setattr(rates.copies[0].replica._store, "scan", damaged)
+        with pytest.raises(StateCorruptedError, match="a block"):
+            list(rates)
+        await machine.stop(running)
         assert "cannot be used: state rates is damaged: a block. It was dropped from memory" in caplog.text
 
 
