@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,15 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
-from streamflow.errors import FatalError, NotHeld, RecordError, StateCorruptedError, StreamFlowError, TopologyError
+from streamflow.errors import (
+    ClosedError,
+    FatalError,
+    NotHeld,
+    RecordError,
+    StateCorruptedError,
+    StreamFlowError,
+    TopologyError,
+)
 from streamflow.log.api import OffsetMark
 from streamflow.log.batch import LogRecord
 from streamflow.model.record import TopicPartition
@@ -52,6 +61,9 @@ _MAX_DIRTY = 200_000
 logger = logging.getLogger("streamflow.tasks")
 
 PATIENCE_S = 5.0
+
+# The asyncio task that runs an on_recover hook. Tasks that it starts do not hold the restore up: they are none.
+_recovering: ContextVar[asyncio.Task[Any] | None] = ContextVar("recovering", default=None)
 
 
 class Surroundings:
@@ -387,6 +399,7 @@ class Task:
         return True
 
     async def _call_on_recover(self, table: str, on_recover: Callable[..., Any]) -> None:
+        token = _recovering.set(asyncio.current_task())
         try:
             await call_user(partial(on_recover, self.partition))
         except Exception as exc:
@@ -394,6 +407,8 @@ class Task:
                 f"on_recover of table {table!r}, called for partition {self.partition}, raised {type(exc).__name__}: "
                 f"{exc}"
             ) from exc
+        finally:
+            _recovering.reset(token)
 
     async def finish_records(self) -> None:
         """Hand out nothing more and wait until every agent is done with the record in its hands."""
@@ -447,6 +462,11 @@ class Task:
 
     async def change(self, table: str, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the task's own, between records; see `processing.holding.Holder`."""
+        if asyncio.current_task() is _recovering.get():
+            raise ClosedError(
+                f"table {table!r}: changed in on_recover, which this change would wait for: agents and changes begin "
+                "when it has returned. Do it in `@app.task`"
+            )
         if self.lost or self.state in ("finishing", "closing", "closed"):
             raise NotHeld(f"table {table!r}: partition {self.partition} is leaving this process")
         change = TableChange(table, work)

@@ -97,6 +97,28 @@ async def test_update_async_is_committed_when_it_returns():
         assert fold(test, table) == {}
 
 
+async def test_on_recover_may_not_wait_for_a_change():
+    async def change(_: int) -> None:
+        await table.update_async("a", lambda value: 1)
+
+    app, source, table = counting(partitions=1, on_recover=change)
+    async with asyncio.timeout(20):
+        with pytest.raises(sf.FatalError, match=r"changed in on_recover.*`@app\.task`"):
+            await process_one(app, source)
+
+
+async def test_a_task_that_on_recover_starts_may_change_tables():
+    begun: list[asyncio.Task[Any]] = []
+
+    async def begin(_: int) -> None:
+        begun.append(asyncio.create_task(table.update_async("a", lambda value: value + 40)))
+        await asyncio.sleep(0)
+
+    app, _, table = counting(partitions=1, on_recover=begin)
+    async with asyncio.timeout(20), TestApp(app):
+        assert await begun[0] == 40
+
+
 async def test_a_change_is_made_while_an_agent_waits_for_the_rest_of_a_unit():
     app = sf.App("t", partitions=1)
     source = app.topic("source", key_type=str, value_type=int)
