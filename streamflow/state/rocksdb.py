@@ -63,6 +63,9 @@ class _Scan(Iterator[tuple[bytes, bytes]]):
 
     def __init__(self, native: RdictIter, options: ReadOptions, path: str, start: bytes | None, reverse: bool) -> None:
         self.is_over = False
+        # RocksDB looks at the upper bound where the options have it: without them it would read freed memory, and end
+        # the scan anywhere.
+        self._options = options
         self._native: RdictIter | None = native
         self._options = options  # the bound that the native iterator looks at is theirs
         self._path = path

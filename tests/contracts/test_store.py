@@ -184,6 +184,16 @@ def test_a_scan_shows_the_moment_of_its_call(store, reverse):
     assert dict(store.scan("x")) == {b"b": b"new", b"bb": b"added"}
 
 
+def test_a_scan_keeps_its_bounds_whatever_memory_is_used_for_meanwhile(store):
+    keys = [b"key-%04d" % number for number in range(1000)]
+    store.write(batch(x=dict.fromkeys(keys, b"")))
+    for first in range(0, 400, 10):
+        found = store.scan("x", b"key-%04d" % first, b"key-%04d" % (first + 500))
+        used = [bytes([number % 256]) * (number % 64) for number in range(2000)]  # where a bound may have been
+        assert [key for key, _ in found] == keys[first : first + 500]
+        del used
+
+
 def test_readers_go_on_while_a_thread_writes(store):
     store.write(batch(x={b"%04d" % number: b"0" for number in range(2000)}))
     problems = []
