@@ -161,6 +161,11 @@ def import_file(
         with opened(None if file == STANDARD else file, called="FILE") as source:
             rows = _Rows(table, source.name)
             await rows.read(source)
+        if replace and not rows.values:
+            raise ConfigurationError(
+                f"{source.name} has no lines, and --replace would delete every key of table {table.name!r}: is it what "
+                "an interrupted export left? To empty the table, start the app over with `streamflow reset APP`"
+            )
         broker = session.settings.broker
         async with connect(broker, clock=SystemClock(), client_id=f"{session.app.id}-import") as log:
             with progress("importing") as report:

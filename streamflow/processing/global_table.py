@@ -218,7 +218,7 @@ class GlobalTable(Mapping[K, V], Generic[K, V]):
     def _refuse(self) -> NoReturn:
         raise TopologyError(
             f"global table {self.name!r} is what its source says, and is not written: send to the topic, "
-            f"`await {self.source.name}.send(key=..., value=...)`, or value=None to delete"
+            f"`await {self.name}.source.send(key=..., value=...)`, or value=None to delete"
         )
 
     def __setitem__(self, key: Never, value: Never) -> None:

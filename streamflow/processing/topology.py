@@ -434,6 +434,13 @@ def _check_steps(
 
 def _check_tables(tables: Mapping[str, Table[Any, Any]], used: Mapping[str, Collection[Table[Any, Any]]]) -> None:
     """A table's partitions are those of what its agents read, so a table without an agent has none."""
+    for agent, each in used.items():
+        for table in each:
+            if tables.get(table.name) is not table:
+                raise TopologyError(
+                    f"agent {agent!r} names table {table.name!r} of app {table.app.id!r} ({table.place}): declare one "
+                    "in its own app, or let it read what the other app writes to a topic"
+                )
     named = {table.name for each in used.values() for table in each}
     for table in tables.values():
         if table.name not in named:

@@ -67,7 +67,6 @@ class _Scan(Iterator[tuple[bytes, bytes]]):
         # the scan anywhere.
         self._options = options
         self._native: RdictIter | None = native
-        self._options = options  # the bound that the native iterator looks at is theirs
         self._path = path
         self._start = start
         self._reverse = reverse

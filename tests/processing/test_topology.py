@@ -235,3 +235,16 @@ def test_a_topic_with_the_name_of_an_internal_one_is_refused():
     app.topic("shop-orders-by-user-repartition")
     with pytest.raises(TopologyError, match="has the name of the internal topic of step 'orders-by-user'"):
         app.topology()
+
+
+def test_a_table_of_another_app_is_refused():
+    other, app = Declarations("other"), Declarations("shop")
+    theirs = other.table("totals", key_type=str, value_type=int)
+    orders = app.topic("orders", key_type=str, value_type=int)
+
+    @app.agent(orders)
+    async def total(amount: int) -> None:
+        theirs["all"] += amount
+
+    with pytest.raises(TopologyError, match="agent 'total' names table 'totals' of app 'other'"):
+        app.topology()

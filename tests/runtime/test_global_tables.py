@@ -97,7 +97,7 @@ async def test_writing_is_refused_with_the_way_to_do_it() -> None:
             rates.clear,
         ]
         for way in ways:
-            with pytest.raises(TopologyError, match=r"await rates.send\(key=..., value=...\)"):
+            with pytest.raises(TopologyError, match=r"await rates.source.send\(key=..., value=...\)"):
                 way()
         with pytest.raises(TopologyError, match="not written"):
             await rates.update_async("eur", lambda _: 1.0)

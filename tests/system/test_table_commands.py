@@ -99,6 +99,11 @@ async def test_an_import_into_an_app_that_has_run_is_seen_by_its_local_stores(
     await system.create("numbers")
     await system.write("numbers", first)
     await worked_off(system, first)
+    (tmp_path / "empty.jsonl").touch()
+    refused = await said(
+        system, "table", "import", "app.py", "totals", str(tmp_path / "empty.jsonl"), "--replace", code=2
+    )
+    assert "would delete every key of table 'totals'" in refused
     (tmp_path / "new.jsonl").write_text('{"key":"k1","value":7}\n{"key":"new","value":9}\n')
     told = json.loads(
         await said(system, "table", "import", "app.py", "totals", str(tmp_path / "new.jsonl"), "--replace", "--json")
