@@ -12,6 +12,7 @@ import difflib
 import types
 import typing
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
@@ -154,6 +155,39 @@ def _is_immutable(known: info.Type, seen: set[Any]) -> bool:
         seen.add(known.cls)
         return _is_frozen(known.cls) and all(_is_immutable(field.type, seen) for field in known.fields)
     return isinstance(known, _IMMUTABLE)
+
+
+_SEVERAL_WRITINGS: dict[type[info.Type], str] = {
+    info.FloatType: "a float",
+    info.DecimalType: "a Decimal",
+    info.DateTimeType: "a datetime",
+    info.TimeType: "a time",
+    info.AnyType: "values of any type",
+}
+_NUMBERS = (info.IntType, info.BoolType)
+
+
+def equal_in_several_writings(form: Any) -> str:
+    """What a type has in it of which equal values are not always written the same; empty when nothing."""
+    return _several_writings(info.type_info(form), set())
+
+
+def _several_writings(known: info.Type, seen: set[Any]) -> str:
+    known = _without_metadata(known)
+    found = _SEVERAL_WRITINGS.get(type(known), "")
+    if isinstance(known, info.UnionType):
+        numbers = [part for part in map(_without_metadata, known.types) if isinstance(part, _NUMBERS)]
+        return "bool beside int" if len(numbers) > 1 else _first_of(known.types, seen)
+    if isinstance(known, info.StructType | info.DataclassType | info.NamedTupleType | info.TypedDictType):
+        if known.cls in seen:
+            return ""
+        seen.add(known.cls)
+        return _first_of([field.type for field in known.fields], seen)
+    return found or _first_of([part for _, part in _parts(known, "$")], seen)
+
+
+def _first_of(parts: Iterable[info.Type], seen: set[Any]) -> str:
+    return next((found for part in parts if (found := _several_writings(part, seen))), "")
 
 
 def _is_frozen(cls: Any) -> bool:

@@ -81,6 +81,23 @@ _encode = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder(CommitMark).decode
 
 
+def check_mark(tables: Iterable[str], expiring: Iterable[str]) -> None:
+    """Make sure that the mark of a task with these tables always fits, however far its changelogs come.
+
+    Args:
+        tables: Names of its tables.
+        expiring: Names of those whose values expire.
+
+    Raises:
+        TopologyError: It may not.
+    """
+    names = list(tables)
+    far, late, topic_id = 10**15, 10**14, "0" * 8
+    CommitMark(
+        new_commit_id(), dict.fromkeys(names, far), dict.fromkeys(expiring, late), dict.fromkeys(names, topic_id)
+    ).metadata()
+
+
 def new_commit_id() -> str:
     """An id that no other commit has."""
     return uuid4().hex

@@ -14,6 +14,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.changelogs import stale_after_ms
+from streamflow.runtime.commit_mark import check_mark
 from streamflow.runtime.restore import Restorer
 from streamflow.runtime.task import LocalState
 from streamflow.state.format import FORMAT
@@ -82,6 +83,7 @@ class LocalStates:
 
     def _open(self, sub: SubTopology, partition: int, tables: Sequence[Table[Any, Any]]) -> Store:
         task = f"{sub.name}-{partition}"
+        check_mark(sub.tables, [table.name for table in tables if table.ttl_s is not None])
         path = task
         if self._slot is not None:
             self._slot.adopt(task, self._stores)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from streamflow.errors import ProductionError, RecordError, StateCorruptedError
-from streamflow.model.schema import type_name
+from streamflow.errors import ProductionError, RecordError, SchemaError, StateCorruptedError
+from streamflow.model.schema import equal_in_several_writings, type_name
 from streamflow.model.serde import BoundCodec, excerpt
 from streamflow.state.key_parts import IntPart, KeyPart, TuplePart, VarTuplePart, key_part
 
@@ -235,9 +235,18 @@ def key_order(codec: BoundCodec[Any], *, table: str) -> KeyOrder:
     Args:
         codec: The table's keys, bound to its changelog.
         table: The table's name, for messages.
+
+    Raises:
+        SchemaError: Equal keys of that type can have different bytes.
     """
     part = key_part(codec.type)
     if part is None:
+        if codec.serializer in ("json", "msgpack") and (kind := equal_in_several_writings(codec.type)):
+            raise SchemaError(
+                f"table {table!r}: keys of type {type_name(codec.type)} have {kind} in them, of which equal values can "
+                "be written differently (1 and 1.0), so one key would be two. Use str, int, float, datetime or a "
+                "tuple of them as the key, or write that part as text"
+            )
         return SerializedOrder(codec, table)
     if part.name == "str":
         return StrOrder(codec, table)

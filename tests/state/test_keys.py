@@ -4,14 +4,15 @@ import datetime
 import enum
 import math
 import uuid
-from typing import NamedTuple
+from decimal import Decimal
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamflow.errors import ProductionError, StateCorruptedError
+from streamflow.errors import ProductionError, SchemaError, StateCorruptedError
 from streamflow.model.serde import bind_codec
 from streamflow.state.keys import BytesOrder, SerializedOrder, StrOrder, after_prefix, key_order
 
@@ -278,3 +279,14 @@ def test_after_the_last_prefix_comes_nothing():
     assert after_prefix(b"\xff\xff") is None
     assert after_prefix(b"") is None
     assert after_prefix(b"a\xff") == b"b"
+
+
+class Priced(msgspec.Struct, frozen=True):
+    price: float
+
+
+@pytest.mark.parametrize("form", [Decimal, Priced, int | float, int | bool, tuple[Decimal, str], dict[str, float], Any])
+def test_keys_that_are_equal_and_written_differently_are_refused(form: Any) -> None:
+    codec = bind_codec(form, None, topic="t", part="key")
+    with pytest.raises(SchemaError, match="one key would be two"):
+        key_order(codec, table="prices")
