@@ -57,6 +57,8 @@ log4j.logger.kafka.server.KafkaRaftServer=INFO
 DEFAULTS = {
     "num.partitions": "4",
     "offsets.topic.num.partitions": "4",
+    # Tests write records of any time; a broker that lives for minutes would delete the old ones.
+    "log.retention.ms": "-1",
     "offsets.topic.replication.factor": "1",
     "offsets.topic.segment.bytes": "1048576",
     "transaction.state.log.num.partitions": "4",

@@ -11,12 +11,14 @@ from streamflow.runtime.ledger import Ledger
 from streamflow.state.overlay import Overlay
 
 
-async def _send_again(self: ExactlyOnce, error: Exception) -> None:
+async def _send_again(self: ExactlyOnce) -> None:
     await self._until_answered(self._replace_producer)
+    self._is_outcome_unknown = False
 
 
-async def _forget(self: ExactlyOnce, error: Exception) -> None:
+async def _forget(self: ExactlyOnce) -> None:
     await self._until_answered(self._replace_producer)
+    self._is_outcome_unknown = False
     self._taken.popleft()
 
 
