@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
-from typing import Any, Generic, Never, NoReturn, Protocol, TypeVar, cast, overload
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, Never, NoReturn, Protocol, TypeVar, cast
 
 from streamflow.errors import ConfigurationError, NotHeld, TopologyError
-from streamflow.model.schema import type_name
+from streamflow.processing.ordered_mapping import OrderedMapping
 from streamflow.processing.places import place_of_call
 from streamflow.processing.topic import Topic, check_name
-from streamflow.state.keys import KeyOrder, key_order
+from streamflow.state.keys import key_order
 from streamflow.state.values import MISSING, Values
 
 K = TypeVar("K")
 V = TypeVar("V")
-T = TypeVar("T")
 
 
 class Copy(Protocol):
@@ -42,7 +41,7 @@ class Copy(Protocol):
         """Wait until it has everything that is in the source now."""
 
 
-class GlobalTable(Mapping[K, V], Generic[K, V]):
+class GlobalTable(OrderedMapping[K, V], Generic[K, V]):
     """A global table; made by `app.global_table(...)`.
 
     Every worker holds all of it and follows its source topic, outside of commits: a read sees what has arrived here,
@@ -63,6 +62,8 @@ class GlobalTable(Mapping[K, V], Generic[K, V]):
         place: Where it was declared, `file:line`.
     """
 
+    kind: ClassVar[str] = "global table"
+
     def __init__(
         self,
         app: Any,
@@ -73,26 +74,17 @@ class GlobalTable(Mapping[K, V], Generic[K, V]):
         help: str = "",
     ) -> None:
         self.app = app
-        self.name = check_name(name, "global table")
+        self.name = check_name(name, self.kind)
         self.place = place_of_call()
         self.source = source
         self.key_type = source.key_type
         self.value_type = source.value_type
         self.on_recover = on_recover
         self.help = help
-        self.keys_in_order: KeyOrder = key_order(source.key_codec, table=name)
+        self.keys_in_order = key_order(source.key_codec, table=name)
         self.held_values = Values(name, source.value_codec)
         # Where it is held in this process, the newest first; the runtime's.
         self.copies: list[Copy] = []
-
-    def __repr__(self) -> str:
-        return f"<global table {self.name!r}: {type_name(self.key_type)} to {type_name(self.value_type)}>"
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     def difference(self, other: GlobalTable[Any, Any]) -> str | None:
         """What differs from another declaration of the same name, in words; None when nothing does."""
@@ -152,65 +144,12 @@ class GlobalTable(Mapping[K, V], Generic[K, V]):
             raise KeyError(key)
         return cast("V", value)
 
-    @overload
-    def get(self, key: K, /) -> V | None: ...
-    @overload
-    def get(self, key: K, default: V, /) -> V: ...
-    @overload
-    def get(self, key: K, default: T, /) -> V | T: ...
-    def get(self, key: K, default: Any = None, /) -> Any:
-        """The value of a key.
+    def found(self, key: K) -> V | Any:
+        """The value there is of a key, `MISSING` where there is none."""
+        return self._copy().get(key)
 
-        Args:
-            key: The key.
-            default: What to return where there is none.
-        """
-        value = self._copy().get(key)
-        return default if value is MISSING else value
-
-    def __contains__(self, key: object) -> bool:
-        return self._copy().get(key) is not MISSING
-
-    def __iter__(self) -> Iterator[K]:
-        return (key for key, _ in self.scan())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.scan())
-
-    def __bool__(self) -> bool:
-        return next(self.scan(), None) is not None
-
-    def keys(self) -> KeysView[K]:
-        """Keys, in order."""
-        return KeysView(self)
-
-    def items(self) -> ItemsView[K, V]:
-        """Keys and values, in key order."""
-        return _Items(self)
-
-    def values(self) -> ValuesView[V]:
-        """Values, in key order."""
-        return _Values(self)
-
-    def scan(
-        self, start: K | None = None, stop: K | None = None, *, prefix: Any = None, reverse: bool = False
-    ) -> Iterator[tuple[K, V]]:
-        """Iterate over a range in key order.
-
-        Args:
-            start: First key, inclusive; None for the beginning.
-            stop: End, exclusive; None for the end.
-            prefix: Only keys that begin with it: part of a str or bytes key, the first elements of a tuple. Not
-                together with `start` and `stop`.
-            reverse: From the end to the start.
-
-        Returns:
-            Keys and values as they are at the time of the call.
-        """
-        order = self.keys_in_order
-        if prefix is not None and (start is not None or stop is not None):
-            raise ConfigurationError(f"global table {self.name!r}: scan() takes prefix=, or start and stop, not both")
-        low, high = order.range(start, stop) if prefix is None else order.prefix(prefix)
+    def between(self, low: bytes | None, high: bytes | None, *, reverse: bool) -> Iterator[tuple[K, V]]:
+        """Keys and values of a range of stored keys, as they are at the time of the call."""
         return self._copy().entries(low, high, reverse=reverse)
 
     # --- writing is for its source -----------------------------------------------------------------------------
@@ -246,17 +185,3 @@ class GlobalTable(Mapping[K, V], Generic[K, V]):
     async def update_async(self, *_: Never) -> NoReturn:
         """Not for global tables."""
         self._refuse()
-
-
-class _Items(ItemsView[K, V]):
-    _mapping: GlobalTable[K, V]
-
-    def __iter__(self) -> Iterator[tuple[K, V]]:
-        return self._mapping.scan()
-
-
-class _Values(ValuesView[V]):
-    _mapping: GlobalTable[Any, V]
-
-    def __iter__(self) -> Iterator[V]:
-        return (value for _, value in self._mapping.scan())

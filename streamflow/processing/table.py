@@ -7,17 +7,17 @@ elsewhere it reads what is committed, of the partitions that this process holds.
 from __future__ import annotations
 
 from asyncio import current_task
-from collections.abc import Callable, ItemsView, Iterator, KeysView, MutableMapping, ValuesView
-from typing import Any, Generic, Protocol, TypeVar, cast, overload
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, overload
 
 from streamflow.errors import ClosedError, ConfigurationError, NotHeld, ProductionError, TopologyError
-from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.context import current_turn
 from streamflow.processing.holding import Holder, holders_of
+from streamflow.processing.ordered_mapping import OrderedMapping
 from streamflow.processing.places import place_of_call
 from streamflow.processing.topic import Topic, check_name
-from streamflow.state.keys import KeyOrder, key_order
+from streamflow.state.keys import key_order
 from streamflow.state.overlay import Overlay
 from streamflow.state.stage import Stage
 from streamflow.state.values import MISSING, Values
@@ -37,7 +37,7 @@ class TableOwner(Protocol):
     derived: dict[str, Any]
 
 
-class Table(MutableMapping[K, V], Generic[K, V]):
+class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     """A table; made by `app.table(...)`.
 
     In a record's turn it is the part of the table that belongs to the record's partition, with what the turn has
@@ -60,6 +60,8 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         changelog: The topic it is restored from: an internal one, or the source.
         place: Where it was declared, `file:line`.
     """
+
+    kind: ClassVar[str] = "table"
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         self.ttl_s = self._checked_ttl(ttl_s)
         self.on_recover = on_recover
         self.help = help
-        self.keys_in_order: KeyOrder = key_order(self.changelog.key_codec, table=name)
+        self.keys_in_order = key_order(self.changelog.key_codec, table=name)
         self.held_values = Values(name, self.changelog.value_codec)
 
     def _checked_default(self, default: Any) -> Any:
@@ -123,15 +125,6 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             f"table {self.name!r} ({self.place}): ttl_s={ttl_s!r}: seconds that a value lives, a number from 0.001 to "
             f"{_LONGEST_TTL_S:,}; left out, values live for ever"
         )
-
-    def __repr__(self) -> str:
-        return f"<table {self.name!r}: {type_name(self.key_type)} to {type_name(self.value_type)}>"
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
     @property
     def key_codec(self) -> BoundCodec[K]:
@@ -254,76 +247,21 @@ class Table(MutableMapping[K, V], Generic[K, V]):
         held = overlay.committed(key)
         return held if held is MISSING else overlay.values.value(held, key)
 
-    @overload
-    def get(self, key: K, /) -> V | None: ...
-    @overload
-    def get(self, key: K, default: V, /) -> V: ...
-    @overload
-    def get(self, key: K, default: T, /) -> V | T: ...
-    def get(self, key: K, default: Any = None, /) -> Any:
-        """The value of a key.
-
-        Args:
-            key: The key.
-            default: What to return where there is none; the table's own default is not used.
-        """
+    def found(self, key: K) -> V | Any:
+        """The value there is of a key, `MISSING` where there is none."""
         stage = self.stage_in_turn()
-        value = self._committed(key) if stage is None else stage.get(key)
-        return default if value is MISSING else value
+        return self._committed(key) if stage is None else stage.get(key)
 
     def __contains__(self, key: object) -> bool:
         stage = self.stage_in_turn()
         return self._committed(cast("K", key)) is not MISSING if stage is None else stage.contains(key)
 
-    def __iter__(self) -> Iterator[K]:
-        return (key for key, _ in self.scan())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.scan())
-
-    def __bool__(self) -> bool:
-        return next(iter(self), _UNSET) is not _UNSET
-
-    def keys(self) -> KeysView[K]:
-        """Keys, in order."""
-        return KeysView(self)
-
-    def items(self) -> ItemsView[K, V]:
-        """Keys and values, in key order."""
-        return _Items(self)
-
-    def values(self) -> ValuesView[V]:
-        """Values, in key order."""
-        return _Values(self)
-
-    def scan(
-        self, start: K | None = None, stop: K | None = None, *, prefix: Any = None, reverse: bool = False
-    ) -> Iterator[tuple[K, V]]:
-        """Iterate over a range in key order.
-
-        Args:
-            start: First key, inclusive; None for the beginning.
-            stop: End, exclusive; None for the end.
-            prefix: Only keys that begin with it: part of a str or bytes key, the first elements of a tuple. Not
-                together with `start` and `stop`.
-            reverse: From the end to the start.
-
-        Returns:
-            Keys and values as they are at the time of the call; elsewhere than in a turn partition after partition.
-        """
-        low, high = self._bounds(start, stop, prefix)
+    def between(self, low: bytes | None, high: bytes | None, *, reverse: bool) -> Iterator[tuple[K, V]]:
+        """Keys and values of a range of stored keys; elsewhere than in a turn partition after partition."""
         stage = self.stage_in_turn()
         if stage is not None:
             return stage.entries(low, high, reverse=reverse)
         return self._committed_entries(low, high, reverse=reverse)
-
-    def _bounds(self, start: K | None, stop: K | None, prefix: Any) -> tuple[bytes | None, bytes | None]:
-        order = self.keys_in_order
-        if prefix is not None:
-            if start is not None or stop is not None:
-                raise ConfigurationError(f"table {self.name!r}: scan() takes prefix=, or start and stop, not both")
-            return order.prefix(prefix)
-        return order.range(start, stop)
 
     def _committed_entries(self, low: bytes | None, high: bytes | None, *, reverse: bool) -> Iterator[tuple[K, V]]:
         held = {number: one for holder in holders_of(self.app) for number, one in holder.overlays(self.name).items()}
@@ -451,23 +389,3 @@ class Table(MutableMapping[K, V], Generic[K, V]):
             return new
 
         return await self.change_of(key, work)
-
-
-class _Items(ItemsView[K, V]):
-    _mapping: Table[K, V]
-
-    def __contains__(self, item: object) -> bool:
-        if not isinstance(item, tuple) or len(item) != 2:
-            return False
-        value = self._mapping.get(item[0], _UNSET)  # never the table's default
-        return value is not _UNSET and bool(value == item[1])
-
-    def __iter__(self) -> Iterator[tuple[K, V]]:
-        return self._mapping.scan()
-
-
-class _Values(ValuesView[V]):
-    _mapping: Table[Any, V]
-
-    def __iter__(self) -> Iterator[V]:
-        return (value for _, value in self._mapping.scan())
