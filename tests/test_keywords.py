@@ -16,6 +16,9 @@ MISTYPED = {
     "timer": (lambda: app.timer(1, onleader=True), "@app.timer(...) has no argument 'onleader'", "on_leader"),
     "crontab": (lambda: app.crontab("* * * * *", timezon="UTC"), "@app.crontab(...) has no", "timezone"),
     "task": (lambda: app.task(on_leeder=True), "@app.task(...) has no argument 'on_leeder'", "on_leader"),
+    "table": (lambda: app.table("t", defualt=int), "app.table(...) has no argument 'defualt'", "default"),
+    "set_table": (lambda: app.set_table("t", membertype=int), "app.set_table(...) has no argument", "member_type"),
+    "global_table": (lambda: app.global_table("t", sources=1), "app.global_table(...) has no argument", "source"),
     "Retry": (lambda: sf.Retry(time=3), "sf.Retry(...) has no argument 'time'", "times"),  # type: ignore[call-arg]
     "DeadLetter": (lambda: sf.DeadLetter(topics=1), "sf.DeadLetter(...) has no", "topic"),  # type: ignore[call-arg]
     "Kafka": (lambda: sf.Kafka(server="b:9092"), "sf.Kafka(...) has no", "servers"),  # type: ignore[call-arg]
@@ -49,6 +52,10 @@ def test_what_is_declared_rightly_is_as_it_was() -> None:
     assert replace(retry, times=4) == sf.Retry(times=4, backoff_s=0.5)
     assert pickle.loads(pickle.dumps(retry)) == retry
     assert list(inspect.signature(sf.App.timer).parameters) == ["self", "interval_s", "on_leader", "name"]
+    table = inspect.signature(sf.App.table).parameters
+    assert list(table)[:2] == ["self", "name"]
+    assert {"key_type", "default", "source", "help"} < table.keys()
+    assert not {"app", "options"} & table.keys()
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'times'"):
         sf.Retry()  # type: ignore[call-arg]
     topic = app.topic("placed")

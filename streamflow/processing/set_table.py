@@ -25,22 +25,27 @@ class Pairs(Table[tuple[K, M], bytes], Generic[K, M]):
     """What a set table is stored as: a table of (key, member), with nothing as values.
 
     A pair lies in the partition of its key.
+
+    Args:
+        app: See `Table`.
+        name: See `Table`.
+        key_type: Type of the keys.
+        member_type: Type of the members.
+        key_serializer: How the source has the key.
+        options: Of `Table`.
     """
 
     def __init__(
         self,
         app: TableOwner,
         name: str,
-        *,
         key_type: Any,
         member_type: Any,
         key_serializer: str | Serializer | None,
-        ttl_s: float | None,
-        on_recover: Callable[..., Any] | None,
-        help: str,
+        **options: Any,
     ) -> None:
         pair: Any = tuple[key_type, member_type]
-        super().__init__(app, name, key_type=pair, value_type=bytes, ttl_s=ttl_s, on_recover=on_recover, help=help)
+        super().__init__(app, name, key_type=pair, value_type=bytes, **options)
         alone: Topic[K, Any] = Topic(
             app, self.changelog.name, key_type=key_type, value_type=bytes, key_serializer=key_serializer, internal=True
         )

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
+D = TypeVar("D", Table[Any, Any], GlobalTable[Any, Any])
+
+_OF_THE_TOPIC = ("key_type", "value_type", "key_serializer", "value_serializer")
 
 
 class TableDeclarations:
@@ -74,21 +77,8 @@ class TableDeclarations:
         on_recover: Callable[..., Any] | None = None,
         help: str = "",
     ) -> Table[K, V]: ...
-    @known_keywords("app.table(...)")
-    def table(
-        self,
-        name: str,
-        *,
-        key_type: Any = None,
-        value_type: Any = None,
-        key_serializer: str | Serializer | None = None,
-        value_serializer: str | Serializer | None = None,
-        default: Callable[[], Any] | None = None,
-        ttl_s: float | None = None,
-        source: Topic[Any, Any] | None = None,
-        on_recover: Callable[..., Any] | None = None,
-        help: str = "",
-    ) -> Table[Any, Any]:
+    @known_keywords("app.table(...)", Table)
+    def table(self, name: str, **options: Any) -> Table[Any, Any]:  # noqa: D417 (they are described one by one)
         """Declare a table: a mapping that agents share and that survives crashes.
 
         Each partition of the sources of the agents that use it has a part of its own, in a local store and in a
@@ -120,33 +110,19 @@ class TableDeclarations:
             SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
             TopologyError: The name was declared before with something else.
         """
+        source = options.get("source")
         if source is not None:
             where = f"table {name!r} ({place_of_call()})"
-            self._check_source(where, source, (key_type, value_type, key_serializer, value_serializer))
-            if ttl_s is not None:
+            self._check_source(where, source, options)
+            if options.get("ttl_s") is not None:
                 raise ConfigurationError(
                     f"{where}: ttl_s= is for tables that agents write; this one has what its source has. Leave it out"
                 )
-        declared: Table[Any, Any] = Table(
-            self,
-            name,
-            key_type=key_type,
-            value_type=value_type,
-            key_serializer=key_serializer,
-            value_serializer=value_serializer,
-            default=default,
-            ttl_s=ttl_s,
-            source=source,
-            on_recover=on_recover,
-            help=help,
-        )
+        declared: Table[Any, Any] = Table(self, name, **options)
         self._check_table_name(name, self.global_tables)
-        known = self.tables.setdefault(name, declared)
-        difference = known.difference(declared) if known is not declared else None
-        if difference is not None:
-            raise TopologyError(f"table {name!r} is declared twice, with {difference}")
-        return known
+        return _first_of(self.tables, declared)
 
+    @known_keywords("app.set_table(...)")
     def set_table(
         self,
         name: str,
@@ -180,22 +156,11 @@ class TableDeclarations:
             SchemaError: A type cannot be serialized, or has no order.
             TopologyError: The name was declared before with something else.
         """
-        pairs: Pairs[K, V] = Pairs(
-            self,
-            name,
-            key_type=key_type,
-            member_type=member_type,
-            key_serializer=key_serializer,
-            ttl_s=ttl_s,
-            on_recover=on_recover,
-            help=help,
-        )
+        keeping = {"ttl_s": ttl_s, "on_recover": on_recover, "help": help}
+        pairs: Pairs[K, V] = Pairs(self, name, key_type, member_type, key_serializer, **keeping)
         self._check_table_name(name, self.global_tables)
-        known = self.tables.setdefault(name, pairs)
-        if known is pairs:
+        if _first_of(self.tables, pairs) is pairs:
             self.set_tables[name] = SetTable(pairs, key_type)
-        elif difference := known.difference(pairs):
-            raise TopologyError(f"table {name!r} is declared twice, with {difference}")
         return self.set_tables[name]
 
     @overload
@@ -250,22 +215,17 @@ class TableDeclarations:
             SchemaError: A type cannot be serialized, or keys of that type cannot be put in order.
             TopologyError: The name, or the source, was declared before with something else.
         """
-        given = (key_type, value_type, key_serializer, value_serializer)
+        typed: dict[str, Any] = {
+            "key_type": key_type,
+            "value_type": value_type,
+            "key_serializer": key_serializer,
+            "value_serializer": value_serializer,
+        }
         self._check_table_name(check_name(name, "global table"), self.tables)
         if source is None:
-            source = self.declared_topic(
-                Topic(
-                    self,
-                    name,
-                    key_type=key_type,
-                    value_type=value_type,
-                    key_serializer=key_serializer,
-                    value_serializer=value_serializer,
-                    compacting=True,
-                )
-            )
+            source = self.declared_topic(Topic(self, name, **typed, compacting=True))
         else:
-            self._check_source(f"global table {name!r} ({place_of_call()})", source, given)
+            self._check_source(f"global table {name!r} ({place_of_call()})", source, typed)
         declared = GlobalTable(self, name, source, on_recover=on_recover, help=help)
         for other in self.global_tables.values():
             if other.source is source and other.name != name:
@@ -273,13 +233,9 @@ class TableDeclarations:
                     f"global tables {other.name!r} ({other.place}) and {name!r} ({declared.place}) have the same "
                     f"source {source.name!r}, so they would hold the same: use one of them"
                 )
-        known = self.global_tables.setdefault(name, declared)
-        difference = known.difference(declared) if known is not declared else None
-        if difference is not None:
-            raise TopologyError(f"global table {name!r} is declared twice, with {difference}")
-        return known
+        return _first_of(self.global_tables, declared)
 
-    def _check_source(self, where: str, source: Any, given: tuple[Any, ...]) -> None:
+    def _check_source(self, where: str, source: Any, given: Mapping[str, Any]) -> None:
         if not isinstance(source, Topic) or source.internal:
             raise ConfigurationError(
                 f"{where}: source={source!r}: give a topic, `app.topic('users', key_type=str, value_type=User, "
@@ -290,7 +246,7 @@ class TableDeclarations:
                 f"{where}: source= is topic {source.name!r} of app {source.app.id!r}; declare the topic in {self.id!r} "
                 "too, by the same name"
             )
-        if any(one is not None for one in given):
+        if any(given.get(each) is not None for each in _OF_THE_TOPIC):
             raise ConfigurationError(
                 f"{where}: types and serializers are those of its source {source.name!r}; leave them out"
             )
@@ -331,3 +287,12 @@ class TableDeclarations:
         Cancellation: slices that were begun may be committed.
         """
         return await visit(table, fn)
+
+
+def _first_of(known: dict[str, D], declared: D) -> D:
+    """The first declaration of a name, which another one must not differ from."""
+    first = known.setdefault(declared.name, declared)
+    difference = first.difference(declared) if first is not declared else None
+    if difference is not None:
+        raise TopologyError(f"{declared.kind} {declared.name!r} is declared twice, with {difference}")
+    return first
