@@ -102,16 +102,31 @@ class KeyOrder(ABC):
         )
 
 
-class StrOrder(KeyOrder):
+class OwnBytesOrder(KeyOrder):
+    """Keys that are written as nothing but their own bytes, so that the beginning of a key is that of what it becomes.
+
+    Attributes:
+        written_alike_by: The key serializer that gives the same.
+    """
+
+    equal_is_same = True
+    written_alike_by: str
+
+    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
+        super().__init__(codec, table)
+        self.same_as_serialized = codec.serializer == self.written_alike_by
+
+    def prefix(self, key_prefix: Any) -> ByteRange:
+        start = self.encode(key_prefix)
+        return start, after_prefix(start)
+
+
+class StrOrder(OwnBytesOrder):
     """UTF-8, in the order of code points."""
 
     name = "str"
     sure_type = str
-    equal_is_same = True
-
-    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
-        super().__init__(codec, table)
-        self.same_as_serialized = codec.serializer == "str"
+    written_alike_by = "str"
 
     def encode(self, key: Any) -> bytes:
         try:
@@ -125,21 +140,13 @@ class StrOrder(KeyOrder):
         except ValueError as exc:
             raise self._damaged(data, exc) from exc
 
-    def prefix(self, key_prefix: Any) -> ByteRange:
-        start = self.encode(key_prefix)
-        return start, after_prefix(start)
 
-
-class BytesOrder(KeyOrder):
+class BytesOrder(OwnBytesOrder):
     """The bytes themselves."""
 
     name = "bytes"
     sure_type = bytes
-    equal_is_same = True
-
-    def __init__(self, codec: BoundCodec[Any], table: str) -> None:
-        super().__init__(codec, table)
-        self.same_as_serialized = codec.serializer == "raw"
+    written_alike_by = "raw"
 
     def encode(self, key: Any) -> bytes:
         if not isinstance(key, bytes | bytearray | memoryview):
@@ -148,10 +155,6 @@ class BytesOrder(KeyOrder):
 
     def decode(self, data: bytes) -> Any:
         return data
-
-    def prefix(self, key_prefix: Any) -> ByteRange:
-        start = self.encode(key_prefix)
-        return start, after_prefix(start)
 
 
 class PartOrder(KeyOrder):
