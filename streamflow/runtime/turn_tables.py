@@ -23,7 +23,7 @@ class Touched(OutputPartition):
 
         def end(_: int, __: int, ___: bytes | None, ____: bytes | None, _____: Any) -> bool:
             stages = self.stages
-            if len(stages) == 1 and stages[0].is_plain:  # joining cannot fail
+            if len(stages) == 1:
                 stages[0].join()
                 stages.clear()
             else:
@@ -40,12 +40,10 @@ class Touched(OutputPartition):
             ProductionError: A value that was changed in place cannot be written; the unit is still open.
         """
         stages = self.stages
-        if len(stages) == 1:
-            effects = [stages[0].close()]
-        else:
+        if len(stages) > 1:
             for stage in stages:
                 stage.check()
-            effects = [stage.close() for stage in stages]
+        effects = [stage.close() for stage in stages]
         stages.clear()
         return [each for each in effects if each is not None]
 

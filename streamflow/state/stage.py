@@ -48,14 +48,11 @@ class Stage:
         touched: Told at the first read or write of a turn that has to be looked at when the turn is done.
 
     Attributes:
-        is_plain: Whether `join` may end a turn.
         writes: What the turn in hand has written, by key.
         time_ms: The turn's event time, where values expire; -1 while it is not known.
     """
 
     __slots__ = ("_copies", "_defaults", "_touched", "overlay", "time_ms", "writes")
-
-    is_plain = False
 
     def __init__(self, overlay: Overlay, touched: Callable[[Stage], None]) -> None:
         self.overlay = overlay
@@ -238,7 +235,11 @@ class Stage:
         return effects
 
     def join(self) -> None:
-        """The turn is done: its writes join the task's values at once."""
+        """The turn is done, and this was the only table that it touched: its writes join the task's values at once.
+
+        Raises:
+            ProductionError: As `close`; the turn is still open.
+        """
         effects = self.close()
         if effects is not None:
             effects.merge()
@@ -261,8 +262,6 @@ class PlainStage(Stage):
     """A stage for values that nobody can change in place and that do not expire: the hot path."""
 
     __slots__ = ()
-
-    is_plain = True
 
     def get(self, key: Any) -> Any:
         held = self.writes.get(key, _ABSENT) if self.writes else _ABSENT
