@@ -16,6 +16,7 @@ not committed; a layer moves down whole.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -90,6 +91,7 @@ class Overlay:
         self.committed_stream_time_ms = -1
         self.sure_key_type = keys.sure_type
         self._older: dict[Any, Any] = {}
+        self._renewing = threading.Lock()
         self._live_entries = max(1024, live_entries // 2)
         # Other threads read what follows while the event loop moves layers down: each step leaves every value visible
         # to who looks from the newest to the oldest.
@@ -132,9 +134,15 @@ class Overlay:
         if held is _ABSENT:
             store_key = self._encode_key(key)
             held = self._held(self._newest(store_key), key)
-        if len(live) >= self._live_entries and live is self.live:
-            self._older, self.live = live, {}
+        if len(live) >= self._live_entries:
+            self._renew_live(live)
         return live.setdefault(key, held)  # what was merged since the look stays
+
+    def _renew_live(self, live: dict[Any, Any]) -> None:
+        """Begin `live` anew. `_older` is always the one before: what was merged into it has to be found there first."""
+        with self._renewing:
+            if live is self.live:
+                self._older, self.live = live, {}
 
     def _newest(self, store_key: bytes) -> bytes | None:
         for layer in self._sealed:
@@ -280,11 +288,7 @@ class Overlay:
         """What is in memory of a range; the index spares a look at all the rest for each of many small scans."""
         memory = self.memory
         if not memory.is_in_use:
-            dirty = self.dirty  # values move from left to right meanwhile, where a turn runs in a thread
-            for layer in map(list, (*self._sealed, self._settled, self._being_stored)):
-                memory.add(layer, map(self.keys.decode, layer))
-            memory.add(map(self._encode_key, dirty), dirty)
-            memory.is_in_use = True
+            memory.fill(self._keys_in_memory)
         changes: Layer = {}
         for store_key, key in memory.between(start, stop):
             held = self.dirty.get(key, _ABSENT)
@@ -292,6 +296,14 @@ class Overlay:
         if writes:
             changes.update(self._as_layer(writes if self.ttl_ms is None else self._never_expiring(writes)))
         return changes
+
+    def _keys_in_memory(self) -> Iterator[tuple[Iterable[bytes], Iterable[Any]]]:
+        # From the newest layer to the oldest, each copied at once: where a turn runs in a thread, values move from left
+        # to right meanwhile, and new ones come.
+        dirty = list(self.dirty)
+        yield map(self._encode_key, dirty), dirty
+        for layer in map(list, (*self._sealed, self._settled, self._being_stored)):
+            yield layer, map(self.keys.decode, layer)
 
     def _payloads(self, pairs: Iterator[tuple[bytes, bytes]], now_ms: int) -> Iterator[tuple[bytes, bytes]]:
         try:
@@ -357,7 +369,7 @@ class Overlay:
         self._sealed = (layer, *self._sealed)
         self.dirty = {}  # last: a turn in a thread that finds nothing here looks into what was sealed
         if len(self.live) >= self._live_entries:
-            self._older, self.live = self.live, {}
+            self._renew_live(self.live)
         return True
 
     def _sealed_plain(self, dirty: Mapping[Any, Any], append: Append, now_ms: int) -> Layer:

@@ -9,6 +9,7 @@ Invariant: no update is lost. Of two turns that write one key, the one that cann
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from operator import itemgetter
@@ -19,25 +20,34 @@ from streamflow.state.overlay import Overlay
 from streamflow.state.stage import Effects, Stage
 
 _ABSENT: Any = object()
-_NUMBER: Callable[[tuple[int, Any, Effects]], int] = itemgetter(0)
+
+Version = tuple[int, Any, Effects]
+"""What waits of a key: number of the record, what is held, the turn's effects."""
+
+_NUMBER: Callable[[Version], int] = itemgetter(0)
 
 
 class Waiting:
     """The writes of one table by turns that are in progress, or done while an earlier record is not.
 
+    Turns in threads end, read and claim keys while the event loop merges others: each look at `done` or `writers` is
+    one step, and what is found there is never changed; `changing` is held by who replaces it.
+
     Args:
         overlay: The table.
 
     Attributes:
-        done: By key, in the order of the records: number of the record, what is held, the turn's effects.
+        done: By key, in the order of the records.
         writers: The turn in progress that has written a key.
+        changing: Held while `done` is changed.
     """
 
-    __slots__ = ("done", "overlay", "writers")
+    __slots__ = ("changing", "done", "overlay", "writers")
 
     def __init__(self, overlay: Overlay) -> None:
         self.overlay = overlay
-        self.done: dict[Any, list[tuple[int, Any, Effects]]] = {}
+        self.changing = threading.Lock()
+        self.done: dict[Any, tuple[Version, ...]] = {}
         self.writers: dict[Any, Stage] = {}
 
     @property
@@ -46,12 +56,12 @@ class Waiting:
         return not self.done and not self.writers
 
     def at(self, number: int) -> dict[Any, Any]:
-        """What waits for the turn of a record to see, by key; in a thread, too, while others are merged."""
+        """What waits for the turn of a record to see, by key."""
         found = ((key, at_number(versions, number, _ABSENT)) for key, versions in list(self.done.items()))
         return {key: held for key, held in found if held is not _ABSENT}
 
 
-def at_number(versions: list[tuple[int, Any, Effects]] | None, number: int, otherwise: Any) -> Any:
+def at_number(versions: tuple[Version, ...] | None, number: int, otherwise: Any) -> Any:
     """What is held of a key for the turn of a record.
 
     Args:
@@ -78,19 +88,23 @@ class SharedEffects(Effects):
     def __init__(self, waiting: Waiting, writes: dict[Any, Any], time_ms: int, number: int) -> None:
         super().__init__(waiting.overlay, writes, time_ms)
         self._waiting = waiting
-        for key, held in writes.items():
-            versions = waiting.done.setdefault(key, [])
-            versions.insert(bisect_right(versions, number, key=_NUMBER), (number, held, self))
+        done = waiting.done
+        with waiting.changing:
+            for key, held in writes.items():
+                versions = done.get(key, ())
+                at = bisect_right(versions, number, key=_NUMBER)
+                done[key] = (*versions[:at], (number, held, self), *versions[at:])
 
     def merge(self) -> None:
         super().merge()
         done = self._waiting.done
-        for key in self.writes:
-            left = [version for version in done[key] if version[2] is not self]
-            if left:
-                done[key] = left
-            else:
-                del done[key]
+        with self._waiting.changing:
+            for key in self.writes:
+                left = tuple(version for version in done[key] if version[2] is not self)
+                if left:
+                    done[key] = left
+                else:
+                    del done[key]
 
 
 class SharedStage(Stage):

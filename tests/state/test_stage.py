@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import sys
+import threading
+import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -11,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from streamflow.errors import ClosedError, ProductionError
+from streamflow.errors import ClosedError, ProcessingError, ProductionError
 from streamflow.state.shared_stage import SharedStage, Waiting
 from streamflow.state.stage import Stage
 from streamflow.state.values import MISSING
@@ -455,3 +459,96 @@ def test_a_look_into_the_store_by_a_thread_does_not_undo_what_is_merged_meanwhil
     overlay._store_get = slowly
     overlay.find("a")
     assert overlay.find("a") == 2
+
+
+def test_keys_that_are_merged_while_a_thread_begins_to_scan_are_found() -> None:
+    parts = Parts(str, int)
+    overlay = parts.overlay
+    overlay.merge(dict.fromkeys("abc", 1))
+    encode, other = overlay._encode_key, threading.Thread(target=overlay.merge, args=({"d": 1},))
+
+    def encode_while_others_merge(key: str) -> bytes:
+        if threading.current_thread() is not other and not other.ident:
+            other.start()
+            other.join(0.05)  # it may have to wait for this one
+        return encode(key)
+
+    overlay._encode_key = encode_while_others_merge
+    assert [parts.table.key_codec.decode(key) for key, _ in overlay.entries(None, None)][:3] == ["a", "b", "c"]
+    other.join(5)
+    assert [parts.table.key_codec.decode(key) for key, _ in overlay.entries(None, None)] == ["a", "b", "c", "d"]
+
+
+def test_an_index_of_keys_that_could_not_be_made_is_made_by_the_next_scan() -> None:
+    parts = Parts(str, int)
+    parts.overlay.merge({"a": 1})
+    encode = parts.overlay._encode_key
+    parts.overlay._encode_key = lambda _: (_ for _ in ()).throw(MemoryError())
+    with pytest.raises(MemoryError):
+        list(parts.overlay.entries(None, None))
+    parts.overlay._encode_key = encode
+    assert len(list(parts.overlay.entries(None, None))) == 1
+
+
+class Rivals:
+    """Turns of one table in threads, merged by the main thread in the order of their records."""
+
+    THREADS, TURNS, KEYS = 3, 8000, 1
+
+    def __init__(self) -> None:
+        self.parts = Parts(int, int)
+        self.waiting = Waiting(self.parts.overlay)
+        self.expected = [0] * self.KEYS
+        self.done: deque[tuple[int, Any]] = deque()
+        self.closing = threading.Lock()
+        self.errors: list[BaseException] = []
+
+    def work(self, number: int) -> None:
+        """Each turn adds one to a key, and looks at all of them; a rival's key fails it."""
+        try:
+            stage = SharedStage(self.waiting, lambda _: None, lambda: 0)
+            for turn in range(self.TURNS):
+                key = (turn + number) % self.KEYS
+                try:
+                    stage.set(key, stage.get(key) + 1)
+                    if not turn % 20:
+                        assert len(list(stage.entries(None, None))) == self.KEYS
+                except ProcessingError:
+                    stage.drop()
+                    continue
+                while len(self.done) > 50:
+                    time.sleep(0)
+                with self.closing:
+                    self.done.append((key, stage.close()))
+        except BaseException as error:
+            self.errors.append(error)
+
+    def run(self) -> None:
+        self.parts.overlay.merge(dict.fromkeys(range(self.KEYS), 0))
+        threads = [threading.Thread(target=self.work, args=(number,)) for number in range(self.THREADS)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) or self.done:
+            while self.done:
+                key, effects = self.done.popleft()
+                effects.merge()
+                self.expected[key] += 1
+            if self.parts.seal():
+                self.parts.overlay.settle()
+                self.parts.write_store()
+        for thread in threads:
+            thread.join()
+
+
+def test_turns_in_several_threads_lose_nothing() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        rivals = Rivals()
+        rivals.run()
+    finally:
+        sys.setswitchinterval(before)
+    assert rivals.errors == []
+    assert [rivals.parts.overlay.find(key) for key in range(rivals.KEYS)] == rivals.expected
+    assert sum(rivals.expected) > 100
+    assert rivals.waiting.is_empty
