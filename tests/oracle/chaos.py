@@ -6,21 +6,21 @@ import asyncio
 import contextlib
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from streamflow.error_groups import one_error
 from streamflow.model.record import TopicPartition
 from tests.kafka.broker import Broker
-from tests.oracle.app import BODY, OUTPUTS, made_number
+from tests.oracle.app import BODY, OUTPUTS
 from tests.oracle.checks import Oracle, Rewind, Verdict
-from tests.system.harness import STOPPED, System, Worker, batches, until
+from tests.oracle.load import Load
+from tests.system.harness import STOPPED, System, Worker, until
 
 SESSION_S = 2.0
 TRANSACTION_TIMEOUT_S = 3.0
 PAUSE_S = max(SESSION_S, TRANSACTION_TIMEOUT_S) + 1.5
-BATCH_S = 0.02
 
 
 @dataclass
@@ -47,10 +47,18 @@ class Chaos:
         guarantee: `processing_guarantee`.
         partitions: Of the source.
         broker: A broker of the run's own, to be killed.
+        spared: How many workers are never killed, so that there is one that grows old.
     """
 
     def __init__(
-        self, system: System, seed: int, guarantee: str, *, partitions: int = 4, broker: Broker | None = None
+        self,
+        system: System,
+        seed: int,
+        guarantee: str,
+        *,
+        partitions: int = 4,
+        broker: Broker | None = None,
+        spared: int = 0,
     ) -> None:
         print(f"seed {seed}")
         self.system = system
@@ -59,8 +67,9 @@ class Chaos:
         self.dice = random.Random(seed)
         self._load_dice = random.Random(seed + 1)
         self._broker = broker
+        self._spared = spared
+        self._load: Load | None = None
         self.workers: list[Worker] = []
-        self.sent = 0
         self.faults: list[Fault] = []
         self.did: Counter[str] = Counter()
 
@@ -91,31 +100,25 @@ class Chaos:
         assert after != before
         path.write_text(after)
 
-    @contextlib.asynccontextmanager
-    async def load(self, *, per_s: int) -> AsyncIterator[None]:
-        """Write records while the block runs."""
-        stop = asyncio.Event()
-        task = asyncio.create_task(self._write(per_s, stop))
-        try:
-            yield
-        finally:
-            stop.set()
-            async with asyncio.timeout(60):
-                await task
+    @property
+    def sent(self) -> int:
+        """How many records the input has."""
+        return 0 if self._load is None else self._load.sent
 
-    async def _write(self, per_s: int, stop: asyncio.Event) -> None:
+    @contextlib.asynccontextmanager
+    async def load(self, *, per_s: int, total: int | None = None) -> AsyncIterator[Load]:
+        """Write records while the block runs, or until there are as many as there are to be."""
         log = await self.system.log()
         topic = self.system.topic("numbers")
-        began_s = time.monotonic()
-        async with log.producer() as producer:
-            while not stop.is_set():
-                due = round((time.monotonic() - began_s) * per_s) - self.sent
-                rows = [made_number(self.sent + number, self._load_dice) for number in range(min(max(due, 0), per_s))]
-                for partition, sealed in batches(rows, self.partitions):
-                    await producer.enqueue(TopicPartition(topic, partition), sealed)
-                await producer.flush()
-                self.sent += len(rows)
-                await asyncio.sleep(BATCH_S)
+        load = self._load = Load(log, topic, self.partitions, self._load_dice, per_s=per_s, total=total)
+        stop = asyncio.Event()
+        with one_error():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(load.run(stop))
+                try:
+                    yield load
+                finally:
+                    stop.set()
 
     async def finish(self) -> Verdict:
         """Let everything be processed, and check it."""
@@ -150,7 +153,7 @@ class Chaos:
         self.faults[-1].made = await self._made()
 
     async def _kill(self) -> None:
-        number = self.dice.randrange(len(self.workers))
+        number = self.dice.randrange(self._spared, len(self.workers))
         self._check_run()
         self.workers[number].kill()
         self.workers[number] = self.system.start()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from streamflow.model.partitioner import partition_for
 from streamflow.model.record import TopicPartition
 from tests.oracle.app import DIGITS, OUTPUTS, TABLES, Fold, digit_of, key_of, sequence_of
 from tests.oracle.reading import number_in, records
-from tests.oracle.stores import stores_of
+from tests.oracle.stores import Found, stores_of
 
 logger = logging.getLogger("oracle")
 
@@ -91,9 +91,7 @@ class Oracle:
             await self._check_partition(partition)
         for partition in range(self._partitions):
             await self._check_regrouped(partition)
-        await self._check_tables()
-        if data_dir is not None:
-            await self._check_stores(data_dir)
+        await self._check_tables([] if data_dir is None else list(stores_of(data_dir, self._app_id)), data_dir)
         await self._check_no_open_transaction()
         return self.verdict
 
@@ -179,39 +177,48 @@ class Oracle:
 
     # --- tables ------------------------------------------------------------------------------------------------
 
-    async def _check_tables(self) -> None:
+    async def _check_tables(self, stores: Sequence[Found], data_dir: Path | None) -> None:
+        """Each changelog ends as the fold does; each store is what its changelog was at its checkpoint.
+
+        One store of each task is level with its changelog.
+        """
+        level: set[tuple[str, int]] = set()
         for table in TABLES:
             for partition in range(self._partitions):
-                found = await self._folded(table, partition)
+                mine = [each for each in stores if each.identity.partition == partition and table in each.tables]
+                stops = {each.checkpoint.changelogs.get(table, 0) for each in mine}
+                at, found = await self._folded(table, partition, stops)
                 expected = self._tables[table][partition]
                 assert found == expected, _differing(f"changelog of {table}-{partition}", found, expected)
+                for each in mine:
+                    self._check_store(each, table, at)
+                    if _decoded_all(table, each.tables[table]) == expected:
+                        level.add((table, partition))
+        if data_dir is not None:
+            missing = {(table, partition) for table in TABLES for partition in range(self._partitions)} - level
+            assert not missing, f"no store has the final state of {sorted(missing)}"
 
-    async def _folded(self, table: str, partition: int, stop: int | None = None) -> Table:
+    def _check_store(self, store: Found, table: str, at: Mapping[int, Table]) -> None:
+        position = store.checkpoint.changelogs.get(table, 0)
+        found = _decoded_all(table, store.tables[table])
+        if self._exactly:
+            assert found == at[position], _differing(f"{store.path}, {table} at {position}", found, at[position])
+
+    async def _folded(self, table: str, partition: int, stops: Iterable[int]) -> tuple[dict[int, Table], Table]:
+        """What a changelog makes of a table up to some offsets, and to its end; it is read once for all of them."""
+        left = sorted(stops, reverse=True)
+        at: dict[int, Table] = {}
         found: Table = {}
-        async for record in records(self._log, self._changelog(table, partition), stop=stop):
+        async for record in records(self._log, self._changelog(table, partition)):
+            while left and record.offset >= left[-1]:
+                at[left.pop()] = dict(found)
             assert record.key is not None
             if record.value is None:
                 found.pop(record.key, None)
             else:
-                found[record.key] = _decoded(table, record.value)
-        return found
-
-    async def _check_stores(self, data_dir: Path) -> None:
-        """Each store is the fold of its changelog up to its checkpoint; one of each task is level with it."""
-        level: set[tuple[str, int]] = set()
-        for store in stores_of(data_dir, self._app_id):
-            partition = store.identity.partition
-            for table, entries in store.tables.items():
-                position = store.checkpoint.changelogs.get(table, 0)
-                found = {key: _decoded(table, value) for key, value in entries.items()}
-                expected = await self._folded(table, partition, position)
-                what = f"{store.path}, {table} at {position}"
-                if self._exactly:
-                    assert found == expected, _differing(what, found, expected)
-                if found == self._tables[table][partition]:
-                    level.add((table, partition))
-        missing = {(table, partition) for table in TABLES for partition in range(self._partitions)} - level
-        assert not missing, f"no store has the final state of {sorted(missing)}"
+                found[record.key] = record.value
+        at |= dict.fromkeys(left, found)
+        return {stop: _decoded_all(table, values) for stop, values in at.items()}, _decoded_all(table, found)
 
     async def _check_no_open_transaction(self) -> None:
         names = [self._name(name) for name in ("numbers", *OUTPUTS, "counted")]
@@ -226,6 +233,10 @@ def _found_before(expected: array[int], at: int, value: int) -> int | None:
         if expected[index] == value:
             return index
     return None
+
+
+def _decoded_all(table: str, values: Mapping[bytes, bytes]) -> Table:
+    return {key: _decoded(table, value) for key, value in values.items()}
 
 
 def _decoded(table: str, value: bytes) -> Any:
