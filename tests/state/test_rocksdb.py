@@ -132,9 +132,9 @@ class _Crash(BaseException):
 
 
 def _open_until(failing, path):
-    from streamflow.state import rocksdb
+    from streamflow.state import rocksdb_store
 
-    class Crashing(rocksdb.RocksStore):
+    class Crashing(rocksdb_store.RocksStore):
         records = 0
 
         def _record(self, identity):
@@ -155,12 +155,12 @@ def _open_until(failing, path):
             return getattr(self._db, name)
 
     store = Crashing(path, identity("y", "z"), Memory(BUDGET), lambda: None)
-    original, rocksdb.Rdict = rocksdb.Rdict, CrashingDb
+    original, rocksdb_store.Rdict = rocksdb_store.Rdict, CrashingDb
     try:
         with pytest.raises(_Crash):
             store.open()
     finally:
-        rocksdb.Rdict = original
+        rocksdb_store.Rdict = original
         store.close()
 
 
@@ -462,7 +462,7 @@ def test_a_write_waits_for_nothing_while_rocksdb_holds_the_lock(stores, path, mo
             real(batch, options)
 
     monkeypatch.setattr(store, "_db", Stalling())
-    monkeypatch.setattr("streamflow.state.rocksdb.time.sleep", slept.append)
+    monkeypatch.setattr("streamflow.state.rocksdb_store.time.sleep", slept.append)
     batch = StoreBatch(Checkpoint({"x": 1}))
     batch.put("x", b"a", b"1")
     store.write(batch)
