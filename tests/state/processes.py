@@ -104,10 +104,13 @@ def hold(data_dir: str, *tasks: str) -> None:
 def fork(data_dir: str) -> None:
     """Claims a slot, forks, and ends; the forked child lives on."""
     slot = slots.claim(data_dir, "app")
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(begins, b"!")
         sys.stdin.readline()
         os._exit(0)
+    os.read(begun, 1)  # what runs in a child after a fork has run
     say(f"{slot.number} {child}")
     os.kill(os.getpid(), signal.SIGKILL)
 
