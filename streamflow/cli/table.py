@@ -51,12 +51,11 @@ def get(
     table = checked_table(session, table_name)
     asked = reader_of(table.key_codec)(key)
     key_bytes = changelog_key(table, asked)
-    sent_as = table.key_codec.encode(asked) or key_bytes  # what senders write decides the partition
     introduce(session)
 
     async def run() -> None:
         found, folds = await read(
-            session, table.name, lambda log: [log.home_of(sent_as)], wanted=lambda other: other == key_bytes
+            session, table.name, lambda log: [log.home_of(asked)], wanted=lambda other: other == key_bytes
         )
         (fold,) = folds
         value = fold.live(table.ttl_s).get(key_bytes)

@@ -273,6 +273,17 @@ def field_type(form: Any, field: str) -> Any:
     return found.pop() if len(found) == 1 else Any
 
 
+def part_example(form: Any) -> str:
+    """How the first part of a key of several parts is read, `key[0]` or `key.user`; empty for a key of one part."""
+    for one in members(form):
+        origin = get_origin(one) or one
+        if _is_class(origin) and _has_fields(origin):
+            return f"key.{next(iter(origin.__annotations__), '...')}"
+        if _is_class(origin) and issubclass(origin, tuple):
+            return "key[0]"
+    return ""
+
+
 def is_mapping(form: Any) -> bool:
     """Whether values are read by `value[field]` rather than `value.field` (dicts, TypedDicts, untyped JSON)."""
     classes = [get_origin(part) or part for part in members(form) if part is not type(None)]

@@ -22,8 +22,12 @@ class Holder(Protocol):
         """Whether partitions of a table may still come up here: none was assigned yet, or some are being restored."""
         ...
 
-    def partition_of(self, table: str, key: bytes) -> int:
-        """The partition of a key, given as the changelog has it."""
+    def partition_of(self, table: Any, key: Any) -> int:
+        """The partition of a key of a `Table`.
+
+        Raises:
+            ProductionError: It is no key of the table.
+        """
         ...
 
     def change(self, table: str, partition: int, work: Callable[[Any], Any]) -> Awaitable[Any]:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from streamflow.errors import SchemaError
 from streamflow.model.schema import type_name
-from streamflow.model.serde import Serializer
+from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.table import Table, TableOwner
 from streamflow.processing.topic import Topic
 from streamflow.state.keys import SerializedOrder
@@ -24,7 +24,7 @@ _HERE = b""
 class Pairs(Table[tuple[K, M], bytes], Generic[K, M]):
     """What a set table is stored as: a table of (key, member), with nothing as values.
 
-    A pair lies in the partition of its key.
+    A pair lies in the partition of its key, or of what `partition_by` makes of that.
 
     Args:
         app: See `Table`.
@@ -58,12 +58,12 @@ class Pairs(Table[tuple[K, M], bytes], Generic[K, M]):
                 "tuples of them"
             )
 
-    def home_bytes(self, key: tuple[K, Any]) -> bytes | None:
-        return self._of_key.encode(key[0], ())
+    @property
+    def home_codec(self) -> BoundCodec[Any]:
+        return self._of_key
 
-    def home_bytes_of(self, data: bytes) -> bytes:
-        pair = self.key_codec.decode(data)
-        return b"" if pair is None else self.home_bytes(pair) or b""
+    def home_part(self, key: tuple[K, Any]) -> Any:
+        return key[0]
 
 
 class Members(MutableSet[M]):

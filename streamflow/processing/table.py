@@ -15,6 +15,7 @@ from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.context import current_turn
 from streamflow.processing.holding import Holder, holders_of
 from streamflow.processing.ordered_mapping import OrderedMapping
+from streamflow.processing.partition_by import checked_partition_by, record_key
 from streamflow.processing.places import place_of_call
 from streamflow.processing.topic import Topic, check_name
 from streamflow.state.keys import key_order
@@ -57,6 +58,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         on_recover: Called when a partition was restored.
         help: What it holds, for people.
         source: The topic that fills it, so that it is only read; None for a table that agents write.
+        partition_by: Gives the key of the source's record that a key belongs to; None where that is the key itself.
         changelog: The topic it is restored from: an internal one, or the source.
         place: Where it was declared, `file:line`.
     """
@@ -75,6 +77,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         default: Callable[[], V] | None = None,
         ttl_s: float | None = None,
         source: Topic[K, V] | None = None,
+        partition_by: Callable[[Any], Any] | None = None,
         on_recover: Callable[..., Any] | None = None,
         help: str = "",
     ) -> None:
@@ -96,6 +99,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         self.value_type = self.changelog.value_type
         self.default = self._checked_default(default)
         self.ttl_s = self._checked_ttl(ttl_s)
+        self.partition_by = checked_partition_by(partition_by, f"table {name!r} ({self.place})")
         self.on_recover = on_recover
         self.help = help
         self.keys_in_order = key_order(self.changelog.key_codec, table=name)
@@ -131,19 +135,36 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         """Writes keys as the changelog has them."""
         return self.changelog.key_codec
 
-    def home_bytes(self, key: K) -> bytes | None:
-        """The key that decides the partition, as records of the source have it."""
-        return self.key_codec.encode(key, ())
+    @property
+    def home_codec(self) -> BoundCodec[Any]:
+        """Writes the part of a key that decides its partition, where `partition_by` does not say otherwise."""
+        return self.key_codec
 
-    def home_bytes_of(self, data: bytes) -> bytes:
-        """The same, of a key as the changelog has it."""
-        return data
+    def home_part(self, key: K) -> Any:
+        """That part."""
+        return key
+
+    def home_bytes(self, key: K, sent_as: BoundCodec[Any]) -> bytes:
+        """The record key that decides the partition of a key, as records of the source have it.
+
+        Args:
+            key: The key.
+            sent_as: The source's keys.
+
+        Raises:
+            ProductionError: It is not of the table's key type, or `partition_by` gives no key of the source.
+        """
+        part = self.home_part(key)
+        own = self.home_codec.encode(part)
+        if own is None:
+            raise ProductionError(f"table {self.name!r}: a key cannot be None")
+        return own if self.partition_by is None else record_key(self.partition_by, part, sent_as, table=self.name)
 
     def difference(self, other: Table[Any, Any]) -> str | None:
         """What differs from another declaration of the same name, in words; None when nothing does."""
         if type(self) is not type(other):
             return f"another kind of table ({self.place} and {other.place})"
-        for field in ("default", "ttl_s", "source", "on_recover"):
+        for field in ("default", "ttl_s", "source", "partition_by", "on_recover"):
             if getattr(self, field) != getattr(other, field):
                 return f"another {field}= ({self.place} and {other.place})"
         return self.changelog.difference(other.changelog)
@@ -211,10 +232,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         Raises:
             NotHeld: Not in this process.
         """
-        data = self.home_bytes(key)
         holders = holders_of(self.app)
-        if data is None:
-            raise ProductionError(f"table {self.name!r}: a key cannot be None")
         if not holders:
             raise NotHeld(
                 f"table {self.name!r}: app {self.app.id!r} is not running in this process: read it from an agent, a "
@@ -222,7 +240,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
             )
         partition = -1
         for holder in holders:
-            partition = holder.partition_of(self.name, data)
+            partition = holder.partition_of(self, key)
             overlay = holder.overlays(self.name).get(partition)
             if overlay is not None:
                 return holder, partition, overlay

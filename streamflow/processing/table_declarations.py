@@ -64,6 +64,7 @@ class TableDeclarations:
         value_serializer: str | Serializer | None = None,
         default: Callable[[], V] | None = None,
         ttl_s: float | None = None,
+        partition_by: Callable[[K], Any] | None = None,
         on_recover: Callable[..., Any] | None = None,
         help: str = "",
     ) -> Table[K, V]: ...
@@ -99,6 +100,11 @@ class TableDeclarations:
                 table is what the topic says, without a changelog of its own. Agents read it and do not write it; its
                 records take effect in order of timestamp with the other records of the task. Types and serializers
                 are the topic's. Left out: agents write the table.
+            partition_by: Where a record's key is a part of the table's: a function that takes a key of the table and
+                returns the key of the record it belongs to, `lambda key: key[0]`. That decides the partition of the
+                key, and it is of the source's key type, or the write is a `ProductionError`. It is called for keys that
+                are new to a task and for reads outside of turns; it must always say the same, and must not wait. Left
+                out: records are keyed like the table. Not with `source=`.
             on_recover: Called (sync or async) with the partition's number when a partition of it was restored.
             help: What it holds, for people.
 
@@ -112,12 +118,7 @@ class TableDeclarations:
         """
         source = options.get("source")
         if source is not None:
-            where = f"table {name!r} ({place_of_call()})"
-            self._check_source(where, source, options)
-            if options.get("ttl_s") is not None:
-                raise ConfigurationError(
-                    f"{where}: ttl_s= is for tables that agents write; this one has what its source has. Leave it out"
-                )
+            self._check_filled(name, source, options)
         declared: Table[Any, Any] = Table(self, name, **options)
         self._check_table_name(name, self.global_tables)
         return _first_of(self.tables, declared)
@@ -131,6 +132,7 @@ class TableDeclarations:
         member_type: TypeForm[V],
         key_serializer: str | Serializer | None = None,
         ttl_s: float | None = None,
+        partition_by: Callable[[K], Any] | None = None,
         on_recover: Callable[..., Any] | None = None,
         help: str = "",
     ) -> SetTable[K, V]:
@@ -145,6 +147,7 @@ class TableDeclarations:
             member_type: Type of the members, of the same kinds.
             key_serializer: How the source has the key; it decides the partition. See `topic`.
             ttl_s: Seconds that a member lives after it was added last; see `table`.
+            partition_by: Takes a key of the set table (not the pair); see `table`.
             on_recover: See `table`.
             help: What it holds, for people.
 
@@ -156,7 +159,7 @@ class TableDeclarations:
             SchemaError: A type cannot be serialized, or has no order.
             TopologyError: The name was declared before with something else.
         """
-        keeping = {"ttl_s": ttl_s, "on_recover": on_recover, "help": help}
+        keeping = {"ttl_s": ttl_s, "partition_by": partition_by, "on_recover": on_recover, "help": help}
         pairs: Pairs[K, V] = Pairs(self, name, key_type, member_type, key_serializer, **keeping)
         self._check_table_name(name, self.global_tables)
         if _first_of(self.tables, pairs) is pairs:
@@ -234,6 +237,19 @@ class TableDeclarations:
                     f"source {source.name!r}, so they would hold the same: use one of them"
                 )
         return _first_of(self.global_tables, declared)
+
+    def _check_filled(self, name: str, source: Any, options: Mapping[str, Any]) -> None:
+        where = f"table {name!r} ({place_of_call()})"
+        self._check_source(where, source, options)
+        if options.get("ttl_s") is not None:
+            raise ConfigurationError(
+                f"{where}: ttl_s= is for tables that agents write; this one has what its source has. Leave it out"
+            )
+        if options.get("partition_by") is not None:
+            raise ConfigurationError(
+                f"{where}: partition_by= is for tables that agents write; the keys of this one lie where the records "
+                f"of its source {source.name!r} do. Leave it out"
+            )
 
     def _check_source(self, where: str, source: Any, given: Mapping[str, Any]) -> None:
         if not isinstance(source, Topic) or source.internal:

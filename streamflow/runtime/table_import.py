@@ -145,8 +145,14 @@ class _Import:
                         f"{place_of(key)}: its {what} of {len(data):,} bytes is too large for table {self._name!r}, "
                         f"which takes {limit:,}; nothing was imported"
                     )
-            self._changes[self._found.home_of(key)][key] = value
+            self._changes[self._home_of(key, place_of)][key] = value
         self._done.written = len(rows)
+
+    def _home_of(self, key: bytes, place_of: Callable[[bytes], str]) -> int:
+        try:
+            return self._found.home_of(self._found.table.key_codec.decode(key))
+        except ProductionError as exc:
+            raise ProductionError(f"{place_of(key)}: {exc.message}; nothing was imported") from exc
 
     async def run(self, held: HeldGroup, replace: bool, on_progress: Callable[[int, int], None]) -> Imported:
         """Write what was taken, then the offsets."""

@@ -113,9 +113,13 @@ class TableLog:
         homes = Homes(app.every_topic(), counts, Sensors(), is_strict=True)
         return cls(table, sub, changelog, sources, homes)
 
-    def home_of(self, key: bytes) -> int:
-        """The partition of a key as the changelog has it."""
-        return self.homes.of(self.sub, self.table.home_bytes_of(key))
+    def home_of(self, key: Any) -> int:
+        """The partition of a key.
+
+        Raises:
+            ProductionError: It is not of the table's key type, or `partition_by=` gives no key of the source.
+        """
+        return self.homes.of(self.sub, self.table, key)
 
     def marks(self, offsets: Mapping[TopicPartition, OffsetMark]) -> list[CommitMark]:
         """The commit mark of each partition's task.

@@ -265,8 +265,8 @@ class Task:
             names = self._local.by_agent.get(feed.agent.name, ())
             feed.stages = self.tables.stages(names, feed.touched, feed.number, shared=shared)
 
-    def _check_home(self, table: str, key: bytes, shown: Any) -> None:
-        self._shared_homes.check(self.sub_topology, self.partition, table, key, shown)
+    def _check_home(self, table: Table[Any, Any], key: Any, data: bytes) -> None:
+        self._shared_homes.check(self.sub_topology, self.partition, table, key, data)
 
     def _is_damaged(self) -> None:
         """The local state cannot be used: nothing that stands on it is committed, whatever agents make of the error."""

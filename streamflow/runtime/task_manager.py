@@ -33,6 +33,7 @@ from streamflow.errors import (
 from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
+from streamflow.processing.table import Table
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
@@ -441,10 +442,10 @@ class TaskManager:
             for task in tuple(self.tasks.values())
         )
 
-    def partition_of(self, table: str, key: bytes) -> int:
-        """The partition of a key, given as the changelog has it."""
-        sub = next(sub for sub in self._layout.sub_topologies if table in sub.tables)
-        return self._shared.homes.of(sub, key)
+    def partition_of(self, table: Table[Any, Any], key: Any) -> int:
+        """The partition of a key; see `processing.holding.Holder`."""
+        sub = next(sub for sub in self._layout.sub_topologies if table.name in sub.tables)
+        return self._shared.homes.of(sub, table, key)
 
     async def change(self, table: str, partition: int, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the partition's task, between records; see `processing.holding.Holder`."""

@@ -22,7 +22,6 @@ from streamflow.clock import Clock
 from streamflow.errors import StateCorruptedError, StateFullError
 from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
-from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
@@ -36,7 +35,7 @@ from streamflow.state.values import Values
 
 logger = logging.getLogger("streamflow.tables")
 
-CheckHome = Callable[[str, bytes, Any], None]
+CheckHome = Callable[[Table[Any, Any], Any, bytes], None]
 SetAside = Callable[[str, str], object]
 
 _SHOWN_ID = 8
@@ -92,7 +91,7 @@ class TaskTables:
         outputs: The task's outputs, which the changelog records join.
         clock: Time.
         live_entries: How many values each table keeps decoded, about.
-        check_home: Told table, key bytes and key of keys that are new: raises for one of another partition.
+        check_home: Told table and key, and the key's bytes, of keys that are new: raises for one of another partition.
         stale_after_ms: By table: how long the store may have been away from the changelog.
         set_aside: Moves the closed store away; takes a word and a text that say why.
         damaged: Told, once and from any thread, that the store cannot be used.
@@ -166,8 +165,7 @@ class TaskTables:
             store=self.store,
             live_entries=live_entries,
             ttl_ms=None if table.ttl_s is None else round(table.ttl_s * 1000),
-            check_home=partial(check_home, table.name),
-            home_bytes=table.home_bytes if isinstance(table, Pairs) else None,
+            check_home=partial(check_home, table),
             damaged=self.is_damaged,
             max_key_bytes=max_key_bytes,
         )

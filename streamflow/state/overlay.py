@@ -50,8 +50,7 @@ class Overlay:
         store: The task's store.
         live_entries: How many values `live` holds, about.
         ttl_ms: How long a value lives after its last write, in stream time; None for ever.
-        check_home: Told `home_bytes` of keys that are new: raises for one of another partition.
-        home_bytes: The part of a key that decides its partition, as bytes; None takes the changelog's key.
+        check_home: Told keys that are new, and their bytes in the changelog: raises for one of another partition.
         damaged: Told when the store turns out to be damaged, before whoever reads learns it by the error.
         max_key_bytes: Largest key, as the changelog has it.
 
@@ -75,8 +74,7 @@ class Overlay:
         store: Store,
         live_entries: int,
         ttl_ms: int | None = None,
-        check_home: Callable[[bytes, Any], None] | None = None,
-        home_bytes: Callable[[Any], bytes | None] | None = None,
+        check_home: Callable[[Any, bytes], None] | None = None,
         damaged: Callable[[StateCorruptedError], None] | None = None,
         max_key_bytes: int = 64 * 1024,
     ) -> None:
@@ -107,7 +105,6 @@ class Overlay:
         self._key_codec = key_codec
         self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
         self._check_home = check_home
-        self._home_bytes = home_bytes
         self._damaged = damaged or _nobody_is_told
         self._max_key_bytes = max_key_bytes
 
@@ -228,7 +225,7 @@ class Overlay:
                 f"table {self.name!r}: a key of {len(data):,} bytes is too large; {self._max_key_bytes:,} are the limit"
             )
         if self._check_home is not None:
-            self._check_home(data if self._home_bytes is None else self._home_bytes(key) or b"", key)
+            self._check_home(key, data)
 
     def check_equal_key(self, key: Any) -> None:
         """Check a key that equals a known one and may yet be of another type, as True equals 1.

@@ -12,6 +12,8 @@ app.table("a", key_type=str)  # error: a value type
 app.table("b", key_type=str, value_type=3)  # error: a type
 app.table("c", key_type=str, value_type=float, ttl=3)  # error: no such option
 app.table("d", key_type=str, value_type=float, ttl_s="3")  # error: a number
+app.table("i", key_type=tuple[str, int], value_type=float, partition_by=lambda key: key.user)  # error: it has no user
+app.table("j", source=app.topic("k", key_type=str, value_type=int), partition_by=str.lower)  # error: it is a source's
 app.set_table("e", key_type=str)  # error: a member type
 app.set_table("f", key_type=str, value_type=int)  # error: it has members
 
