@@ -121,7 +121,8 @@ class Broker:
 
     `certificates` opens three more listeners: SSL, SASL_SSL and SASL_PLAINTEXT, with users for SCRAM-SHA-256/512 and
     PLAIN, OAUTHBEARER with unsecured tokens, and an authorizer. `controllers` ({node id: port}) makes it one node of a
-    `Cluster`. `pom` names the version.
+    `Cluster`. `pom` names the version. `proxied_port` opens one more listener, PROXIED, whose clients are sent to that
+    port of this machine for everything: a test puts a `Proxy` there.
     """
 
     def __init__(
@@ -135,7 +136,9 @@ class Broker:
         controllers: Mapping[int, int] | None = None,
         cluster_id: str | None = None,
         pom: Path = jars.POM,
+        proxied_port: int = 0,
     ) -> None:
+        self._proxied_port = proxied_port
         self.directory = directory
         self.node_id = node_id
         self._given = (port, dict(controllers or {}))
@@ -166,6 +169,8 @@ class Broker:
         protocols = ["PLAINTEXT"]
         if self._certificates is not None:
             protocols += ["SSL", "SASL_SSL", "SASL_PLAINTEXT"]
+        if self._proxied_port:
+            protocols.append("PROXIED")
         self._ports = {protocol: free_port() for protocol in protocols}
         if port:
             self._ports["PLAINTEXT"] = port
@@ -303,7 +308,11 @@ class Broker:
 
     def _properties(self) -> dict[str, str]:
         listeners = {name: f"{HOST}:{port}" for name, port in self._ports.items()}
-        protocols = {**{name: name for name in listeners}, "CONTROLLER": "PLAINTEXT"}
+        protocols = {name: name for name in listeners} | {"CONTROLLER": "PLAINTEXT"}
+        advertised = {name: self.listener(name) for name in listeners}
+        if self._proxied_port:
+            protocols["PROXIED"] = "PLAINTEXT"
+            advertised["PROXIED"] = f"{HOST}:{self._proxied_port}"
         return {
             "process.roles": "broker,controller",
             "node.id": str(self.node_id),
@@ -314,7 +323,7 @@ class Broker:
                 [f"{name}://{at}" for name, at in listeners.items()]
                 + [f"CONTROLLER://{HOST}:{self._controllers[self.node_id]}"]
             ),
-            "advertised.listeners": ",".join(f"{name}://{self.listener(name)}" for name in listeners),
+            "advertised.listeners": ",".join(f"{name}://{at}" for name, at in advertised.items()),
             "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
             "log.dirs": str(self.directory / "data"),
             **DEFAULTS,

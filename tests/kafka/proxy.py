@@ -1,47 +1,53 @@
 """A TCP proxy in front of a broker: cuts connections, swallows requests and answers, holds bytes back."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 _ARRIVE_S = 0.2
+_LENGTH = 4
 
-Verdict: TypeAlias = Literal["pass", "cut", "lose answer"] | asyncio.Event
+Verdict: TypeAlias = Literal["pass", "cut", "lose answer", "fall silent"] | asyncio.Event
 """About a request: pass it on; cut the connection instead; pass it on and cut the connection when its answer comes;
-pass it on once the event is set."""
+pass it on and hand on nothing more that comes from the broker, the connection stays open; pass it on once the event is
+set."""
+Direction: TypeAlias = Literal["requests", "answers"]
+BOTH: tuple[Direction, ...] = ("requests", "answers")
 
 
 def api_key(request: bytes) -> int:
-    """Which request a chunk begins with."""
+    """Which request it is."""
     return int.from_bytes(request[4:6], "big")
 
 
 class Proxy:
-    """Forwards `port` to `target`.
+    """Forwards `port` to `target`, frame by frame of Kafka's protocol (so: no TLS).
 
-    `on_answer(chunk)` decides about each chunk from the broker: True cuts the connection instead of handing the chunk
-    on, so that the request was carried out and its answer is lost. `on_request(chunk)` decides about each chunk from
-    the client, which as a rule is one request.
+    `on_answer(frame)` decides about each answer from the broker: True cuts the connection instead of handing it on, so
+    that the request was carried out and its answer is lost. `on_request(frame)` decides about each request of the
+    client.
     """
 
     def __init__(
         self,
         port: int,
         target: int,
-        on_answer: Callable[[bytes], bool] = lambda chunk: False,
-        on_request: Callable[[bytes], Verdict] = lambda chunk: "pass",
+        on_answer: Callable[[bytes], bool] = lambda frame: False,
+        on_request: Callable[[bytes], Verdict] = lambda frame: "pass",
     ) -> None:
         self.port = port
         self.on_answer = on_answer
         self.on_request = on_request
         self.cut_connections = 0
         self._target = target
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._open = asyncio.Event()
-        self._open.set()
+        self._connections: set[_Connection] = set()
+        self._open: dict[Direction, asyncio.Event] = {each: asyncio.Event() for each in BOTH}
+        self.release()
 
-    async def __aenter__(self) -> "Proxy":
+    async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         return self
 
@@ -50,17 +56,33 @@ class Proxy:
         self.cut()
         await asyncio.sleep(0.05)
 
+    @property
+    def connections(self) -> int:
+        """How many are open now."""
+        return len(self._connections)
+
     def cut(self) -> None:
         """Close every connection now."""
-        for writer in list(self._writers):
-            writer.transport.abort()
+        for connection in list(self._connections):
+            connection.abort()
+            self.cut_connections += 1
 
-    def hold(self) -> None:
-        """Pass nothing on, until `release`: the connections stay open."""
-        self._open.clear()
+    def hold(self, *directions: Direction) -> None:
+        """Pass nothing on in these directions (both by default), until `release`: the connections stay open."""
+        for each in directions or BOTH:
+            self._open[each].clear()
 
     def release(self) -> None:
-        self._open.set()
+        for event in self._open.values():
+            event.set()
+
+    def forget(self) -> None:
+        """Pass nothing on any more on the connections there are; they stay open, and new ones work.
+
+        What a firewall does that has lost its table, and so answers to nobody.
+        """
+        for connection in self._connections:
+            connection.is_forgotten = True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -68,8 +90,8 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, to_broker}
-        connection = _Connection()
+        connection = _Connection(writer, to_broker)
+        self._connections.add(connection)
         requests = asyncio.create_task(self._pump_requests(reader, to_broker, connection))
         answers = asyncio.create_task(self._pump_answers(from_broker, writer, connection))
         with contextlib.suppress(asyncio.CancelledError):
@@ -78,46 +100,66 @@ class Proxy:
                 await asyncio.wait([requests])
         for pump in (requests, answers):
             pump.cancel()
-        for end in (writer, to_broker):
-            end.transport.abort()
-            self._writers.discard(end)
+        connection.abort()
+        self._connections.discard(connection)
 
     async def _pump_requests(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, connection: "_Connection"
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, connection: _Connection
     ) -> None:
-        with contextlib.suppress(OSError):
-            while chunk := await source.read(1 << 16):
-                await self._open.wait()
-                verdict = self.on_request(chunk)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                frame = await _frame(source)
+                await self._open["requests"].wait()
+                if connection.is_forgotten:
+                    continue
+                verdict = self.on_request(frame)
                 if verdict == "cut":
                     self.cut_connections += 1
                     return
-                connection.loses_answer |= verdict == "lose answer"
+                if verdict == "lose answer":
+                    connection.loses.add(frame[8:12])  # the correlation id
+                connection.is_silent |= verdict == "fall silent"
                 if isinstance(verdict, asyncio.Event):
                     connection.is_holding = True
                     await verdict.wait()
-                sink.write(chunk)
+                sink.write(frame)
                 await sink.drain()
                 if connection.is_holding:
                     await asyncio.sleep(_ARRIVE_S)  # the client may have gone: an abort would overtake the request
                 connection.is_holding = False
 
     async def _pump_answers(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, connection: "_Connection"
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, connection: _Connection
     ) -> None:
-        with contextlib.suppress(OSError):
-            while chunk := await source.read(1 << 16):
-                await self._open.wait()
-                if connection.loses_answer or self.on_answer(chunk):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                frame = await _frame(source)
+                await self._open["answers"].wait()
+                if connection.is_silent or connection.is_forgotten:
+                    continue
+                if frame[4:8] in connection.loses or self.on_answer(frame):
                     self.cut_connections += 1
                     return
-                sink.write(chunk)
+                sink.write(frame)
                 await sink.drain()
 
 
-class _Connection:
-    """What was decided about one connection."""
+async def _frame(source: asyncio.StreamReader) -> bytes:
+    """One request or answer, with its length in front."""
+    head = await source.readexactly(_LENGTH)
+    return head + await source.readexactly(int.from_bytes(head, "big"))
 
-    def __init__(self) -> None:
-        self.loses_answer = False
+
+class _Connection:
+    """One connection and what was decided about it."""
+
+    def __init__(self, to_client: asyncio.StreamWriter, to_broker: asyncio.StreamWriter) -> None:
+        self._ends = (to_client, to_broker)
+        self.loses: set[bytes] = set()
+        self.is_silent = False
+        self.is_forgotten = False
         self.is_holding = False
+
+    def abort(self) -> None:
+        for end in self._ends:
+            end.transport.abort()

@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from streamflow.error_groups import one_error
@@ -15,6 +15,7 @@ from streamflow.model.record import TopicPartition
 from tests.kafka.broker import Broker
 from tests.oracle.app import BODY, OUTPUTS
 from tests.oracle.checks import Oracle, Rewind, Verdict
+from tests.oracle.links import Links
 from tests.oracle.load import Load
 from tests.system.harness import STOPPED, System, Worker, until
 
@@ -48,6 +49,8 @@ class Chaos:
         partitions: Of the source.
         broker: A broker of the run's own, to be killed.
         spared: How many workers are never killed, so that there is one that grows old.
+        kafka: Options of `sf.Kafka` for the workers.
+        links: The connections of the first worker, to be cut.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class Chaos:
         partitions: int = 4,
         broker: Broker | None = None,
         spared: int = 0,
+        kafka: Mapping[str, object] | None = None,
+        links: Links | None = None,
     ) -> None:
         print(f"seed {seed}")
         self.system = system
@@ -68,6 +73,8 @@ class Chaos:
         self._load_dice = random.Random(seed + 1)
         self._broker = broker
         self._spared = spared
+        self._kafka = {"transaction_timeout_ms": round(TRANSACTION_TIMEOUT_S * 1000), **(kafka or {})}
+        self._links = links
         self._load: Load | None = None
         self.workers: list[Worker] = []
         self.faults: list[Fault] = []
@@ -85,20 +92,27 @@ class Chaos:
             partitions=self.partitions,
         )
         if system.is_kafka:
-            self._shorten_transactions()
+            self._set_options()
         await system.create("numbers", partitions=self.partitions)
-        self.workers = [system.start() for _ in range(workers)]
+        self.workers = [self._start(number) for number in range(workers)]
         for worker in self.workers:
             await worker.ready()
 
-    def _shorten_transactions(self) -> None:
+    def _set_options(self) -> None:
         path = self.system.folder / "app.py"
         server = self.system.broker.removeprefix("kafka://")
-        options = f"sf.Kafka(servers={server!r}, transaction_timeout_ms={round(TRANSACTION_TIMEOUT_S * 1000)})"
+        options = "".join(f", {name}={value!r}" for name, value in self._kafka.items())
         before = path.read_text()
-        after = before.replace(f"broker={self.system.broker!r}", f"broker={options}")
+        after = before.replace(
+            f"broker={self.system.broker!r}", f"broker=sf.Kafka(servers=os.environ.get('SERVERS', {server!r}){options})"
+        )
         assert after != before
         path.write_text(after)
+
+    def _start(self, number: int) -> Worker:
+        if number or self._links is None:
+            return self.system.start()
+        return self.system.start(SERVERS=self._links.servers)
 
     @property
     def sent(self) -> int:
@@ -148,7 +162,12 @@ class Chaos:
         """One fault, and the work that goes on after it."""
         self.did[kind] += 1
         self.faults.append(Fault(kind, await self.system.committed("numbers")))
-        await {"kill": self._kill, "pause": self._pause, "broker": self._lose_broker}[kind]()
+        own = {"kill": self._kill, "pause": self._pause, "broker": self._lose_broker}
+        if kind in own:
+            await own[kind]()
+        else:
+            assert self._links is not None
+            await self._links.happen(kind)
         await self._goes_on()
         self.faults[-1].made = await self._made()
 
@@ -156,7 +175,7 @@ class Chaos:
         number = self.dice.randrange(self._spared, len(self.workers))
         self._check_run()
         self.workers[number].kill()
-        self.workers[number] = self.system.start()
+        self.workers[number] = self._start(number)
 
     async def _pause(self) -> None:
         worker = self.dice.choice(self.workers)
