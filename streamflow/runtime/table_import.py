@@ -21,6 +21,7 @@ from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import compression_number
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
+from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.commit_mark import CommitMark, anchor_of, new_commit_id
 from streamflow.runtime.group_hold import HeldGroup, held_group, refuse_live_members
 from streamflow.runtime.internal_topics import prepare_topics
@@ -246,7 +247,7 @@ class _Import:
         tps = [TopicPartition(topic, number) for topic in tables.values() for number in range(len(parts))]
         ends = await self._log.admin.high_watermarks(tps)
         missing = [tp for part in parts for tp, mark in part.sources.items() if mark is None]
-        starts = await self._starts(missing)
+        starts = await beginnings(self._log.admin, self._app, self._settings, missing)
         offsets: dict[TopicPartition, OffsetMark] = {}
         for number, part in enumerate(parts):
             if part.mark is not None and not part.changes:
@@ -269,14 +270,3 @@ class _Import:
             return msgspec.structs.replace(before, id=new_commit_id())
         changelogs = {**before.changelogs, self._name: positions[self._name]}
         return msgspec.structs.replace(before, id=new_commit_id(), changelogs=changelogs)
-
-    async def _starts(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-        """Where partitions without an offset start: as a worker would start them."""
-        from_end = self._settings.auto_offset_reset == "latest"
-        topics = self._app.every_topic()
-        late = [tp for tp in partitions if from_end and not topics[tp.topic].internal]
-        early = [tp for tp in partitions if tp not in late]
-        return {
-            **(await self._log.admin.start_offsets(early) if early else {}),
-            **(await self._log.admin.end_offsets(late) if late else {}),
-        }

@@ -34,6 +34,7 @@ from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, 
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
+from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
@@ -162,13 +163,13 @@ class TaskManager:
             logger.error("task %s: %s; its local state is rebuilt from the log", task.name, task.tables.damage)
             await self._delivery.commit([])  # one that is under way may hold the task's
             await self._close([task], frozenset())
-            if not self._finishing:
+            if self._is_kept(task):
                 try:
                     self._check_rebuilds(key, task)
                 except FatalError as error:
                     self._shared.fail(error)
                 else:
-                    await self._open_all({key: await self._starts(list(task.committed))})
+                    await self._open_if_kept(key, task)
 
     def _check_rebuilds(self, key: tuple[str, int], task: Task) -> None:
         now_s = self._clock.monotonic()
@@ -210,9 +211,17 @@ class TaskManager:
             return
         key, held = own
         await self._close([held], frozenset())
-        partitions = frozenset(held.committed)
-        if partitions <= self._group.assignment and not self._finishing:
-            await self._open_all({key: await self._starts(list(partitions))})
+        if self._is_kept(held):
+            await self._open_if_kept(key, held)
+
+    def _is_kept(self, closed: Task) -> bool:
+        """Whether a task that was closed still belongs to this worker, which may have lost it meanwhile."""
+        return not self._finishing and self._group.assignment.issuperset(closed.committed)
+
+    async def _open_if_kept(self, key: tuple[str, int], closed: Task) -> None:
+        starts = await self._starts(list(closed.committed))
+        if self._is_kept(closed):
+            await self._open_all({key: starts})
 
     async def _open_all(self, starts: Mapping[tuple[str, int], Mapping[TopicPartition, _Start]]) -> None:
         for key, of_task in starts.items():
@@ -314,7 +323,12 @@ class TaskManager:
         for task in tasks:
             await task.closed()
             self._deaf.extend((task.name, *each) for each in task.deaf.items())
-            await task.close_tables()
+            try:
+                await task.close_tables()
+            except StreamFlowError as error:
+                # The worker ends, but the others let go of their stores, and hooks of what they hold, all the same.
+                logger.exception("task %s: its tables were not closed as they should be", task.name)
+                self._shared.fail(error)
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
@@ -336,7 +350,7 @@ class TaskManager:
         missing = [tp for tp in partitions if committed[tp] is None]
         while True:
             try:
-                fresh = await self._reset(missing)
+                fresh = await self._begin(missing)
                 break
             except RetriableError as error:
                 logger.warning("looking for the starts of partitions: %s; trying again", error)
@@ -353,16 +367,9 @@ class TaskManager:
                 logger.warning("reading committed offsets: %s; trying again", error)
                 await self._clock.sleep(_RETRY_S)
 
-    async def _reset(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        """Where partitions without an offset start; all of what came into a new one came since this worker started."""
-        if self._settings.auto_offset_reset == "earliest":
-            return await self._admin.start_offsets(partitions) if partitions else {}
-        whole = [tp for tp in partitions if self._topics[tp.topic].internal or self._is_new(tp)]
-        latest = [tp for tp in partitions if tp not in whole]
-        starts = dict(await self._admin.start_offsets(whole)) if whole else {}
-        if latest:
-            starts.update(await self._admin.end_offsets(latest))
-        return starts
+    async def _begin(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where partitions without an offset start."""
+        return await beginnings(self._admin, self._app, self._settings, partitions, self._is_new)
 
     def fetched(self, fetched: Fetched, resets: anyio.abc.TaskGroup) -> None:
         """Give a fetch to its task.
@@ -417,7 +424,7 @@ class TaskManager:
         """Ask until the log answers; None when the task has let the partition go meanwhile."""
         while self._by_tp.get(tp) is task:
             try:
-                return (await self._reset([tp]))[tp]
+                return (await self._begin([tp]))[tp]
             except RetriableError as unanswered:
                 logger.warning("looking for the start of %s: %s; trying again", tp, unanswered)
                 await self._clock.sleep(_RETRY_S)

@@ -10,7 +10,7 @@ found afterwards, everything had been processed, and its outputs written, before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from streamflow.clock import Clock
 from streamflow.errors import RetriableError
@@ -34,7 +34,7 @@ class UntilEnd:
         group_id: The app's group.
         clock: For the polls.
         on_progress: Told how far the run is.
-        from_end: Whether a partition without a committed offset starts at its end.
+        begin: Where partitions begin that have no committed offset.
     """
 
     def __init__(
@@ -44,14 +44,13 @@ class UntilEnd:
         group_id: str,
         clock: Clock,
         on_progress: Callable[[Progress], None],
-        *,
-        from_end: bool = False,
+        begin: Callable[[Sequence[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]],
     ) -> None:
         self._log = log
         self._group_id = group_id
         self._clock = clock
         self._on_progress = on_progress
-        self._from_end = from_end
+        self._begin = begin
         self._upstream = upstream_topics(layout.topology)
         self._partitions = {
             topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in layout.counts.items()
@@ -72,9 +71,9 @@ class UntilEnd:
         committed = await self._log.admin.group_offsets(self._group_id)
         starts, ends = await self._log.admin.start_offsets(every), await self._log.admin.end_offsets(every)
         self.limits = {tp: ends[tp] for tp in external}
+        begin = await self._begin([tp for tp in every if tp not in committed])
         for tp in every:
-            without = ends[tp] if self._from_end else starts[tp]
-            self._starts[tp] = max(committed[tp].offset, starts[tp]) if tp in committed else without
+            self._starts[tp] = max(committed[tp].offset, starts[tp]) if tp in committed else min(begin[tp], ends[tp])
 
     async def wait(self, manager: TaskManager) -> None:
         """Return when the run is over; tells tasks where written topics end as it learns it."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -36,6 +37,7 @@ from streamflow.processing.holding import registered_holder
 from streamflow.processing.topology import Topology
 from streamflow.runtime.assignor import TaskAssignor
 from streamflow.runtime.at_least_once import AtLeastOnce
+from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
@@ -288,8 +290,8 @@ class Worker:
                 await self._run_without_agents()
                 return
             if self._until_end:
-                from_end = self.settings.auto_offset_reset == "latest"
-                ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress, from_end=from_end)
+                begin = partial(beginnings, log.admin, self.app, self.settings)
+                ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress, begin)
                 await ends.find_ends()
                 self._ends = ends
             self._delivery = await self._open_delivery(stack, log, slot)

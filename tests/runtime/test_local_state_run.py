@@ -18,6 +18,7 @@ from streamflow.errors import (
     StateFullError,
     TopologyError,
 )
+from streamflow.model.record import TopicPartition
 from streamflow.state.memory import MemoryStore
 from streamflow.state.store import StoreBatch
 from tests.runtime.machine import Machine
@@ -220,6 +221,89 @@ async def test_a_store_that_is_damaged_again_and_again_stops_the_worker(faults: 
         assert "rebuilt 3 times within 10 minutes" in str(running.error)
         assert "Check the disk" in str(running.error)
         machine.workers.clear()
+
+
+@pytest.mark.parametrize("when", ["commit", "closed", "starts"])
+async def test_a_damaged_task_that_is_lost_before_it_is_open_again_stays_closed(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partitions are another worker's by then; the loss itself is acted on after this."""
+    summing = Summing()
+    async with Machine(summing.app) as machine:
+        running = await machine.start()
+        await summing.send(machine, 3)
+        await machine.settle()
+        manager: Any = running.worker.manager
+        task = running.tasks["numbers-0"]
+        group, calls = manager._group, []
+
+        def then_lost(name: str, owner: Any, method: str) -> None:
+            call = getattr(owner, method)
+
+            async def done(*arguments: Any) -> Any:
+                found = await call(*arguments)
+                if name == when:
+                    calls.append(name)
+                    manager._group = Lost(group)
+                return found
+
+            monkeypatch.setattr(owner, method, done)
+
+        then_lost("commit", manager._delivery, "commit")
+        then_lost("closed", manager, "_close")
+        then_lost("starts", manager, "_starts")
+        task.tables.damage = StateCorruptedError("a block is damaged")
+        await manager.rebuild(task)
+        assert calls == [when]
+        assert running.tasks == {}
+        manager._group = group
+        monkeypatch.undo()
+
+
+class Lost:
+    """A group whose partitions have gone."""
+
+    assignment: frozenset[TopicPartition] = frozenset()
+
+    def __init__(self, group: Any) -> None:
+        self.committed = group.committed
+
+
+async def test_a_store_that_cannot_be_closed_keeps_no_other_open_and_no_hook_from_being_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = sf.App("closing")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=3)
+    totals = app.table("totals", key_type=str, value_type=int, default=int)
+    revoked: list[set[sf.TopicPartition]] = []
+    closed: list[int] = []
+    close = MemoryStore.close
+
+    @app.agent(numbers, tables=[totals])
+    async def add(number: int) -> None:
+        totals["a"] += number
+
+    @app.on_revoked
+    async def note(partitions: set[sf.TopicPartition]) -> None:
+        revoked.append(partitions)
+
+    def refuses_once(store: MemoryStore) -> None:
+        if store.identity.partition not in closed:
+            closed.append(store.identity.partition)
+            if len(closed) == 1:
+                raise StateError("a file cannot be closed")
+        close(store)
+
+    monkeypatch.setattr(MemoryStore, "close", refuses_once)
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await until(lambda: len(running.tasks) == 3)
+        manager: Any = running.worker.manager
+        await manager._close(manager.running(), frozenset(manager._by_tp))
+        assert sorted(closed) == [0, 1, 2]
+        assert revoked == [{sf.TopicPartition("numbers", number) for number in range(3)}]
+        with pytest.raises(StateError, match="a file cannot be closed"):
+            await machine.ended(running)
 
 
 async def test_a_disk_that_stays_full_holds_the_input_back_and_loses_nothing(
