@@ -242,10 +242,19 @@ class GlobalCopy:
     async def _made_anew(self) -> TopicDescription | None:
         """The topic that has the name now; None where there is none, a moment after the old one was deleted."""
         name = self.source.name
-        for _ in range(_ANEW_POLLS):
-            found = (await self._admin.describe([name])).get(name)
+        looks, told = 0, False
+        while looks < _ANEW_POLLS:
+            try:
+                found = (await self._admin.describe([name])).get(name)
+            except RetriableError as error:
+                if not told:
+                    logger.warning("looking whether topic %s was made anew: %s; trying until it succeeds", name, error)
+                told = True
+                await self._clock.sleep(_RETRY_S)
+                continue
             if found is not None:
                 return found
+            looks += 1
             await anyio.sleep(_ANEW_POLL_S)
         return None
 

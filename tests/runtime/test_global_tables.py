@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import streamflow as sf
-from streamflow.errors import ConfigurationError, NotHeld, StateCorruptedError, TopologyError
+from streamflow.errors import ConfigurationError, LogUnavailableError, NotHeld, StateCorruptedError, TopologyError
 from streamflow.log.api import NewTopic
 from streamflow.metrics import Exposition, PrometheusSensors
 from streamflow.model.record import TopicPartition
@@ -332,6 +332,33 @@ async def test_a_source_that_is_deleted_stops_the_worker() -> None:
         await machine.log.admin.delete(["rates"])
         with pytest.raises(sf.StreamFlowError, match="the source of global table 'rates', was deleted"):
             await machine.ended(running)
+
+
+async def test_a_log_that_does_not_say_whether_the_source_was_made_anew_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app, rates, *_ = rates_app()
+    async with Machine(app) as machine:
+        running = await machine.start()
+        admin = rates.copies[0]._admin
+        describe, asked = admin.describe, 0
+
+        async def is_away_at_first(topics: list[str]) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked <= 12:
+                raise LogUnavailableError("the broker is away")
+            return await describe(topics)
+
+        monkeypatch.setattr(admin, "describe", is_away_at_first)
+        await machine.log.admin.delete(["rates"])
+        await machine.log.admin.create([NewTopic("rates", len(rates.partitions), config={"cleanup.policy": "compact"})])
+        while not asked > 12:
+            assert running.error is None
+            machine.clock.advance(1)
+            await asyncio.sleep(0.001)
+        await machine.send(rates.source, 2.0, key="eur")
+        await until(lambda: rates.get("eur") == 2.0)
 
 
 # --- declaration -----------------------------------------------------------------------------------------------------
