@@ -76,20 +76,22 @@ class Loops:
 
     async def _store(self, manager: TaskManager) -> None:
         """Write committed table values to the local stores, beside the work, and let expired ones be deleted."""
-        told = False
+        full: set[Task] = set()  # those whose store was full at the last look, which is told once each
         while True:
             await asyncio.sleep(_STORE_POLL_S)
-            for task in manager.running():
+            tasks = manager.running()
+            full.intersection_update(tasks)
+            for task in tasks:
                 task.sweep()
                 if task.tables is None or not task.tables.is_due:
                     continue
                 try:
                     await task.tables.write_store()
-                    told = False
+                    full.discard(task)
                 except StateFullError as error:
-                    if not told:
+                    if task not in full:
                         logger.warning("%s; committed values stay in memory until there is room", error)
-                    told = True
+                    full.add(task)
 
     async def _rebuild(self, manager: TaskManager) -> None:
         """Open tasks anew whose local state cannot be used."""

@@ -5,15 +5,18 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
+import pytest
 
 from streamflow.clock import VirtualClock
 from streamflow.config import Settings
+from streamflow.errors import StateFullError
 from streamflow.log.api import Assigned, Group, GroupEvent, Lost
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.open_log import OpenLog
 from streamflow.sensors import Sensors
 from tests.runtime.test_commit import FakeGroup
+from tests.runtime.waiting import until
 
 A = TopicPartition("a", 0)
 
@@ -59,4 +62,50 @@ async def test_what_is_lost_is_known_while_an_earlier_event_is_acted_on() -> Non
         for _ in range(10):
             await asyncio.sleep(0)
         assert manager.handled == events
+        tasks.cancel_scope.cancel()
+
+
+class FakeStored:
+    """A task whose store is due at every look."""
+
+    def __init__(self, name: str) -> None:
+        self.tables = self
+        self.is_due = True
+        self.name = name
+        self.is_full = False
+        self.looks = 0
+
+    def sweep(self) -> None:
+        pass
+
+    async def write_store(self) -> None:
+        self.looks += 1
+        if self.is_full:
+            raise StateFullError(f"{self.name}: no room")
+
+
+async def test_a_full_store_beside_a_fine_one_is_told_once_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("streamflow.runtime.loops._STORE_POLL_S", 0)
+    first, fine, second = FakeStored("first"), FakeStored("fine"), FakeStored("second")
+    nothing: Any = None
+    group = cast(Group, SpeakingGroup([]))
+    loops = Loops(Settings(), VirtualClock(), Sensors(), OpenLog(group, nothing, nothing, cast(Any, SimpleNamespace())))
+
+    async def look() -> list[str]:
+        caplog.clear()
+        enough = second.looks + 5
+        await until(lambda: second.looks >= enough)
+        return sorted(message.partition(":")[0] for message in caplog.messages)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(loops._store, SimpleNamespace(running=lambda: [first, fine, second]))
+        first.is_full = second.is_full = True
+        assert await look() == ["first", "second"]
+        assert await look() == []
+        first.is_full = False
+        assert await look() == []
+        first.is_full = True
+        assert await look() == ["first"]
         tasks.cancel_scope.cancel()
