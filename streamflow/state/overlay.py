@@ -106,6 +106,7 @@ class Overlay:
         self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
         self._check_home = check_home
         self._damaged = damaged or _nobody_is_told
+        self._telling_of_damage = _Telling(self._damaged)
         self._max_key_bytes = max_key_bytes
 
     # --- what turns do -----------------------------------------------------------------------------------------
@@ -129,8 +130,11 @@ class Overlay:
         if held is _ABSENT:
             held = self.dirty.get(key, _ABSENT)
         if held is _ABSENT:
-            store_key = self._encode_key(key)
-            held = self._held(self._newest(store_key), key)
+            try:
+                held = self._held(self._newest(self._encode_key(key)), key)
+            except StateCorruptedError as error:  # `with` would cost time where each record has a key of its own
+                self._damaged(error)
+                raise
         if len(live) >= self._live_entries:
             self._renew_live(live)
         return live.setdefault(key, held)  # what was merged since the look stays
@@ -153,23 +157,12 @@ class Overlay:
             data = self._being_stored.get(store_key, _ABSENT)
         if data is not _ABSENT:
             return data  # type: ignore[no-any-return]
-        try:
-            return self._store_get(store_key)
-        except StateCorruptedError as error:
-            self._damaged(error)
-            raise
-
-    def _unpack(self, data: bytes) -> tuple[bytes, int | None]:
-        try:
-            return unpack(data, table=self.name)
-        except StateCorruptedError as error:
-            self._damaged(error)
-            raise
+        return self._store_get(store_key)
 
     def _held(self, data: bytes | None, key: Any) -> Any:
         if data is None:
             return MISSING
-        payload, expires_ms = self._unpack(data)
+        payload, expires_ms = unpack(data, table=self.name)
         held = self.values.from_payload(payload, key)
         return held if self.ttl_ms is None else (expires_ms, held)
 
@@ -183,7 +176,9 @@ class Overlay:
 
     def take_back(self, store_key: bytes) -> None:
         """Write the committed value of a key once more, over what the changelog has of it."""
-        self.write_again(store_key, self._newest_committed(store_key))
+        with self._telling_of_damage:
+            data = self._newest_committed(store_key)
+        self.write_again(store_key, data)
 
     def write_again(self, store_key: bytes, data: bytes | None) -> None:
         """Write a key without a turn.
@@ -193,13 +188,15 @@ class Overlay:
             data: Its value as the store has it; None deletes.
         """
         key = self.keys.decode(store_key)
-        self.dirty[key] = self._held(data, key)
+        with self._telling_of_damage:
+            self.dirty[key] = self._held(data, key)
         if self.memory.is_in_use:
             self.index([key])
 
     def is_committed(self, store_key: bytes) -> bool:
         """Whether a key has a committed value."""
-        return self._newest_committed(store_key) is not None
+        with self._telling_of_damage:
+            return self._newest_committed(store_key) is not None
 
     def advance(self, timestamp_ms: int) -> None:
         """Move stream time."""
@@ -272,8 +269,10 @@ class Overlay:
             time_ms: Its event time, where values expire.
             committed: Committed values only.
         """
-        changes = self._committed_changes() if committed else self._changes(start, stop, writes)
-        pairs = merged(self._store.scan(self.name, start, stop, reverse=reverse), changes, start, stop, reverse=reverse)
+        with self._telling_of_damage:
+            changes = self._committed_changes() if committed else self._changes(start, stop, writes)
+            stored = self._store.scan(self.name, start, stop, reverse=reverse)
+        pairs = merged(stored, changes, start, stop, reverse=reverse)
         now_ms = self.committed_stream_time_ms if committed else max(self.stream_time_ms, time_ms)
         return self._payloads(pairs, now_ms)
 
@@ -303,14 +302,11 @@ class Overlay:
             yield layer, map(self.keys.decode, layer)
 
     def _payloads(self, pairs: Iterator[tuple[bytes, bytes]], now_ms: int) -> Iterator[tuple[bytes, bytes]]:
-        try:
+        with self._telling_of_damage:
             for key, data in pairs:
                 payload, expires_ms = unpack(data, table=self.name)
                 if expires_ms is None or expires_ms > now_ms:
                     yield key, payload
-        except StateCorruptedError as error:
-            self._damaged(error)
-            raise
 
     def _as_layer(self, held: Mapping[Any, Any]) -> Layer:
         return {self._encode_key(key): self._stored(value) for key, value in held.items()}
@@ -328,18 +324,16 @@ class Overlay:
 
     def stored_key_after(self, start: bytes, count: int) -> bytes | None:
         """The key in the store that has `count` others before it from `start` on; None where there are fewer."""
-        try:
+        with self._telling_of_damage:
             found = next(islice(self._store.scan(self.name, start, None), count, None), None)
-        except StateCorruptedError as error:
-            self._damaged(error)
-            raise
         return None if found is None else found[0]
 
     # --- committed reads ---------------------------------------------------------------------------------------
 
     def committed(self, key: Any) -> Any:
         """What is held of a key's committed value; `MISSING` where there is none."""
-        held = self._held(self._newest_committed(self._encode_key(key)), key)
+        with self._telling_of_damage:
+            held = self._held(self._newest_committed(self._encode_key(key)), key)
         if self.ttl_ms is None or held is MISSING:
             return held
         expires_ms, value = held
@@ -434,11 +428,8 @@ class Overlay:
         Returns:
             The keys, and where to go on; None at the end.
         """
-        try:
+        with self._telling_of_damage:
             return self._expired(after, limit)
-        except StateCorruptedError as error:
-            self._damaged(error)
-            raise
 
     def _expired(self, after: bytes, limit: int) -> tuple[list[Any], bytes | None]:
         found: list[Any] = []
@@ -455,6 +446,22 @@ class Overlay:
                     if expires_ms is not None and expires_ms <= self.stream_time_ms:
                         found.append(key)
         return found, None
+
+
+class _Telling:
+    """A block that reads the store: who has to know of damage is told before the error goes on."""
+
+    __slots__ = ("_damaged",)
+
+    def __init__(self, damaged: Callable[[StateCorruptedError], None]) -> None:
+        self._damaged = damaged
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, StateCorruptedError):
+            self._damaged(error)
 
 
 def _nobody_is_told(_: StateCorruptedError) -> None:
