@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -78,11 +79,18 @@ def has_data(path: str) -> bool:
 
     Where the files that name its state are gone or cut short, RocksDB would make an empty store there and remove it.
     """
+    return any(name.endswith(".sst") or (name.endswith(".log") and size) for name, size in file_sizes(path).items())
+
+
+def file_sizes(path: str) -> dict[str, int]:
+    """The sizes of a store's files by name, in bytes; RocksDB may delete some while they are looked at."""
+    sizes: dict[str, int] = {}
     with os.scandir(path) as entries:
-        return any(
-            entry.name.endswith(".sst") or (entry.name.endswith(".log") and entry.stat().st_size > 0)
-            for entry in entries
-        )
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def _holder(path: str, text: str) -> str:

@@ -307,11 +307,8 @@ class RocksStore(Store):
             self._check_open()
             entries = {name: self._figure(_PREFIX + name, "rocksdb.estimate-num-keys") for name in self.identity.tables}
             memory = sum(self._figure(name, "rocksdb.cur-size-all-mem-tables") for name in self._families)
-        with os.scandir(self.path) as files:
-            sizes = [(entry.name, entry.stat().st_size) for entry in files if entry.is_file()]
-        return StoreStats(
-            entries, sum(size for _, size in sizes), memory, sum(name.endswith(".sst") for name, _ in sizes)
-        )
+        sizes = faults.file_sizes(self.path)
+        return StoreStats(entries, sum(sizes.values()), memory, sum(name.endswith(".sst") for name in sizes))
 
     def _figure(self, family: str, name: str) -> int:
         found = self._families.get(family)

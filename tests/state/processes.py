@@ -139,6 +139,15 @@ def write(path: str, seed: str) -> None:
             store.flush()
 
 
+def write_some(path: str, count: str) -> None:
+    """Writes so many batches, flushes none, and stays until killed: all of it is in one write-ahead log."""
+    store = RocksStores(BUDGET).open(path, identity())
+    for number in range(1, int(count) + 1):
+        store.write(numbered_batch(number))
+    say("written")
+    sys.stdin.readline()
+
+
 LARGE = 6000
 
 
@@ -176,6 +185,12 @@ def expected(number: int) -> dict[str, dict[bytes, bytes]]:
 
 
 if __name__ == "__main__":
-    {"hold": hold, "fork": fork, "open": open_store, "write": write, "write_large": write_large}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    children = {
+        "hold": hold,
+        "fork": fork,
+        "open": open_store,
+        "write": write,
+        "write_some": write_some,
+        "write_large": write_large,
+    }
+    children[sys.argv[1]](*sys.argv[2:])

@@ -1,5 +1,6 @@
 """RocksDB under real faults: killed processes, damaged files, full disks, locks."""
 
+import contextlib
 import glob
 import os
 import resource
@@ -239,15 +240,15 @@ def test_damage_found_while_reading_is_named_and_never_a_value(stores, path):
 
 
 def test_a_damaged_end_of_the_write_ahead_log_only_makes_the_store_lag(stores, path):
-    with Child("write", path, "0") as child:
-        for _ in range(5):
-            child.line()
+    with Child("write_some", path, "5") as child:
+        child.line()
         child.kill()
-    logs = [name for name in glob.glob(path + "/*.log") if os.path.getsize(name)]
-    flip(logs[-1], os.path.getsize(logs[-1]) - 2000)
+    (log,) = (name for name in glob.glob(path + "/*.log") if os.path.getsize(name))
+    flip(log, os.path.getsize(log) - 2000)
     store = stores.open(path, identity())
     assert store.set_aside is None
     reached = store.checkpoint.inputs["in"]
+    assert 0 < reached < 5
     assert {name: dict(store.scan(name)) for name in ("x", "y")} == expected(reached)
 
 
@@ -351,6 +352,28 @@ def survives_no_room(store, fill, empty):
     store.write(large(written + 2))
     store.flush()
     assert store.stats().entries["x"] >= 300
+
+
+def test_a_file_that_goes_while_figures_are_made_is_not_counted(stores, path, monkeypatch):
+    """RocksDB deletes files that it has merged, whenever it is done with them."""
+    store = filled(stores, path)
+    store.flush()
+    gone, scandir = os.path.join(path, "999999.sst"), os.scandir
+    with open(gone, "wb") as file:
+        file.write(b"x")
+
+    @contextlib.contextmanager
+    def one_goes(folder):
+        with scandir(folder) as entries:
+            listed = list(entries)
+            os.unlink(gone)
+            yield listed
+
+    monkeypatch.setattr(os, "scandir", one_goes)
+    stats = store.stats()
+    assert stats.files > 0
+    monkeypatch.undo()
+    assert stats == store.stats()
 
 
 def test_a_full_disk_loses_nothing_and_writing_goes_on_when_there_is_room(stores, path, file_size_limit):
