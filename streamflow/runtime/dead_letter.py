@@ -40,7 +40,7 @@ def headers_of(
         Headers for the dead letter; the traceback is cut to its last 8,000 bytes.
     """
     cause = error.__cause__ if error.__cause__ is not None else error
-    trace = "".join(traceback.format_exception(cause)).encode()[-_TRACEBACK_BYTES:]
+    trace = "".join(traceback.format_exception(cause)).encode(errors="backslashreplace")[-_TRACEBACK_BYTES:]
     told = {
         HEADER_ERROR: type(cause).__name__,
         HEADER_CAUSE: error.message,
@@ -52,4 +52,8 @@ def headers_of(
         HEADER_ATTEMPTS: str(attempts),
     }
     kept = [(name, value) for name, value in record.headers if not name.startswith("streamflow-dead-letter-")]
-    return [*kept, *((name, value.encode()) for name, value in told.items()), (HEADER_TRACEBACK, trace)]
+    return [
+        *kept,
+        *((name, value.encode(errors="backslashreplace")) for name, value in told.items()),
+        (HEADER_TRACEBACK, trace),
+    ]

@@ -15,6 +15,13 @@ from streamflow.runtime.changelogs import new_changelogs
 from streamflow.runtime.table_sources import check_table_sources
 
 _REPLY_RETENTION_MS = 3_600_000
+_REPARTITION_CONFIG = {
+    "cleanup.policy": "delete",
+    "retention.ms": "-1",
+    # What the source took is passed on, whatever time it has.
+    "message.timestamp.type": "CreateTime",
+    "message.timestamp.after.max.ms": str(2**63 - 1),
+}
 
 
 def reply_topic_name(app_id: str) -> str:
@@ -104,7 +111,7 @@ def _new_internal(app: Declarations, counts: dict[str, int]) -> list[NewTopic]:
             name, partitions = derived.topic.name, counts[derived.source_topic.name]
             if name not in counts:
                 counts[name] = partitions
-                new.append(NewTopic(name, partitions, -1, {"cleanup.policy": "delete", "retention.ms": "-1"}))
+                new.append(NewTopic(name, partitions, -1, _REPARTITION_CONFIG))
             elif counts[name] != partitions:
                 raise TopologyError(
                     f"repartition topic {name!r} has {counts[name]} partitions, but its source "

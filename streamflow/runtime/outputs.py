@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from streamflow.clock import SystemClock
 from streamflow.errors import ProductionError, TopologyError
 from streamflow.log.batch import BatchBuilder, SealedBatch
 from streamflow.model.partitioner import partition_for
@@ -21,6 +22,8 @@ P = TypeVar("P")
 
 _BATCH_BYTES = 512 * 1024
 _RECORD_OVERHEAD_BYTES = 61 + 32
+_LAST_MS = 2**61  # so that the difference of two fits into 64 bits
+_CLOCK = SystemClock()
 _REMEMBERED_KEYS = 50_000
 REMEMBERED_KEY_BYTES = 1024
 
@@ -33,15 +36,38 @@ class Target:
         partitions: Its partition count in the log.
         max_batch_bytes: Its `max.message.bytes`.
         compression: Codec number for its batches.
+        ahead_ms: How far ahead of the clock the log takes a record's time; None for any.
+        behind_ms: How far behind.
     """
 
-    __slots__ = ("batch_bytes", "compression", "max_record_bytes", "name", "partitioner", "partitions", "topic")
+    __slots__ = (
+        "ahead_ms",
+        "batch_bytes",
+        "behind_ms",
+        "compression",
+        "max_record_bytes",
+        "name",
+        "partitioner",
+        "partitions",
+        "topic",
+    )
 
-    def __init__(self, topic: Topic[Any, Any], partitions: int, max_batch_bytes: int, compression: int) -> None:
+    def __init__(
+        self,
+        topic: Topic[Any, Any],
+        partitions: int,
+        max_batch_bytes: int,
+        compression: int,
+        *,
+        ahead_ms: int | None = None,
+        behind_ms: int | None = None,
+    ) -> None:
         self.topic = topic
         self.name = topic.name
         self.partitions = partitions
         self.compression = compression
+        self.ahead_ms = ahead_ms
+        self.behind_ms = behind_ms
         self.max_record_bytes = max_batch_bytes - _RECORD_OVERHEAD_BYTES
         self.batch_bytes = min(_BATCH_BYTES, max_batch_bytes)
         self.partitioner: Callable[[bytes, int], int] = topic.partitioner or partition_for
@@ -56,6 +82,51 @@ class Target:
         """Raise `ProductionError` unless the topic has that partition."""
         if not 0 <= partition < self.partitions:
             raise ProductionError(f"topic {self.name!r} has partitions 0..{self.partitions - 1}, not {partition}")
+
+    def check_time(self, timestamp_ms: Any) -> None:
+        """Raise `ProductionError` if the log would not take a record of that time."""
+        if not isinstance(timestamp_ms, int | float) or not -_LAST_MS <= timestamp_ms <= _LAST_MS:
+            raise ProductionError(
+                f"topic {self.name!r}: the time of a record is a number of milliseconds since the epoch, not "
+                f"{str(timestamp_ms)[:60]}"
+            )
+        if self.ahead_ms is None and self.behind_ms is None:
+            return
+        now_ms = _CLOCK.now_ms()
+        if self.ahead_ms is not None and timestamp_ms > now_ms + self.ahead_ms:
+            raise self._bad_time(timestamp_ms, "ahead", self.ahead_ms, "after")
+        if self.behind_ms is not None and timestamp_ms < now_ms - self.behind_ms:
+            raise self._bad_time(timestamp_ms, "behind", self.behind_ms, "before")
+
+    def _bad_time(self, timestamp_ms: float, where: str, most_ms: int, option: str) -> ProductionError:
+        return ProductionError(
+            f"a record with the time {timestamp_ms} ms is further {where} than topic {self.name!r} takes "
+            f"({most_ms:,} ms): times are milliseconds since the epoch; raise the topic's "
+            f"message.timestamp.{option}.max.ms, or set another time, `sf.Out(..., timestamp_ms=...)`"
+        )
+
+    def taken_time(self, timestamp_ms: int) -> int:
+        """A time that the log takes: the record's own, else the clock's."""
+        try:
+            self.check_time(timestamp_ms)
+        except ProductionError:
+            return _CLOCK.now_ms()
+        return timestamp_ms
+
+    def check_headers(self, headers: Headers) -> None:
+        """Raise `ProductionError` unless headers are pairs of text and bytes: the codec would fail in mid-commit."""
+        for header in headers:
+            try:
+                name, content = header
+                str.encode(name)
+                fits = content is None or type(content) is bytes
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
+                raise ProductionError(
+                    f"topic {self.name!r}: {str(header)[:60]!r} is no header: headers are pairs of a str and bytes, "
+                    "such as `headers=[('trace', b'1')]`"
+                )
 
     def check_size(self, key: bytes | None, value: bytes | None, headers: Headers) -> None:
         """Raise `ProductionError` if the record could not be stored (uncompressed size, as Kafka's own producer)."""
@@ -120,10 +191,15 @@ class Destination(ABC, Generic[P]):
             headers: All its headers.
 
         Raises:
-            ProductionError: It cannot be encoded, is too large, or goes to a partition that is not there.
+            ProductionError: It cannot be encoded, is too large, has a time or headers that the log does not take, or
+                goes to a partition that is not there. What passes here can be written: to find out later would be in
+                the middle of a turn's end, with a part of its effects done.
         """
         target = self.target
         data = target.topic.value_codec.encode(value, headers)
+        target.check_time(timestamp_ms)
+        if headers:
+            target.check_headers(headers)
         target.check_size(key, data, headers)
         place = self.of_key(key) if partition is None else self.of_number(partition)
         return place, timestamp_ms, key, data, headers

@@ -106,7 +106,7 @@ class RecordErrors:
             headers = headers[:-1]  # the traceback
             output.target.check_size(record.key, record.value, headers)
         key = record.key
-        return (output.of_key(key), record.timestamp, key, record.value, headers)
+        return (output.of_key(key), output.target.taken_time(record.timestamp), key, record.value, headers)
 
 
 def way_past(agent: Processor, error: RecordError) -> str:

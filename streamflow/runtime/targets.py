@@ -13,6 +13,8 @@ from streamflow.processing.topic import Topic
 from streamflow.runtime.internal_topics import reply_topic_name
 from streamflow.runtime.outputs import Target, Targets
 
+_NO_LIMIT_MS = 2**63 - 1
+
 
 class KnownTargets:
     """The targets of one app in this process.
@@ -30,7 +32,14 @@ class KnownTargets:
     def add(self, topic: Topic[Any, Any], description: TopicDescription) -> Target:
         """Make a described topic known."""
         max_bytes = int(description.config.get("max.message.bytes", DEFAULT_MAX_BATCH_BYTES))
-        target = Target(topic, description.partitions, max_bytes, self._compression)
+        target = Target(
+            topic,
+            description.partitions,
+            max_bytes,
+            self._compression,
+            ahead_ms=_limit_ms(description, "message.timestamp.after.max.ms"),
+            behind_ms=_limit_ms(description, "message.timestamp.before.max.ms"),
+        )
         self.targets.add(target)
         return target
 
@@ -55,3 +64,11 @@ class KnownTargets:
                 "create it"
             )
         return self.add(topic, described[topic.name])
+
+
+def _limit_ms(description: TopicDescription, option: str) -> int | None:
+    """How far from the clock a record's time may be; None where the log takes any, or sets it itself."""
+    config = description.config
+    limit_ms = int(config.get(option, _NO_LIMIT_MS))
+    is_set_by_log = config.get("message.timestamp.type") == "LogAppendTime"
+    return None if is_set_by_log or limit_ms == _NO_LIMIT_MS else limit_ms

@@ -23,7 +23,7 @@ from streamflow.processing.topic import Topic
 from streamflow.runtime import births
 from streamflow.runtime.births import Unit
 from streamflow.runtime.derived import Copier, Processor
-from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged
+from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged, Target
 from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn_tables import Touched, Written
 from streamflow.state.stage import Stage
@@ -70,6 +70,8 @@ class Turn:
         self.unit: list[tuple[TopicPartition, LogRecord]] | None = None
         self.headers = NO_HEADERS
         self.replies: list[tuple[str, int, bytes]] = []
+        # Those who have their answer in the stage: should the unit fail yet, they are told so instead.
+        self._answered: list[tuple[str, int, bytes]] = []
         # Whether yields may take the short way: one record in hand, no headers to pass on, nobody asked.
         self.is_plain = True
         self._end_of_headers = EndOfHeaders(self)
@@ -119,6 +121,9 @@ class Turn:
     def drop_stage(self) -> None:
         """The unit failed: it has sent and written nothing."""
         self.stage.clear()
+        if self._answered:
+            self.replies += self._answered
+            self._answered.clear()
         if self._touched.stages:
             self._touched.drop()
 
@@ -147,6 +152,7 @@ class Turn:
         self.is_plain = True
         self.headers = NO_HEADERS
         self.replies.clear()
+        self._answered.clear()
 
     def timestamp_ms(self) -> int:
         """Event time of the record in hand."""
@@ -249,7 +255,9 @@ class Turn:
             raise ClosedError("there is no record in hand")
         output = self.task.outputs.to(topic)
         output.target.check_size(key, record.value, record.headers)
-        self.stage.append((output.of_key(key), self.timestamp_ms(), key, record.value, record.headers))
+        timestamp_ms = self.timestamp_ms()
+        output.target.check_time(timestamp_ms)
+        self.stage.append((output.of_key(key), timestamp_ms, key, record.value, record.headers))
 
     # --- yields ------------------------------------------------------------------------------------------------
 
@@ -301,7 +309,7 @@ class Turn:
         safe_bytes = output.target.max_record_bytes - REMEMBERED_KEY_BYTES
         exact, encode = topic.value_codec.exact_type, topic.value_codec.fast_encode
         stage_append, emit = self.stage.append, self.emit
-        if exact is None or encode is None:
+        if exact is None or encode is None or self._has_time_to_check(output.target):
             return emit
 
         def emit_fast(result: Any) -> None:
@@ -326,6 +334,14 @@ class Turn:
 
         return emit_fast
 
+    def _has_time_to_check(self, target: Target) -> bool:
+        """Whether a source may have records of times that a sink does not take."""
+        limit_ms = target.ahead_ms
+        if target.behind_ms is not None:
+            return True
+        sources = [self.task.outputs.to(source).target for source in self.agent.input_topics]
+        return limit_ms is not None and any(each.ahead_ms is None or each.ahead_ms > limit_ms for each in sources)
+
     # --- answers -----------------------------------------------------------------------------------------------
 
     def _answer(self, result: Any) -> None:
@@ -341,7 +357,7 @@ class Turn:
         """Tell who asked that the record failed."""
         if self.replies:
             cause = error.__cause__ or error
-            text = f"{type(cause).__name__}: {cause}".encode()
+            text = f"{type(cause).__name__}: {cause}".encode(errors="backslashreplace")
             self._reply(None, [(HEADER_ERROR, text)])
 
     def _reply(self, data: bytes | None, headers: list[tuple[str, bytes | None]]) -> None:
@@ -352,6 +368,7 @@ class Turn:
                 out = output.of_number(partition)
                 self.stage.append((out, now_ms, None, data, [(HEADER_ASK_ID, ask_id), *headers]))
                 self.has_answered = True
+        self._answered += self.replies
         self.replies.clear()
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamflow.errors import ClosedError
+from streamflow.errors import ClosedError, ProcessingError
 from streamflow.state.overlay import Overlay
 from streamflow.state.values import MISSING
 
 _ABSENT: Any = object()
+_LAST_MS = 253_402_300_799_999  # the end of the year 9999
 
 
 class Effects:
@@ -65,8 +66,17 @@ class Stage:
         self._defaults: dict[Any, tuple[Any, bytes]] = {}
 
     def advance(self, timestamp_ms: int) -> None:
-        """Note the turn's event time: the task's stream time follows when the turn is done."""
+        """Note the turn's event time: the task's stream time follows when the turn is done.
+
+        Raises:
+            ProcessingError: It is no time; with it every value of the table would have expired for good.
+        """
         if timestamp_ms > self.time_ms:
+            if timestamp_ms > _LAST_MS:
+                raise ProcessingError(
+                    f"table {self.overlay.name!r}: the record's time {timestamp_ms} is after the year 9999, so no "
+                    "value could expire after it; times are milliseconds since the epoch"
+                )
             self.time_ms = timestamp_ms
             self._touched(self)
 

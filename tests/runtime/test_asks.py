@@ -47,6 +47,31 @@ async def test_values_none_and_errors_come_back() -> None:
         assert await asked(test, lambda: silent.ask(1)) is None
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_an_agent_that_fails_after_its_answer_answers_its_error(concurrency: int) -> None:
+    app = sf.App("after")
+    basket = app.table("basket", key_type=str, value_type=list[str], default=list)
+
+    @app.agent(
+        app.topic("asked", key_type=str, value_type=int), on_error=sf.Skip(), concurrency=concurrency, tables=[basket]
+    )
+    async def work(stream: sf.Stream[int, str]) -> AsyncIterator[int]:
+        async for key, number in stream.items():
+            yield number
+            if number == 1:
+                raise ValueError("after the answer")
+            if number == 2:
+                basket[key].append(5)  # type: ignore[arg-type]
+
+    async with TestApp(app) as test:
+        with pytest.raises(sf.AskError, match="ValueError: after the answer"):
+            await asked(test, lambda: work.ask(1, key="k"))
+        with pytest.raises(sf.AskError, match="Expected `str`, got `int`"):
+            await asked(test, lambda: work.ask(2, key="k"))
+        assert await asked(test, lambda: work.ask(3, key="k")) == 3
+        assert dict(basket) == {}
+
+
 async def test_the_error_of_a_record_that_stops_the_worker_is_answered() -> None:
     app = sf.App("fatal")
 

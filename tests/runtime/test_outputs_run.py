@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -127,6 +127,11 @@ async def test_a_partitioner_that_errs_is_an_error_of_the_record() -> None:
         (sf.Out(1, partition=3), r"partitions 0\.\.2, not 3"),
         ("text", "the value of topic 'out' takes int, not str 'text'"),
         (sf.Out(1, headers=[("h", b"x" * 2_000_000)]), "too large"),
+        (sf.Out(1, headers=cast(Any, [("h", "text")])), r"\('h', 'text'\).* is no header"),
+        (sf.Out(1, headers=cast(Any, {"h": b"x"})), "'h' is no header"),
+        (sf.Out(1, headers=[("\ud800", b"x")]), "is no header"),
+        (sf.Out(1, timestamp_ms=2**70), "milliseconds since the epoch, not 1180591620717411303424"),
+        (sf.Out(1, timestamp_ms=cast(Any, "now")), "milliseconds since the epoch, not now"),
     ],
 )
 async def test_an_output_that_cannot_be_written_is_an_error_of_its_record(returned: Any, message: str) -> None:
@@ -150,6 +155,40 @@ async def test_an_output_that_cannot_be_written_is_an_error_of_its_record(return
     with pytest.raises(sf.ProductionError, match=message) as raised:
         await run()
     assert raised.value.position == "numbers-0-1"
+
+
+async def test_an_output_that_cannot_be_written_leaves_nothing_of_its_record_whatever_was_made_before_it() -> None:
+    app, numbers, out = numbers_app("traceless")
+    counted = app.table("counted", key_type=str, value_type=int, default=int)
+
+    @app.agent(numbers, sink=out, on_error=sf.Retry(2, backoff_s=0, then=sf.Skip()))
+    async def work(stream: sf.Stream[int, str]) -> AsyncIterator[Any]:
+        async for key, number in stream.items():
+            counted[key] += 1
+            yield counted[key]
+            if number == 1:
+                yield sf.Out(number, headers=cast(Any, [("trace", "text")]))
+
+    async with TestApp(app) as test:
+        for number in range(3):
+            await test.send(numbers, number, key="k")
+        await test.settle()
+        assert counted["k"] == 2
+        assert [event.value for event in test.records(out)] == [1, 2]
+
+
+async def test_a_dead_letter_of_an_error_that_is_no_text() -> None:
+    app, numbers, out = numbers_app("surrogates")
+
+    @app.agent(numbers, on_error=sf.DeadLetter(out))
+    async def work(number: int) -> None:
+        raise ValueError("no \ud800 text")
+
+    async with TestApp(app) as test:
+        await test.send(numbers, 7, key="k")
+        await test.settle()
+        (letter,) = test.records(out)
+        assert b"no \\ud800 text" in dict(letter.headers)["streamflow-dead-letter-cause"]
 
 
 def line_of(text: str) -> str:

@@ -565,3 +565,21 @@ async def test_a_table_that_only_looks_like_the_changed_one_is_refused_within_a_
 async def _ignore(stream: sf.Stream[int]) -> None:
     async for _ in stream:
         pass
+
+
+async def test_a_time_after_which_nothing_could_expire_fails_its_record():
+    app = sf.App("far", partitions=1)
+    numbers = app.topic("numbers", key_type=str, value_type=int)
+    sums = app.table("sums", key_type=str, value_type=int, default=int, ttl_s=60)
+
+    @app.agent(numbers, on_error=sf.Skip())
+    async def add(stream: sf.Stream[int, str]) -> None:
+        async for key, number in stream.items():
+            sums[key] += number
+
+    async with TestApp(app) as test:
+        await test.send(numbers, 1, key="a")
+        await test.send(numbers, 10, key="a", timestamp_ms=2**60)
+        await test.send(numbers, 100, key="a")
+        await test.settle()
+        assert dict(sums) == {"a": 101}

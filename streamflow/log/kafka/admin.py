@@ -23,7 +23,16 @@ _GONE_TIMEOUT_S = 5.0
 _TOPIC_RESOURCE = 2
 _NO_ID = bytes(16)
 _ALWAYS_TOLD = frozenset(
-    {"max.message.bytes", "cleanup.policy", "retention.ms", "retention.bytes", "delete.retention.ms"}
+    {
+        "max.message.bytes",
+        "cleanup.policy",
+        "retention.ms",
+        "retention.bytes",
+        "delete.retention.ms",
+        "message.timestamp.type",
+        "message.timestamp.after.max.ms",
+        "message.timestamp.before.max.ms",
+    }
 )
 _PARTITION_DEFAULT_SOURCES = frozenset({5, 6})  # the broker's defaults; all other sources somebody set
 
@@ -124,7 +133,7 @@ class KafkaAdmin(Admin):
                 await anyio.sleep(backoff_s(failures, cap_s=0.2))
 
     async def _configs(self, names: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
-        """What differs from the brokers' defaults, and in any case how large records may be and how long they stay."""
+        """What differs from the brokers' defaults, and in any case what records are taken and how long they stay."""
         if not names:
             return {}
         resources = [(_TOPIC_RESOURCE, name, None) for name in names]
