@@ -225,6 +225,13 @@ def allows_none(form: Any) -> bool:
     return form is None or form in (type(None), Any, object) or any(allows_none(part) for part in _alternatives(form))
 
 
+def without_none(form: Any) -> Any | None:
+    """A union that has `None` among its alternatives, without it; None for every other type."""
+    parts = members(form)
+    rest = [part for part in parts if part is not None and part is not type(None)]
+    return Union[tuple(rest)] if rest and len(rest) < len(parts) else None  # noqa: UP007 (parts are known at run time only)
+
+
 def members(form: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the type itself, aliases and annotations taken off."""
     form = bare(form)

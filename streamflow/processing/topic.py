@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypedDict, TypeVar, cast, overload
 
-from streamflow.errors import ConfigurationError, TopologyError
+from streamflow.errors import ConfigurationError, SchemaError, TopologyError
 from streamflow.model.record import Headers, RecordMetadata
-from streamflow.model.schema import surely_differs, type_name
+from streamflow.model.schema import allows_none, surely_differs, type_name, without_none
 from streamflow.model.serde import BoundCodec, Serializer, bind_codec
 from streamflow.model.topic_name import TOPIC_NAME_RULE, is_topic_name
 from streamflow.processing.context import current_turn, sender_of
 from streamflow.processing.places import place_of_call
-from streamflow.processing.selector import Field, Member, selector, timestamp_reader
+from streamflow.processing.selector import Field, Member, Selector, selector, timestamp_reader
 
 if TYPE_CHECKING:
     from typing_extensions import TypeForm
@@ -253,11 +253,12 @@ class Topic(Generic[K, V]):
             field: A field's name (`"country"`), a struct's member (`Order.country`) or a function of the value.
             name: Names the step and its topic, `<app>-<name>-repartition`; default `<topic>-by-<field>`. A lambda needs
                 one.
-            key_type: Type of the new key; default the field's annotation, or the function's return annotation.
+            key_type: Type of the new key; default the field's annotation, or the function's return annotation. Records
+                whose new key is None get null keys, which do not meet in one partition.
 
         Raises:
             ConfigurationError: A name or a type is missing.
-            SchemaError: The values have no such field.
+            SchemaError: The values have no such field, or it does not go with `key_type`.
             TopologyError: The name stands for another step already.
         """
         return _group_by(self, field, name, key_type)
@@ -379,12 +380,7 @@ def _group_by(
     if name is None and not chosen.name:
         raise ConfigurationError(f"{where}: a lambda has no name to call the step by; add name='...'")
     name = check_name(name or f"{origin}-by-{chosen.name}", "group_by")
-    if key_type is None:
-        key_type = chosen.form
-    if key_type is None:
-        raise ConfigurationError(
-            f"{where}: nothing says the type of the new key; add key_type=, for example key_type=str"
-        )
+    key_type = _new_key_type(where, chosen, key_type)
     owner = topic.app
     made: Topic[Any, Any] = Topic(
         owner,
@@ -398,6 +394,36 @@ def _group_by(
         internal=True,
     )
     return _registered(owner, GroupBy(source, made, name, chosen.read, field))
+
+
+def _new_key_type(where: str, chosen: Selector, given: Any) -> Any:
+    """The type of a step's keys: what was given, or what the field says.
+
+    Raises:
+        ConfigurationError: Neither says it.
+        SchemaError: They do not go together, so that records would fail one by one.
+    """
+    if chosen.form is None:
+        if given is None:
+            raise ConfigurationError(
+                f"{where}: nothing says the type of the new key; add key_type=, for example key_type=str"
+            )
+        return given
+    if given is None:
+        return chosen.form
+    present, wanted = without_none(chosen.form), type_name(given)
+    if surely_differs(chosen.form if present is None else present, given):
+        raise SchemaError(
+            f"{where}: the new key is {type_name(chosen.form)}, and key_type={wanted}: leave key_type out, or give a "
+            f"function that makes {wanted} of it"
+        )
+    if present is not None and not allows_none(given):
+        raise SchemaError(
+            f"{where}: the new key may be None ({type_name(chosen.form)}), and key_type={wanted}: give a function that "
+            f"has a key for these records, too, or key_type={wanted} | None, which gives them null keys: they do not "
+            "meet in one partition"
+        )
+    return given
 
 
 def _through(source: Topic[Any, Any] | Derived[Any, Any], other: Topic[Any, Any]) -> Through[Any, Any]:

@@ -192,6 +192,13 @@ class Turn:
         Raises:
             TopologyError: Always, where the caller is in a turn.
         """
+        if isinstance(self.agent, Copier):
+            raise TopologyError(
+                f"the key function of step {self.agent.name!r} ({self.agent.place}) reads table {table.name!r}, and it "
+                "has the value and no table: read the table in an agent before the step, which puts what the key needs "
+                "into the value or sends to a topic of that key, `yield sf.Out(value, key=...)`; or make it an "
+                "`app.global_table`, which may be read anywhere"
+            )
         raise TopologyError(
             f"agent {self.agent.name!r} touches table {table.name!r}, which its code does not name: declare it, "
             f"`@app.agent(..., tables=[...])`, so that the table lies where the agent runs"

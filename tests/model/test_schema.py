@@ -9,7 +9,16 @@ import pytest
 import typing_extensions
 
 from streamflow.errors import SchemaError
-from streamflow.model.schema import allows_none, field_type, is_mapping, members, shape_of, surely_differs, type_name
+from streamflow.model.schema import (
+    allows_none,
+    field_type,
+    is_mapping,
+    members,
+    shape_of,
+    surely_differs,
+    type_name,
+    without_none,
+)
 
 T = TypeVar("T")
 
@@ -219,3 +228,20 @@ def test_recursive_types_and_limits_are_described():
 def test_a_type_that_msgspec_does_not_know():
     with pytest.raises(SchemaError, match=r"SimpleNamespace at `\$\[...\]`"):
         shape_of(list[types.SimpleNamespace])
+
+
+@pytest.mark.parametrize(
+    ("form", "rest"),
+    [
+        (int | None, int),
+        (Annotated[int | None, "x"], int),
+        (int | str | None, int | str),
+        (int, None),
+        (int | str, None),
+        (Any, None),
+        (None, None),
+        (type(None), None),
+    ],
+)
+def test_a_type_without_none(form, rest):
+    assert without_none(form) == rest

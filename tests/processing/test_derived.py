@@ -41,6 +41,8 @@ def orders(app):
         ("user", {}, "orders-by-user", str, "ann"),
         ("number", {}, "orders-by-number", int, 7),
         ("note", {}, "orders-by-note", str | None, None),
+        ("note", {"key_type": str | None}, "orders-by-note", str | None, None),
+        ("number", {"key_type": float}, "orders-by-number", float, 7),
         (Order.amount, {}, "orders-by-amount", float, 2.5),
         (month_of, {}, "orders-by-month_of", int, 7),
         (untyped, {"key_type": str}, "orders-by-untyped", str, "ann"),
@@ -119,6 +121,21 @@ def test_steps_follow_one_another(app, orders):
         (str, {}, ConfigurationError, "not <class 'str'>"),
         ("user", {"name": "a b"}, ConfigurationError, "group_by 'a b'"),
         ("user", {"key_type": object}, SchemaError, "key_type"),
+        (
+            "user",
+            {"key_type": int},
+            SchemaError,
+            "orders.group_by('user'): the new key is str, and key_type=int: leave",
+        ),
+        (Order.amount, {"key_type": int}, SchemaError, "makes int of it"),
+        (month_of, {"key_type": str}, SchemaError, "the new key is int, and key_type=str"),
+        ("note", {"key_type": int}, SchemaError, "the new key is str | None, and key_type=int"),
+        (
+            "note",
+            {"key_type": str},
+            SchemaError,
+            "the new key may be None (str | None), and key_type=str: give a function",
+        ),
     ],
 )
 def test_misuse_of_group_by(orders, field, options, error, message):

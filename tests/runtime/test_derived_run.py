@@ -103,6 +103,35 @@ async def test_a_key_that_cannot_be_had_goes_to_the_policy_of_the_reader() -> No
         ]
 
 
+async def test_a_key_function_that_reads_a_table_is_told_where_one_may_be_read() -> None:
+    app = sf.App("keys")
+    orders = app.topic("orders", key_type=str, value_type=Order, partitions=1)
+    countries = app.table("countries", key_type=str, value_type=str)
+    prices = app.global_table("prices", key_type=str, value_type=str)
+
+    def key_of(order: Order) -> str:
+        return prices.get(order.user) or countries[order.user]
+
+    @app.agent(orders.group_by(key_of), tables=[countries])
+    def work(order: Order) -> None: ...
+
+    async def run() -> None:
+        async with TestApp(app) as test:
+            await test.send(prices.source, "a price", key="known")
+            await test.settle()
+            await test.send(orders, Order("known", "c", 1), key="k")
+            await test.settle()
+            await test.send(orders, Order("u", "c", 1), key="k")
+            await test.settle()
+
+    with pytest.raises(sf.StreamFlowError, match="the key function of step 'orders-by-key_of'") as raised:
+        await run()
+    text = str(raised.value)
+    assert "test_derived_run.py" in text
+    assert "read the table in an agent before the step" in text
+    assert "tables=[...]" not in text
+
+
 async def test_a_restart_on_the_same_log_goes_on_where_it_was() -> None:
     app, orders, sums = shop()
     async with Machine(app) as machine:
