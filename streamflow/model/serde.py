@@ -105,6 +105,7 @@ class BoundCodec(Generic[T]):
         fast_encode: Encodes a value whose type is exactly `exact_type`. When it raises, call `encode` with the same
             value, which raises the error that explains it. None where headers are needed.
         exact_type: The type of which values may go to `fast_encode` unchecked; None where every value goes to `encode`.
+        is_declared: Whether the type was given, and not left out.
     """
 
     __slots__ = (
@@ -116,6 +117,7 @@ class BoundCodec(Generic[T]):
         "exact_type",
         "fast_decode",
         "fast_encode",
+        "is_declared",
         "part",
         "serializer",
         "topic",
@@ -128,6 +130,7 @@ class BoundCodec(Generic[T]):
         self.type = form
         self.serializer = serializer
         self.allows_none = allows_none(form)
+        self.is_declared = True
         self.fast_decode: Callable[[bytes], T] | None = None
         self.fast_encode: Callable[[Any], bytes] | None = None
         self.exact_type: type | None = None
@@ -165,7 +168,8 @@ class BoundCodec(Generic[T]):
                 raise self._not_encoded(value, exc) from exc
         outer = self._outer_types
         if outer is not None and (not isinstance(value, outer) or (self._refuses_bool and isinstance(value, bool))):
-            raise ProductionError(f"{self._place} takes {type_name(self.type)}, not {_shown(value)}")
+            left_out = "" if self.is_declared else f" ({self.part}_type= was left out)"
+            raise ProductionError(f"{self._place} takes {type_name(self.type)}{left_out}, not {_shown(value)}")
         assert self._encode is not None
         try:
             return self._encode(value)
@@ -295,7 +299,9 @@ def bind_codec(
     if bound is None:
         bound = _omitted_type(serializer, part)
     if serializer is None or (isinstance(serializer, str) and serializer in _TYPE_OF):
-        return _bind_built_in(bound, serializer, topic, part)
+        built_in = _bind_built_in(bound, serializer, topic, part)
+        built_in.is_declared = form is not None
+        return built_in
     chosen = _load(serializer, topic, part) if isinstance(serializer, str) else serializer
     name = serializer if isinstance(serializer, str) else type(serializer).__name__
     if isinstance(chosen, type) or not isinstance(chosen, Serializer):

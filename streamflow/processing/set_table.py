@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableSet
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableSet
 from collections.abc import Set as AbstractSet
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast, overload
 
 from streamflow.errors import SchemaError
 from streamflow.model.schema import type_name
@@ -17,6 +17,7 @@ from streamflow.state.values import MISSING
 
 K = TypeVar("K")
 M = TypeVar("M")
+T = TypeVar("T")
 
 _HERE = b""
 
@@ -149,12 +150,16 @@ class Members(MutableSet[M]):
             self.discard(member)
 
 
-class SetTable(Generic[K, M]):
+class SetTable(Mapping[K, Members[M]], Generic[K, M]):
     """A table of sets; made by `app.set_table(...)`.
 
     `tags[key]` is the set under a key, empty where there is none: `add`, `discard`, `remove`, `update`, `clear`, `in`,
     `len`, iteration in order. Each member is an entry of its own in store and changelog, so that a change costs the
     same in a set of ten and of ten million. A key is there as long as it has members.
+
+    It is a mapping of those keys, in their order; iteration, `len`, `keys()`, `values()` and `items()` read every
+    member to find them, and the sets that they give out read the table when they are looked at. It equals nothing but
+    itself.
 
     Turns, commits, partitions and reads elsewhere are as those of `Table`. With `concurrency=`, two records in progress
     may change different members of one set.
@@ -173,6 +178,12 @@ class SetTable(Generic[K, M]):
         self.name = pairs.name
         self.key_type = key_type
         self.member_type = pairs.member_type
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def __repr__(self) -> str:
         return f"<set table {self.name!r}: {type_name(self.key_type)} to sets of {type_name(self.member_type)}>"
@@ -205,6 +216,25 @@ class SetTable(Generic[K, M]):
 
     def __contains__(self, key: object) -> bool:
         return bool(self[cast("K", key)])
+
+    @overload
+    def get(self, key: K, /) -> Members[M] | None: ...
+    @overload
+    def get(self, key: K, default: Members[M], /) -> Members[M]: ...
+    @overload
+    def get(self, key: K, default: T, /) -> Members[M] | T: ...
+    def get(self, key: K, default: Any = None, /) -> Any:
+        """The set under a key.
+
+        Args:
+            key: The key.
+            default: What to return where it has no members.
+        """
+        return self[key] or default
+
+    def items(self) -> ItemsView[K, Members[M]]:
+        """Keys that have members and their sets, in key order."""
+        return _Items(self)
 
     def __iter__(self) -> Iterator[K]:
         """Keys that have members, in order."""
@@ -246,3 +276,13 @@ class SetTable(Generic[K, M]):
             change(Members(self.pairs, key, stage))
 
         await self.pairs.change_of(cast(Any, (key, None)), work)
+
+
+class _Items(ItemsView[K, Members[M]]):
+    _mapping: SetTable[K, M]
+
+    def __contains__(self, item: object) -> bool:
+        if not isinstance(item, tuple) or len(item) != 2:
+            return False
+        members = self._mapping.get(item[0])  # an empty set stands under no key
+        return members is not None and bool(members == item[1])

@@ -6,11 +6,13 @@ elsewhere it reads what is committed, of the partitions that this process holds.
 
 from __future__ import annotations
 
+import inspect
 from asyncio import current_task
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast, overload
 
-from streamflow.errors import ClosedError, ConfigurationError, NotHeld, ProductionError, TopologyError
+from streamflow.errors import ClosedError, ConfigurationError, NotHeld, ProductionError, SchemaError, TopologyError
+from streamflow.model.schema import type_name, without_none
 from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.context import current_turn
 from streamflow.processing.holding import Holder, holders_of
@@ -85,6 +87,8 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         self.name = check_name(name, "table")
         self.place = place_of_call()
         self.source = source
+        if key_type is None and key_serializer is None:
+            key_type = bytes  # a topic's null keys have no place here
         self.changelog: Topic[K, V] = source or Topic(
             app,
             f"{app.id}-{name}-changelog",
@@ -97,13 +101,25 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         )
         self.key_type = self.changelog.key_type
         self.value_type = self.changelog.value_type
+        if source is None:
+            self._check_value_type()
+        self.held_values = Values(name, self.changelog.value_codec)
         self.default = self._checked_default(default)
         self.ttl_s = self._checked_ttl(ttl_s)
         self.partition_by = checked_partition_by(partition_by, f"table {name!r} ({self.place})")
         self.on_recover = on_recover
         self.help = help
         self.keys_in_order = key_order(self.changelog.key_codec, table=name)
-        self.held_values = Values(name, self.changelog.value_codec)
+
+    def _check_value_type(self) -> None:
+        present = without_none(self.value_type)
+        if present is not None or self.value_type is type(None):
+            instead = "the type that values have" if present is None else f"value_type={type_name(present)}"
+            raise SchemaError(
+                f"table {self.name!r} ({self.place}): value_type={type_name(self.value_type)}: None is how a log says "
+                f"that a key was deleted, so it cannot be a value. Declare {instead}, write `del table[key]`, and read "
+                "what may be missing by `table.get(key)`"
+            )
 
     def _checked_default(self, default: Any) -> Any:
         if default is None:
@@ -113,12 +129,24 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
                 f"table {self.name!r} ({self.place}): default= is a function that makes the value, such as "
                 f"`default={type(default).__name__}` or `default=lambda: {default!r}`"
             )
-        made: Any = default()
-        if made is None:
+        where = f"table {self.name!r} ({self.place}): default="
+        if inspect.iscoroutinefunction(default):
+            raise ConfigurationError(f"{where} is called where a key is read, and cannot be async")
+        try:
+            made: Any = default()
+        except Exception as exc:
             raise ConfigurationError(
-                f"table {self.name!r} ({self.place}): default= makes None; leave it out and use `table.get(key)`"
-            )
-        self.changelog.value_codec.encode(made, ())
+                f"{where} is called without arguments to make a value, and raised {type(exc).__name__}: {exc}"
+            ) from exc
+        if made is None:
+            raise ConfigurationError(f"{where} makes None; leave it out and use `table.get(key)`")
+        try:
+            self.held_values.encoded(made)
+        except ProductionError as exc:
+            raise ConfigurationError(
+                f"{where} makes {type_name(type(made))} {made!r}, and value_type={type_name(self.value_type)}: "
+                f"{exc.message.removeprefix(f'table {self.name!r}: ')}"
+            ) from exc
         return default
 
     def _checked_ttl(self, ttl_s: Any) -> float | None:

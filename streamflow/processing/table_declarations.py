@@ -88,8 +88,9 @@ class TableDeclarations:
 
         Args:
             name: Its name.
-            key_type: Type of its keys; iteration is in their order.
-            value_type: Type of its values. `None` is no value: it is how a deletion is written.
+            key_type: Type of its keys; iteration is in their order. Left out: bytes, or what `key_serializer` says.
+            value_type: Type of its values. `None` is no value: it is how a deletion is written. Left out: bytes, or
+                what `value_serializer` says.
             key_serializer: How the changelog has its keys; see `topic`.
             value_serializer: How changelog and store have its values.
             default: Makes the value that `table[key]` reads where there is none; it is not stored by reading. Left out:

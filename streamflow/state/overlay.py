@@ -213,10 +213,12 @@ class Overlay:
         Raises:
             ProductionError: It is not of the table's key type, cannot be written, or belongs to another partition.
         """
+        if key is None:
+            raise ProductionError(f"table {self.name!r}: a key cannot be None")
+        self._encode_key(key)  # first: it names the table
         data = self._key_codec.encode(key)
         if data is None:
-            raise ProductionError(f"table {self.name!r}: a key cannot be None")
-        self._encode_key(key)
+            raise ProductionError(f"table {self.name!r}: the key {key!r} is written as null, so it cannot be one")
         if len(data) > self._max_key_bytes:
             raise ProductionError(
                 f"table {self.name!r}: a key of {len(data):,} bytes is too large; {self._max_key_bytes:,} are the limit"

@@ -408,6 +408,125 @@ def test_a_set_table_is_declared_once():
         app.table("x", key_type=tuple[str, int], value_type=bytes)
 
 
+async def test_a_set_table_is_a_mapping_of_the_keys_that_have_members():
+    app, source, tags = tagging()
+    program = [
+        "tags[key].update([2, 1])",
+        "assert tags.get(key) == {1, 2} and tags.get('none') is None and tags.get('none', 7) == 7",
+        "assert [(k, set(v)) for k, v in tags.items() if k == key] == [(key, {1, 2})]",
+        "assert key in tags.keys() and (key, {1, 2}) in tags.items() and ('none', set()) not in tags.items()",
+        "assert key not in tags.items()",
+        "assert {1, 2} in tags.values()",
+        "for k, members in tags.items(): members.add(9) or members.discard(9)",
+    ]
+    async with TestApp(app) as test:
+        for key in "abc":
+            await test.send(source, program, key=key)
+        await test.send(source, ["tags['d'].add(1)", "raise ValueError"], key="d")
+        await test.send(source, ["tags[key].clear()"], key="c")
+        await test.settle()
+        assert {key: set(members) for key, members in tags.items()} == {"a": {1, 2}, "b": {1, 2}}
+        assert sorted(tags.keys()) == sorted(tags) == ["a", "b"]
+        assert [sorted(members) for members in tags.values()] == [[1, 2], [1, 2]]
+        assert len(tags) == len(tags.items()) == 2
+        assert tags.get("a") == {1, 2}
+        assert tags.get("c") is None
+        assert tags.get("c", frozenset[int]()) == frozenset()
+        assert tags == tags
+        assert tags != {"a": {1, 2}, "b": {1, 2}}
+        assert {tags: 1}[tags] == 1
+        with pytest.raises(sf.ClosedError, match="update_async"):
+            tags.get("a", set()).add(3)
+
+
+async def test_asking_for_a_set_that_is_held_elsewhere_raises():
+    _, _, tags = tagging()
+    for ask in (lambda: tags.get("a"), lambda: "a" in tags, lambda: list(tags.items()), lambda: len(tags)):
+        with pytest.raises(sf.NotHeld):
+            ask()
+
+
+# --- what is declared -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value_type", "instead"),
+    [
+        (int | None, "value_type=int"),
+        (None | str | int, "value_type=str | int"),
+        (type(None), "the type that values have"),
+    ],
+)
+def test_a_value_type_with_none_in_it_is_refused(value_type, instead):
+    with pytest.raises(sf.SchemaError, match=r"table 'x' \(.*test_tables_run.py:\d+\): value_type=") as raised:
+        sf.App("t").table("x", key_type=str, value_type=value_type)
+    assert f"Declare {instead}, write `del table[key]`" in str(raised.value)
+
+
+def test_a_topics_nulls_are_deletions_in_the_table_it_fills():
+    app = sf.App("t")
+    source = app.topic("source", key_type=str, value_type=int | None, compacting=True)
+    assert app.table("x", source=source).value_type == int | None
+
+
+async def test_types_that_are_left_out_are_bytes_as_in_topics():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=bytes)
+    table = app.table("x")
+    named = app.table("named", key_serializer="str", value_serializer="json")
+    errors: list[str] = []
+
+    @app.agent(source)
+    async def write(stream: sf.Stream[bytes, bytes]) -> None:
+        async for event in stream.events():
+            table[event.key + b"!"] = event.value
+            named[event.key.decode()] = {"value": [1, None]}
+            for key, value in ((b"k", 1), ("k", b"v")):
+                try:
+                    table[key] = value
+                except sf.ProductionError as error:
+                    errors.append(str(error))
+
+    assert (table.key_type, table.value_type, named.key_type, named.value_type) == (bytes, bytes, str, Any)
+    async with TestApp(app) as test:
+        await test.send(source, b"v", key=b"k")
+        await test.settle()
+        assert dict(table.scan(prefix=b"k")) == {b"k!": b"v"}
+        assert dict(named.items()) == {"k": {"value": [1, None]}}
+    assert (
+        "table 'x': the value of topic 't-x-changelog' takes bytes (value_type= was left out), not int 1" in errors[0]
+    )
+    assert "takes keys of type bytes, not str 'k'" in errors[1]
+    assert "table 'x'" in errors[1]
+
+
+async def _async_default() -> int:
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("value_type", "default", "says"),
+    [
+        (
+            int,
+            str,
+            r"default= makes str '', and value_type=int: the value of topic 't-x-changelog' takes int, not str ''",
+        ),
+        (list[int], lambda: ["a"], r"default= makes list \['a'\], and value_type=list\[int\]: a value is not of the"),
+        (int, lambda: 1 // 0, r"default= is called without arguments to make a value, and raised ZeroDivisionError"),
+        (dict, lambda key: {}, r"is called without arguments"),
+        (int, lambda: None, r"default= makes None; leave it out"),
+        (int, _async_default, r"cannot be async"),
+        (int, 3, r"default= is a function that makes the value, such as `default=int`"),
+    ],
+)
+def test_a_default_that_makes_no_value_of_the_table_is_refused_at_once(value_type, default, says):
+    with pytest.raises(sf.ConfigurationError, match=says) as raised:
+        sf.App("t").table("x", key_type=str, value_type=value_type, default=default)
+    assert "table 'x' (" in str(raised.value)
+    assert "test_tables_run.py" in str(raised.value)
+
+
 # --- visits --------------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,16 @@ async def total(stream: sf.Stream[float, str]) -> None:
             assert_type(member, int)
         for key in tags:
             assert_type(key, str)
+        for key, members in tags.items():
+            assert_type(key, str)
+            members.add(3)
+        found = tags.get(user)
+        if found is not None:
+            found.add(3)
+        for members in tags.values():
+            members.discard(4)
+        if tags.get(user, frozenset[int]()) & {3}:
+            del tags[user]
         for key, value in totals.scan("a", "b", reverse=True):
             assert_type(key, str)
             assert_type(value, float)
