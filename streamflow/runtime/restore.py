@@ -45,7 +45,7 @@ logger = logging.getLogger("streamflow.restore")
 _RETRY_S = 0.2
 _RETRY_FULL_S = 1.0
 _TOLD_EVERY_S = 5.0
-_BATCHES_AT_ONCE = 2
+_PIECE_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
@@ -328,12 +328,22 @@ class Restorer:
 
 
 def _pieces(fetched: Fetched) -> Iterator[Fetched]:
-    """A fetch bit by bit: compressed it is small, and opened as a whole it would be memory that no budget knows."""
+    """A fetch bit by bit: compressed it is small, and opened as a whole it would be memory that no budget knows.
+
+    Small batches are taken together: each piece waits for the event loop, where running tasks may be at work.
+    """
     batches = fetched.batches
-    for at in range(0, max(1, len(batches)), _BATCHES_AT_ONCE):
-        some = batches[at : at + _BATCHES_AT_ONCE]
-        is_last = at + _BATCHES_AT_ONCE >= len(batches)
-        yield replace(fetched, batches=some, next_offset=fetched.next_offset if is_last else some[-1].next_offset)
+    end = 0
+    while True:
+        start, size_bytes = end, 0
+        while end < len(batches) and (end == start or size_bytes + batches[end].size_bytes <= _PIECE_BYTES):
+            size_bytes += batches[end].size_bytes
+            end += 1
+        some = batches[start:end]
+        if end == len(batches):
+            yield replace(fetched, batches=some)
+            return
+        yield replace(fetched, batches=some, next_offset=some[-1].next_offset)
 
 
 def _unreadable(span: _Span, error: Exception) -> Exception:

@@ -29,6 +29,7 @@ from streamflow.runtime.task_tables import TaskTables
 from streamflow.sensors import Sensors
 from streamflow.state.rocksdb import RocksStores
 from streamflow.state.slots import claim
+from tests.contracts.conftest import KAFKA
 from tests.contracts.records import DEADLINE_S, until
 
 DAY_MS = 86_400_000
@@ -254,6 +255,22 @@ async def test_a_kill_in_the_middle_of_a_restore_keeps_what_it_reached(task):
     assert task.aside == []
 
 
+async def test_small_batches_are_taken_together(task, monkeypatch):
+    """Each write waits for the event loop: one for every few records takes for ever beside tasks that are at work."""
+    async with task.log.producer() as producer:
+        for number in range(200):
+            await producer.enqueue(task.changelog, task.batch({f"k{number % 7}": number}))
+        await producer.flush()
+    writes = []
+    async with task.opened() as (tables, restorer):
+        write = tables.store.write
+        monkeypatch.setattr(tables.store, "write", lambda batch: (writes.append(batch), write(batch)))
+        await restorer.restore("task-0", tables, CommitMark("some"), is_new=False, filled=[], starts={})
+        restored = Restored(task, tables, task.sensors.records)
+    assert (sorted(restored.values.values()), restored.records) == (list(range(193, 200)), 200)
+    assert sum("totals" in batch.changes for batch in writes) < 20
+
+
 async def test_records_that_were_deleted_from_the_beginning_are_no_longer_there(task):
     """A changelog that retention has trimmed: what it still has is the table."""
     await task.make_changelog_anew(**{"cleanup.policy": "compact,delete"})
@@ -422,7 +439,9 @@ async def test_values_that_expire_keep_their_time_through_a_restore(open_log, tm
 
 # --- Kafka's transactions and cleaner --------------------------------------------------------------------------------
 
-only_kafka = pytest.mark.parametrize("open_log", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
+both_brokers = [pytest.param(kafka, marks=pytest.mark.kafka) for kafka in KAFKA]
+only_kafka = pytest.mark.parametrize("open_log", both_brokers, indirect=True)
+"""Transactions of version 2 and of version 1."""
 
 
 @asynccontextmanager

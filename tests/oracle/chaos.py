@@ -51,6 +51,7 @@ class Chaos:
         spared: How many workers are never killed, so that there is one that grows old.
         kafka: Options of `sf.Kafka` for the workers.
         links: The connections of the first worker, to be cut.
+        patience_s: How long everything may take to be committed after a fault.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Chaos:
         spared: int = 0,
         kafka: Mapping[str, object] | None = None,
         links: Links | None = None,
+        patience_s: float = 40,
     ) -> None:
         print(f"seed {seed}")
         self.system = system
@@ -75,6 +77,7 @@ class Chaos:
         self._spared = spared
         self._kafka = {"transaction_timeout_ms": round(TRANSACTION_TIMEOUT_S * 1000), **(kafka or {})}
         self._links = links
+        self._patience_s = patience_s
         self._load: Load | None = None
         self.workers: list[Worker] = []
         self.faults: list[Fault] = []
@@ -195,13 +198,17 @@ class Chaos:
     async def _goes_on(self) -> None:
         """Every partition is committed for again: nothing hangs."""
         ends = await self._ends()
+        left = ends
 
         async def caught_up() -> bool:
+            nonlocal left
             self._check_run()
             committed = await self.system.committed("numbers")
-            return all(committed.get(partition, 0) >= end for partition, end in ends.items())
+            left = {partition: end for partition, end in ends.items() if committed.get(partition, 0) < end}
+            return not left
 
-        await until(caught_up, lambda: f"commits up to {ends} after {self.faults[-1].kind}: {self.system.told()}", 40)
+        told = self.system.told
+        await until(caught_up, lambda: f"commits up to {left} after {self.faults[-1].kind}: {told()}", self._patience_s)
 
     async def _ends(self) -> dict[int, int]:
         log = await self.system.log()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kafka import jars
 from tests.kafka.broker import Broker
 from tests.oracle.chaos import Chaos
 from tests.oracle.checks import Verdict
@@ -40,6 +41,15 @@ async def test_exactly_once_on_kafka(make_broker: Callable[..., Broker], tmp_pat
     async with System(tmp_path, f"kafka://{broker.bootstrap}") as system:
         chaos = Chaos(system, SEED, "exactly_once", broker=broker)
         await under_faults(chaos, ["kill"] * 4 + ["pause", "broker"])
+
+
+@pytest.mark.kafka
+async def test_exactly_once_on_an_old_kafka(make_broker: Callable[..., Broker], tmp_path: Path) -> None:
+    """Transactions of version 1: partitions are added to them by requests of their own."""
+    broker = make_broker(pom=jars.OLD_POM)
+    async with System(tmp_path, f"kafka://{broker.bootstrap}") as system:
+        chaos = Chaos(system, SEED, "exactly_once", broker=broker)
+        await under_faults(chaos, ["kill"] * 2 + ["pause", "broker"])
 
 
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)], ids=["sqlite", "kafka"])

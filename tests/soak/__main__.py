@@ -29,6 +29,8 @@ FEEDING_SHARE = 0.95
 """Of the time: what a fault holds up may be written late."""
 PATIENCE = 1.5
 """After so many times its time a run that is not done has failed."""
+PATIENCE_S = 120
+"""How long after a fault what is there by then may take: whatever else runs on the machine slows it down, too."""
 BROKER = {"log.segment.bytes": str(64 << 20)}
 """A broker that was killed reads its open segments again before it answers."""
 REPORT = Path(".cache/soak.md")
@@ -118,6 +120,7 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> list[str]:
                 partitions=arguments.partitions,
                 broker=broker,
                 spared=SPARED,
+                patience_s=PATIENCE_S,
             )
             run = Soak(chaos, arguments, broker=broker is not None)
             outcome = await run.run()

@@ -19,9 +19,17 @@ async def kafka(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         yield system
 
 
+@pytest.fixture
+async def old_kafka(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[System]:
+    """On a broker whose transactions are of version 1."""
+    broker = request.getfixturevalue("old_kafka_broker")
+    async with System(tmp_path, f"kafka://{broker.bootstrap}") as system:
+        yield system
+
+
 @pytest.fixture(params=["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)])
 def system(request: pytest.FixtureRequest) -> System:
-    """An app on each log."""
+    """An app on each log; a test that needs the old broker, too, parametrizes this with its fixture's name."""
     found = request.getfixturevalue(request.param)
     assert isinstance(found, System)
     return found

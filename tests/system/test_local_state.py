@@ -11,6 +11,7 @@ import pytest
 from tests.system.harness import STOPPED, System, Worker, numbered, until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
+EVERY_LOG = ["sqlite", *(pytest.param(name, marks=pytest.mark.kafka) for name in ("kafka", "old_kafka"))]
 
 SUMS = """
 totals = app.table("totals", key_type=str, value_type=int, default=int)
@@ -91,6 +92,7 @@ async def stored(system: System, counted: Counted) -> None:
     assert await worker.stops() == STOPPED
 
 
+@pytest.mark.parametrize("system", EVERY_LOG, indirect=True)
 async def test_a_clean_restart_restores_nothing_and_a_killed_worker_only_what_it_had_not_stored(
     system: System, counted: Counted
 ) -> None:
@@ -107,6 +109,7 @@ async def test_a_clean_restart_restores_nothing_and_a_killed_worker_only_what_it
     assert await worker.stops() == STOPPED
 
 
+@pytest.mark.parametrize("system", EVERY_LOG, indirect=True)
 async def test_local_state_that_is_gone_is_restored_from_the_log_and_counted_in_the_metrics(
     system: System, counted: Counted
 ) -> None:
