@@ -45,8 +45,9 @@ class NeedSchema(Exception):
 class Codec(Protocol[T]):
     """What a serializer is once it is bound to a topic: it writes and reads one part of its records.
 
-    One that raises `NeedSchema` also has `async def load_schema(self, id)`, which makes that schema known: it is
-    awaited outside the record's turn, then `decode` is called again.
+    One that raises `NeedSchema` also has `async def load_schema(self, id)`, which makes that schema known for as long
+    as the codec lives: it is awaited outside the record's turn, then `decode` is called again. For values of tables it
+    is awaited while a partition is opened, and what `encode` writes `decode` has to know.
     """
 
     def encode(self, value: T, headers: Headers) -> bytes | None:

@@ -103,6 +103,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         self.value_type = self.changelog.value_type
         if source is None:
             self._check_value_type()
+            self._check_key_serializer()
         self.held_values = Values(name, self.changelog.value_codec)
         self.default = self._checked_default(default)
         self.ttl_s = self._checked_ttl(ttl_s)
@@ -119,6 +120,14 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
                 f"table {self.name!r} ({self.place}): value_type={type_name(self.value_type)}: None is how a log says "
                 f"that a key was deleted, so it cannot be a value. Declare {instead}, write `del table[key]`, and read "
                 "what may be missing by `table.get(key)`"
+            )
+
+    def _check_key_serializer(self) -> None:
+        if self.key_codec.load_schema is not None:
+            raise SchemaError(
+                f"table {self.name!r} ({self.place}): key_serializer={self.key_codec.serializer} loads schemas, so one "
+                "key could be written in several ways, and would be several keys. Leave it out, and give the key of "
+                "the source's records by `partition_by=` where they are written so"
             )
 
     def _checked_default(self, default: Any) -> Any:

@@ -92,7 +92,8 @@ class TableDeclarations:
             value_type: Type of its values. `None` is no value: it is how a deletion is written. Left out: bytes, or
                 what `value_serializer` says.
             key_serializer: How the changelog has its keys; see `topic`.
-            value_serializer: How changelog and store have its values.
+            value_serializer: How changelog and store have its values. Schemas that it needs are loaded while a
+                partition is opened, which reads all its values; `key_serializer` may need none.
             default: Makes the value that `table[key]` reads where there is none; it is not stored by reading. Left out:
                 `KeyError`.
             ttl_s: Seconds that a value lives after its last write, above 0, in stream time: the greatest timestamp of

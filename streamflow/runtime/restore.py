@@ -34,6 +34,7 @@ from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.source_records import SourceRecords
 from streamflow.runtime.source_tables import SourceTable
+from streamflow.runtime.stored_schemas import load_schemas
 from streamflow.runtime.task_tables import TaskTables
 from streamflow.sensors import Sensors
 from streamflow.state.format import pack
@@ -130,7 +131,7 @@ class Restorer:
         Raises:
             TopologyError: It has state, and no committed offset that goes with it; or the other way round.
             StateCorruptedError: The store is damaged, or does not go with the log.
-            StateError: The store cannot be read or written.
+            StateError: The store cannot be read or written, or a schema that its values need cannot be loaded.
 
         Cancellation: what was restored so far is kept.
         """
@@ -151,6 +152,9 @@ class Restorer:
             overlay = tables.overlays.get(name)
             if overlay is not None:
                 overlay.advance(time_ms)
+        for name, overlay in tables.overlays.items():
+            if tables.tables[name].source is None:
+                await load_schemas(overlay, tables.tables[name].changelog.value_codec)
         pinned = frozenset[str]() if mark.changelogs is None else mark.changelogs.keys()
         tables.is_pinned = pinned >= set(tables.changelogs().values())
         await tables.level()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from streamflow.errors import DeserializationError, ProductionError, StateError
 from streamflow.model.schema import holds_sets, is_immutable
-from streamflow.model.serde import BoundCodec
+from streamflow.model.serde import BoundCodec, NeedSchema
 
 V = TypeVar("V")
 
@@ -57,7 +57,7 @@ class Values:
         self._max_bytes = max_bytes
         self.are_objects = is_immutable(codec.type) and codec.fast_decode is not None
         self._decode: Callable[[bytes], Any] = codec.fast_decode or self._decode_with_headers
-        self._is_deep = codec.type not in _SHALLOW
+        self._is_deep = codec.type not in _SHALLOW or codec.load_schema is not None
         self._has_sets = not self.are_objects and holds_sets(codec.type)
         exact = codec.exact_type if self.are_objects else None
         self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
@@ -87,6 +87,12 @@ class Values:
         if self._is_deep:
             try:
                 self._decode(data)
+            except NeedSchema as need:
+                raise ProductionError(
+                    f"table {self._table!r}: its serializer wrote a value with schema {need.id}, which it cannot read "
+                    "back before that is loaded. A table is read without waiting, so what `encode` writes `decode` has "
+                    "to know"
+                ) from need
             except Exception as exc:
                 raise ProductionError(
                     f"table {self._table!r}: a value is not of the table's type: {self._explained(data, exc)}"
@@ -162,6 +168,12 @@ class Values:
         """A value as the changelog has it; arguments and errors as `value`."""
         try:
             return self._decode(data)
+        except NeedSchema as need:
+            raise StateError(
+                f"table {self._table!r}: the stored value of the key {key!r} needs schema {need.id}, which its "
+                "serializer has not got. A table is read without waiting: schemas are loaded while it is opened, by "
+                "the codec's `async def load_schema(id)`, and the codec has to keep them"
+            ) from need
         except Exception as exc:
             raise StateError(
                 f"table {self._table!r}: the stored value of the key {key!r} does not decode as its type of today: "
