@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 from zlib import crc32
 
+import msgspec
 import pytest
 
 import streamflow as sf
@@ -498,6 +502,72 @@ async def test_types_that_are_left_out_are_bytes_as_in_topics():
     )
     assert "takes keys of type bytes, not str 'k'" in errors[1]
     assert "table 'x'" in errors[1]
+
+
+class Point(msgspec.Struct):
+    x: int
+
+
+LOOSE = {
+    7: ("a", {1}),
+    "moment": datetime(2026, 3, 1, 12, tzinfo=UTC),
+    "bytes": b"x",
+    "struct": Point(3),
+    "id": UUID(int=1),
+    "no number": math.nan,
+}
+
+
+@pytest.mark.parametrize(
+    ("value_type", "serializer", "later"),
+    [
+        (
+            Any,
+            None,
+            {
+                "7": ["a", [1]],
+                "moment": "2026-03-01T12:00:00Z",
+                "bytes": "eA==",
+                "struct": {"x": 3},
+                "id": "00000000-0000-0000-0000-000000000001",
+                "no number": None,
+            },
+        ),
+        (
+            dict,
+            "msgpack",
+            {
+                7: ["a", [1]],
+                "moment": datetime(2026, 3, 1, 12, tzinfo=UTC),
+                "bytes": b"x",
+                "struct": {"x": 3},
+                "id": "00000000-0000-0000-0000-000000000001",
+            },
+        ),
+        (dict[int, tuple[str, set[int]]], None, {7: ("a", {1})}),
+    ],
+)
+async def test_a_value_comes_back_as_its_type_and_serializer_have_it(value_type, serializer, later):
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("x", key_type=str, value_type=value_type, value_serializer=serializer)
+    written: dict[Any, Any] = {key: value for key, value in LOOSE.items() if key in later or str(key) in later}
+    seen: list[Any] = []
+
+    @app.agent(source, tables=[table])
+    async def write(stream: sf.Stream[int, str]) -> None:
+        async for key, number in stream.items():
+            if number == 1:
+                table[key] = written
+            seen.append(table[key])
+
+    async with TestApp(app) as test:
+        for number in (1, 2):
+            await test.send(source, number, key="k")
+        await test.settle()
+        assert seen == [written, later]
+        assert table["k"] == later
+        assert len(test.records(table.changelog)) == 1  # what was only read is not written again
 
 
 async def _async_default() -> int:
