@@ -7,7 +7,7 @@ import contextlib
 import random
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from streamflow.error_groups import one_error
@@ -123,11 +123,19 @@ class Chaos:
         return 0 if self._load is None else self._load.sent
 
     @contextlib.asynccontextmanager
-    async def load(self, *, per_s: int, total: int | None = None) -> AsyncIterator[Load]:
+    async def load(
+        self, *, per_s: int, total: int | None = None, is_far_ahead: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[Load]:
         """Write records while the block runs, or until there are as many as there are to be."""
-        log = await self.system.log()
-        topic = self.system.topic("numbers")
-        load = self._load = Load(log, topic, self.partitions, self._load_dice, per_s=per_s, total=total)
+        load = self._load = Load(
+            await self.system.log(),
+            self.system.topic("numbers"),
+            self.partitions,
+            self._load_dice,
+            per_s=per_s,
+            total=total,
+            is_far_ahead=is_far_ahead,
+        )
         stop = asyncio.Event()
         with one_error():
             async with asyncio.TaskGroup() as group:

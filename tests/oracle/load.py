@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Callable
 
 from streamflow.clock import SystemClock
 from streamflow.log.api import Log
@@ -28,15 +29,25 @@ class Load:
         dice: Makes the keys and what is random in the values.
         per_s: How many a second.
         total: How many in all; None: until it is stopped.
+        is_far_ahead: Asked now and then; nothing is written while it says so.
     """
 
     def __init__(
-        self, log: Log, topic: str, partitions: int, dice: random.Random, *, per_s: int, total: int | None = None
+        self,
+        log: Log,
+        topic: str,
+        partitions: int,
+        dice: random.Random,
+        *,
+        per_s: int,
+        total: int | None = None,
+        is_far_ahead: Callable[[], bool] = lambda: False,
     ) -> None:
         self._log = log
         self._dice = dice
         self._per_s = per_s
         self._total = total
+        self._is_far_ahead = is_far_ahead
         tps = [TopicPartition(topic, number) for number in range(partitions)]
         self._homes = {key: tps[partition_for(key, partitions)] for key in (b"k%d" % number for number in range(KEYS))}
         self.sent = 0
@@ -52,7 +63,7 @@ class Load:
         async with self._log.producer() as producer:
             while not (stop.is_set() or self.is_done):
                 due = round((time.monotonic() - began_s) * self._per_s) - self.sent
-                count = min(max(due, 0), self._per_s)
+                count = 0 if self._is_far_ahead() else min(max(due, 0), self._per_s)
                 if self._total is not None:
                     count = min(count, self._total - self.sent)
                 for tp, builder in self._batches(count):

@@ -27,6 +27,8 @@ SAMPLE_S = 5.0
 WORKERS, SPARED, SUB_TOPOLOGIES = 3, 1, 2
 FEEDING_SHARE = 0.95
 """Of the time: what a fault holds up may be written late."""
+AHEAD_S = 10
+"""No more than is written in that time waits for workers: on a machine that is busy a run takes longer."""
 PATIENCE = 1.5
 """After so many times its time a run that is not done has failed."""
 PATIENCE_S = 120
@@ -62,7 +64,12 @@ class Soak:
         repeated = 0
         try:
             per_s = max(1, round(arguments.records / (arguments.seconds * FEEDING_SHARE)))
-            async with chaos.load(per_s=per_s, total=arguments.records) as load:
+            ahead = per_s * AHEAD_S
+            async with chaos.load(
+                per_s=per_s,
+                total=arguments.records,
+                is_far_ahead=lambda: chaos.sent - self.watch.committed > ahead,
+            ) as load:
                 await self._go_wrong(load, sampling)
         finally:
             sampling.cancel()

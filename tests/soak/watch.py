@@ -56,7 +56,7 @@ class Watch:
         self._chaos = chaos
         self._print_line = print_line
         self._began_s = time.monotonic()
-        self._committed = self._rebalances = 0
+        self.committed = self._rebalances = 0
         self.samples: list[Sample] = []
 
     @property
@@ -67,14 +67,14 @@ class Watch:
         """Take a sample; between two of them nothing is kept but their numbers."""
         system = self._chaos.system
         with contextlib.suppress(RetriableError):  # the broker may be away
-            self._committed = sum((await system.committed("numbers")).values())
+            self.committed = sum((await system.committed("numbers")).values())
         workers = list(self._chaos.workers)
         await self._count_rebalances(workers[0])
         files, size_bytes = _stored(system.folder / "data" / system.app_id)
         sample = Sample(
             at_s=round(self.elapsed_s, 1),
             sent=self._chaos.sent,
-            committed=self._committed,
+            committed=self.committed,
             rebalances=self._rebalances,
             rss_mib=tuple(round(_rss_bytes(each) / _MIB, 1) for each in workers),
             descriptors=tuple(_descriptors(each) for each in workers),
