@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import anyio.to_thread
 
+from streamflow.clock import Clock
 from streamflow.log.api import TopicDescription
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.changelogs import stale_after_ms
 from streamflow.runtime.commit_mark import check_mark
+from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.restore import Restorer
-from streamflow.runtime.task import LocalState
+from streamflow.runtime.task_tables import CheckHome, SetAside, TaskTables
 from streamflow.state.format import FORMAT
 from streamflow.state.identity import Identity, TableIdentity
 from streamflow.state.slots import Slot
@@ -27,6 +30,51 @@ logger = logging.getLogger("streamflow.tables")
 _LIVE_SHARE = 4
 _LIVE_ENTRY_BYTES = 256
 _LEAST_LIVE_ENTRIES = 2_048
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """The tables of a task, before it runs.
+
+    Attributes:
+        tables: Their declarations.
+        by_agent: The names of the tables that each agent may touch.
+        store: The open store.
+        restorer: Brings it level with the log.
+        live_entries: See `Overlay`.
+        stale_after_ms: See `TaskTables`.
+        set_aside: See `TaskTables`.
+    """
+
+    tables: Sequence[Table[Any, Any]]
+    by_agent: Mapping[str, Sequence[str]]
+    store: Store
+    restorer: Restorer
+    live_entries: int
+    stale_after_ms: Mapping[str, int]
+    set_aside: SetAside
+
+    def open_tables(
+        self,
+        partition: int,
+        outputs: Outputs,
+        clock: Clock,
+        check_home: CheckHome,
+        damaged: Callable[[], None],
+    ) -> TaskTables:
+        """The tables in the hands of a task; see `TaskTables` for what they need of it."""
+        return TaskTables(
+            self.tables,
+            partition,
+            self.store,
+            outputs,
+            clock,
+            self.live_entries,
+            check_home,
+            stale_after_ms=self.stale_after_ms,
+            set_aside=self.set_aside,
+            damaged=damaged,
+        )
 
 
 class LocalStates:

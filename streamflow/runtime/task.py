@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -37,39 +36,34 @@ from streamflow.processing.topology import SubTopology
 from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.commit_mark import CommitMark, anchor_of
 from streamflow.runtime.derived import Processor
-from streamflow.runtime.direct import DirectFeed
-from streamflow.runtime.feed import Feed
 from streamflow.runtime.homes import Homes
 from streamflow.runtime.inputs import Input, Inputs
-from streamflow.runtime.lanes import Dispatcher, LaneFeed
-from streamflow.runtime.ledger import Ledger
+from streamflow.runtime.local_state import LocalState
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
-from streamflow.runtime.record_errors import RecordErrors
-from streamflow.runtime.restore import Restorer
-from streamflow.runtime.run import AgentRun
+from streamflow.runtime.patience import PATIENCE_S, Patience
 from streamflow.runtime.source_tables import SourceTables
 from streamflow.runtime.table_change import TableChange
-from streamflow.runtime.task_tables import SetAside, TaskTables
+from streamflow.runtime.task_changes import TaskChanges
+from streamflow.runtime.task_feeds import runs_of
+from streamflow.runtime.task_tables import TaskTables
 from streamflow.runtime.task_view import Delivery, Sealed
 from streamflow.sensors import Sensors
 from streamflow.state.stage import Stage
-from streamflow.state.store import Store
 
 _DIRTY_TO_COMMIT = 50_000
 _MAX_DIRTY = 200_000
 
 logger = logging.getLogger("streamflow.tasks")
 
-PATIENCE_S = 5.0
-
 # The asyncio task that runs an on_recover hook. Tasks that it starts do not hold the restore up: they are none.
 _recovering: ContextVar[asyncio.Task[Any] | None] = ContextVar("recovering", default=None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What every task of a worker shares.
 
-    Args:
+    Attributes:
         clock: Time.
         sensors: Metrics hooks.
         delivery: The processing guarantee.
@@ -85,59 +79,19 @@ class Surroundings:
         homes: Knows the partitions of table keys.
     """
 
-    def __init__(
-        self,
-        *,
-        clock: Clock,
-        sensors: Sensors,
-        delivery: Delivery,
-        targets: Targets,
-        failed: Callable[[Processor, RecordError, list[Staged]], None],
-        fail: Callable[[StreamFlowError], None],
-        damaged: Callable[[Task], None],
-        ask: Callable[[TopicPartition], None],
-        end_of: Callable[[TopicPartition], int | None],
-        output_waits: Callable[[], None],
-        max_task_idle_s: float,
-        max_unsent_bytes: int,
-        homes: Homes,
-    ) -> None:
-        self.clock = clock
-        self.sensors = sensors
-        self.delivery = delivery
-        self.targets = targets
-        self.failed = failed
-        self.fail = fail
-        self.damaged = damaged
-        self.ask = ask
-        self.end_of = end_of
-        self.output_waits = output_waits
-        self.max_task_idle_s = max_task_idle_s
-        self.max_unsent_bytes = max_unsent_bytes
-        self.homes = homes
-
-
-@dataclass(frozen=True, slots=True)
-class LocalState:
-    """The tables of a task, before it runs.
-
-    Attributes:
-        tables: Their declarations.
-        by_agent: The names of the tables that each agent may touch.
-        store: The open store.
-        restorer: Brings it level with the log.
-        live_entries: See `Overlay`.
-        stale_after_ms: See `TaskTables`.
-        set_aside: See `TaskTables`.
-    """
-
-    tables: Sequence[Table[Any, Any]]
-    by_agent: Mapping[str, Sequence[str]]
-    store: Store
-    restorer: Restorer
-    live_entries: int
-    stale_after_ms: Mapping[str, int]
-    set_aside: SetAside
+    clock: Clock
+    sensors: Sensors
+    delivery: Delivery
+    targets: Targets
+    failed: Callable[[Processor, RecordError, list[Staged]], None]
+    fail: Callable[[StreamFlowError], None]
+    damaged: Callable[[Task], None]
+    ask: Callable[[TopicPartition], None]
+    end_of: Callable[[TopicPartition], int | None]
+    output_waits: Callable[[], None]
+    max_task_idle_s: float
+    max_unsent_bytes: int
+    homes: Homes
 
 
 class Task:
@@ -180,7 +134,6 @@ class Task:
         self._positions = dict(positions)
         inputs = [Input(tp, at, self._timestamp_of(self._topics[tp.topic])) for tp, at in positions.items()]
         self.inputs = Inputs(inputs, shared.clock, shared.max_task_idle_s, shared.ask, shared.end_of)
-        self._dispatcher: Dispatcher | None = None
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
         # Its tables can be read, or it is over.
@@ -192,9 +145,7 @@ class Task:
         self._has_agents = False
         # Its agents are being cancelled.
         self.is_closing = False
-        self._patience_s = PATIENCE_S
-        # Agents that went on after they were cancelled and patience was over, by name.
-        self.deaf: dict[str, asyncio.Task[None]] = {}
+        self._patience = Patience(self.name)
         self.anchor = anchor_of(positions)
         # What the offset of the anchor says in the log: the last commit's id, and what one under way would write.
         self.commit_id = ""
@@ -203,10 +154,7 @@ class Task:
         self.checked_generation = -1
         self.tables: TaskTables | None = None
         self.source_tables: SourceTables | None = None
-        self.changes: deque[TableChange] = deque()
-        # Changes that were made: since the last commit was sealed, and all whose callers wait for a commit.
-        self._made: list[TableChange] = []
-        self._owed: set[TableChange] = set()
+        self.changes = TaskChanges()
         self._mark = mark
         self._local = local
         self._fail = shared.fail
@@ -214,56 +162,15 @@ class Task:
         self._loop = asyncio.get_running_loop()
         self._shared_homes = shared.homes
         if local is not None:
-            self.tables = TaskTables(
-                local.tables,
-                partition,
-                local.store,
-                self.outputs,
-                shared.clock,
-                local.live_entries,
-                self._check_home,
-                stale_after_ms=local.stale_after_ms,
-                set_aside=local.set_aside,
-                damaged=self._is_damaged,
-            )
-            if any(table.source is not None for table in local.tables):
-                self.source_tables = SourceTables(local.tables, partition, self.tables, shared.sensors)
-                for tp, each in self.inputs.by_tp.items():
-                    each.fills_table = tp.topic in self.source_tables
-        self._runs = self._make_runs(agents)
+            self._take_tables(local)
+        self._runs, self._dispatcher = runs_of(self, agents, local)
 
-    def _make_runs(self, agents: list[Processor]) -> list[AgentRun]:
-        if len(agents) == 1 and agents[0].concurrency == 1 and not self._fills_and_feeds(agents[0]):
-            feed = DirectFeed(self, agents[0], RecordErrors(agents[0], self.sensors))
-            self._give_tables(feed, shared=agents[0].thread)
-            return [AgentRun(agents[0], feed)]
-        ledger = Ledger(self.start_positions(), self.inputs.wake)
-        lanes = [
-            [LaneFeed(self, agent, RecordErrors(agent, self.sensors), ledger) for _ in range(agent.concurrency)]
-            for agent in agents
-        ]
-        self._dispatcher = Dispatcher(self, ledger, lanes, in_step=self._share_tables(agents))
-        for lane in (feed for each in lanes for feed in each):
-            self._give_tables(lane, shared=True)
-        return [AgentRun(feed.agent, feed) for each in lanes for feed in each]
-
-    def _share_tables(self, agents: list[Processor]) -> bool:
-        """Whether two agents may touch one table, and write it."""
-        if self._local is None:
-            return False
-        written = {table.name for table in self._local.tables if table.source is None}
-        names = [name for agent in agents for name in written.intersection(self._local.by_agent.get(agent.name, ()))]
-        return len(names) > len(set(names))
-
-    def _fills_and_feeds(self, agent: Processor) -> bool:
-        """Whether a topic fills a table and is read by the agent, too, so that each record has to go to both."""
-        filling = self.source_tables
-        return filling is not None and any(topic.name in filling for topic in agent.input_topics)
-
-    def _give_tables(self, feed: Feed[Any], *, shared: bool) -> None:
-        if self.tables is not None and self._local is not None:
-            names = self._local.by_agent.get(feed.agent.name, ())
-            feed.stages = self.tables.stages(names, feed.touched, feed.number, shared=shared)
+    def _take_tables(self, local: LocalState) -> None:
+        self.tables = local.open_tables(self.partition, self.outputs, self.clock, self._check_home, self._is_damaged)
+        if any(table.source is not None for table in local.tables):
+            self.source_tables = SourceTables(local.tables, self.partition, self.tables, self.sensors)
+            for tp, each in self.inputs.by_tp.items():
+                each.fills_table = tp.topic in self.source_tables
 
     def _check_home(self, table: Table[Any, Any], key: Any, data: bytes) -> None:
         self._shared_homes.check(self.sub_topology, self.partition, table, key, data)
@@ -314,7 +221,7 @@ class Task:
                 self._has_agents = True
                 async with anyio.create_task_group() as group:
                     for each in self._runs:
-                        group.start_soon(self._run_agent, each)
+                        group.start_soon(self._patience.run, each)
                     if self._dispatcher is not None:
                         group.start_soon(self._dispatcher.run)
                     for each_input in self.inputs.by_tp.values():
@@ -323,43 +230,6 @@ class Task:
             self.state = "closed"
             self.restored.set()
             self._ended.set()
-
-    async def _run_agent(self, run: AgentRun) -> None:
-        """Run one agent until it is over; cancelled, wait for it, but not for ever.
-
-        It is no child of the task group, which would wait for an agent that swallows its cancellation as long as that
-        goes on: worker, host and all. The scope is cancelled as a task group's would be.
-        """
-        scope = anyio.CancelScope()
-
-        async def within_scope() -> None:
-            with scope:
-                await run.run()
-
-        agent = asyncio.create_task(within_scope(), name=f"agent {run.agent.name} of task {self.name}")
-        try:
-            await asyncio.wait((agent,))
-        except asyncio.CancelledError:
-            scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait((agent,), timeout=self._patience_s)
-            if agent.done():
-                agent.result()
-            else:
-                self._leave(run.agent.name, agent)
-            raise
-        agent.result()
-
-    def _leave(self, name: str, agent: asyncio.Task[None]) -> None:
-        agent.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at: nobody else will
-        self.deaf[name] = agent
-        logger.error(
-            "task %s: agent %r goes on %g s after it was cancelled; let `asyncio.CancelledError` pass. What it sends "
-            "is dropped, but it takes processor time, and this process may end only when it does",
-            self.name,
-            name,
-            self._patience_s,
-        )
 
     async def _restored(self) -> bool:
         """Bring the tables level with the log; False where that failed, or a stop came first."""
@@ -428,7 +298,7 @@ class Task:
         Args:
             patience_s: Seconds after which an agent that goes on is left alone and named, > 0.
         """
-        self._patience_s = patience_s
+        self._patience.seconds = patience_s
         if self.state == "created":
             self.restored.set()
             self._ended.set()
@@ -443,12 +313,14 @@ class Task:
         """Wait until the agents are gone, or patience is over."""
         await self._ended.wait()
 
+    @property
+    def deaf(self) -> Mapping[str, asyncio.Task[None]]:
+        """Agents that went on after they were cancelled and patience was over, by name."""
+        return self._patience.deaf
+
     async def close_tables(self) -> None:
         """Let go of the store, with what is committed in it; changes that were not committed are told so."""
-        for change in (*self.changes, *self._owed):
-            change.fail(NotHeld(f"task {self.name} was closed before the change was committed"))
-        self.changes.clear()
-        self._owed.clear()
+        self.changes.fail(NotHeld(f"task {self.name} was closed before the change was committed"))
         if self.tables is not None:
             await self.tables.close()
 
@@ -470,7 +342,7 @@ class Task:
         if self.lost or self.state in ("finishing", "closing", "closed"):
             raise NotHeld(f"table {table!r}: partition {self.partition} is leaving this process")
         change = TableChange(table, work)
-        self.changes.append(change)
+        self.changes.ask(change)
         self.inputs.wake()
         return await change.result()
 
@@ -480,18 +352,13 @@ class Task:
             return
         for sweep in self.tables.sweeps:
             if sweep.is_due:
-                self.changes.append(TableChange(sweep.overlay.name, sweep.delete_some))
+                self.changes.ask(TableChange(sweep.overlay.name, sweep.delete_some))
                 self.inputs.wake()
 
     def make_changes(self) -> None:
         """Make the changes of tables that were asked for from outside; only between units."""
-        tables = self.tables
-        while self.changes and tables is not None:
-            change = self.changes.popleft()
-            if change.make(tables.overlays[change.table], self.clock.now_ms()):
-                self._made.append(change)
-                self._owed.add(change)
-                self.delivery.hurry()
+        if self.tables is not None and self.changes.make(self.tables, self.clock.now_ms()):
+            self.delivery.hurry()
 
     # --- positions ---------------------------------------------------------------------------------------------
 
@@ -536,9 +403,7 @@ class Task:
         marks = self.uncommitted()
         tables_sealed = self.tables is not None and self.tables.seal()
         times = self.tables.times() if self.tables is not None else {}
-        made, self._made = self._made, []
-        self._owed = {change for change in self._owed if not change.is_over}
-        return Sealed(self, marks, self.outputs.seal(), tables_sealed, times, made)
+        return Sealed(self, marks, self.outputs.seal(), tables_sealed, times, self.changes.seal())
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""

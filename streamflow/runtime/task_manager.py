@@ -41,7 +41,8 @@ from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.open_log import OpenLog
-from streamflow.runtime.task import PATIENCE_S, Surroundings, Task
+from streamflow.runtime.patience import PATIENCE_S
+from streamflow.runtime.task import Surroundings, Task
 from streamflow.runtime.task_view import TaskView
 from streamflow.sensors import Sensors
 from streamflow.state.overlay import Overlay

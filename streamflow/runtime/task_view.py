@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from streamflow.runtime.inputs import Inputs
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged
 from streamflow.runtime.source_tables import SourceTables
 from streamflow.runtime.table_change import TableChange
+from streamflow.runtime.task_changes import TaskChanges
 from streamflow.runtime.task_tables import TaskTables
 from streamflow.sensors import Sensors
 
@@ -54,7 +54,7 @@ class TaskView(Protocol):
     committed: dict[TopicPartition, int]
     lost: bool
     is_closing: bool
-    changes: deque[TableChange]
+    changes: TaskChanges
     anchor: TopicPartition
     commit_id: str
     commit_id_under_way: str

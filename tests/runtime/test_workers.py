@@ -13,7 +13,7 @@ from streamflow.errors import LogUnavailableError
 from streamflow.log.api import AtomicCommit
 from streamflow.log.sqlite.admin import SqliteAdmin
 from streamflow.log.sqlite.producer import SqliteTransactionalProducer
-from streamflow.runtime import task
+from streamflow.runtime import patience
 from tests.runtime.machine import Machine
 from tests.runtime.waiting import until
 
@@ -383,7 +383,7 @@ async def test_an_agent_that_ignores_its_cancellation_holds_up_nobody_and_is_nam
 async def test_a_worker_that_is_cancelled_does_not_wait_for_a_deaf_agent_for_ever(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
     app = sf.App("deaf-crash")
     numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
     hear = asyncio.Event()
