@@ -6,7 +6,8 @@ what is left goes to whoever has least, spread over the sub-topologies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from streamflow.log.api import Member
@@ -94,7 +95,7 @@ def _keep_owned(
     low, extra = divmod(len(tasks), len(members))
     taken: set[AssignedTask] = set()
     for member in sorted(members, key=lambda each: (-len(owned[each.member_id]), each.member_id)):
-        mine = [task for task in owned[member.member_id] if task not in taken]
+        mine = _in_turn(task for task in owned[member.member_id] if task not in taken)
         share = low
         if len(mine) > low and extra > 0:
             share, extra = low + 1, extra - 1
@@ -102,6 +103,19 @@ def _keep_owned(
         assignment[member.member_id].extend(kept)
         taken.update(kept)
     return [task for task in tasks if task not in taken]
+
+
+def _in_turn(tasks: Iterable[AssignedTask]) -> list[AssignedTask]:
+    """One of each sub-topology, then the next of each: whose first ones are kept is left with some of all kinds.
+
+    They differ in the work they are; a member that kept those of one kind would have the light ones for ever.
+    """
+    seen: Counter[str] = Counter()
+    ranked = []
+    for task in tasks:
+        ranked.append((seen[task.sub_topology], task))
+        seen[task.sub_topology] += 1
+    return [task for _, task in sorted(ranked, key=lambda each: each[0])]
 
 
 def _load(owned: Sequence[AssignedTask], task: AssignedTask) -> tuple[int, int]:

@@ -47,6 +47,18 @@ def test_who_stays_keeps_what_balance_allows(counts: dict[str, int], before: set
     assert {one: set(owned) for one, owned in third.items()} == {one: set(owned) for one, owned in second.items()}
 
 
+def test_who_comes_later_gets_some_of_every_sub_topology() -> None:
+    """Not only those whose name comes last: they may be the heavy ones."""
+    topics = frozenset({"light", "numbers"})
+    tasks = tasks_of({topic: [topic] for topic in topics}, dict.fromkeys(topics, 6))
+    owned: dict[str, list[AssignedTask]] = {}
+    for ids in ({"a"}, {"a", "b"}, {"a", "b", "c"}, {"b", "c"}, {"b", "c", "d"}):
+        owned = assign(members_of(ids, topics, owned), tasks)
+        for mine in owned.values():
+            kinds = [sum(task.sub_topology == topic for task in mine) for topic in topics]
+            assert max(kinds) - min(kinds) <= 1, owned
+
+
 def test_a_task_is_never_split() -> None:
     assignor = TaskAssignor({"both": ["left", "right"]})
     topics = frozenset({"left", "right"})
