@@ -9,6 +9,7 @@ import collections.abc
 import datetime
 import decimal
 import difflib
+import math
 import types
 import typing
 import uuid
@@ -129,6 +130,46 @@ def holds_sets(form: Any) -> bool:
     return _holds_sets(info.type_info(form), set())
 
 
+def takes_null_for_float(form: Any) -> bool:
+    """Whether a float of a type may be read back as None from JSON, which has no infinity and no NaN.
+
+    Args:
+        form: A type that `shape_of` takes.
+    """
+    return _takes_null_for_float(info.type_info(form), set())
+
+
+def _takes_null_for_float(known: info.Type, seen: set[Any]) -> bool:
+    known = _without_metadata(known)
+    if isinstance(known, info.UnionType):
+        kinds = {type(_without_metadata(part)) for part in known.types}
+        return {info.FloatType, info.NoneType} <= kinds or any(_takes_null_for_float(x, seen) for x in known.types)
+    if isinstance(known, info.StructType | info.DataclassType | info.NamedTupleType | info.TypedDictType):
+        if known.cls in seen:
+            return False
+        seen.add(known.cls)
+        return any(_takes_null_for_float(field.type, seen) for field in known.fields)
+    return any(_takes_null_for_float(part, seen) for _, part in _parts(known, ""))
+
+
+def has_odd_float(value: Any) -> bool:
+    """Whether a value holds an infinity or a NaN.
+
+    Args:
+        value: Anything that msgspec writes.
+    """
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(has_odd_float(part) for part in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(has_odd_float, value))
+    if value is None or isinstance(value, str | bytes | int):
+        return False
+    plain = msgspec.to_builtins(value, builtin_types=(bytes, datetime.datetime), str_keys=False)
+    return type(plain) in (dict, list) and has_odd_float(plain)
+
+
 def _holds_sets(known: info.Type, seen: set[Any]) -> bool:
     known = _without_metadata(known)
     if isinstance(known, info.SetType | info.FrozenSetType):
@@ -182,6 +223,10 @@ def _several_writings(known: info.Type, seen: set[Any]) -> str:
         if known.cls in seen:
             return ""
         seen.add(known.cls)
+        if not all(
+            getattr(field, "compare", True) for field in getattr(known.cls, "__dataclass_fields__", {}).values()
+        ):
+            return "a field with compare=False"
         return _first_of([field.type for field in known.fields], seen)
     return found or _first_of([part for _, part in _parts(known, "$")], seen)
 

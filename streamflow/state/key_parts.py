@@ -27,6 +27,8 @@ _END = b"\0\0"
 _EPOCH = datetime.datetime(1970, 1, 1)  # noqa: DTZ001 - the scale of naive times
 _EPOCH_UTC = _EPOCH.replace(tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
+_FIRST_US = (datetime.datetime.min - _EPOCH) // _MICROSECOND  # noqa: DTZ901 - the scale of naive times
+_LAST_US = (datetime.datetime.max - _EPOCH) // _MICROSECOND  # noqa: DTZ901
 
 
 class KeyPart(ABC):
@@ -75,6 +77,8 @@ class FloatPart(KeyPart):
         if not isinstance(value, float | int) or isinstance(value, bool):
             raise TypeError("it is no float")
         number = float(value)
+        if number != value and not math.isnan(number):
+            raise ValueError("no float is exactly that number, so it would share its key with another one")
         if math.isnan(number):
             raise ValueError("NaN is not equal to itself, so no key could be found again")
         (bits,) = _U64.unpack(_DOUBLE.pack(number + 0.0))  # -0.0 becomes 0.0, which it equals
@@ -170,10 +174,20 @@ class DatetimePart(KeyPart):
     def write(self, value: Any, out: bytearray) -> None:
         if not isinstance(value, datetime.datetime):
             raise TypeError("it is no datetime")
-        aware = value.utcoffset() is not None
+        zone = value.tzinfo
+        aware = zone is not None and value.utcoffset() is not None
+        if zone is not None and aware and zone is not datetime.UTC and zone.utcoffset(None) is None:
+            # Python counts both hours of a turned back clock as equal, and neither as the same time in another zone.
+            raise ValueError(
+                "its zone has no fixed offset, so equal times are not always the same moment: write "
+                "key.astimezone(datetime.UTC)"
+            )
         since = value - _EPOCH_UTC if aware else value.replace(tzinfo=None) - _EPOCH
+        micros = since // _MICROSECOND
+        if not _FIRST_US <= micros <= _LAST_US:
+            raise OverflowError("in UTC it is outside of the years 1 to 9999")
         out.append(aware)
-        out += _U64.pack(since // _MICROSECOND + _SIGN)
+        out += _U64.pack(micros + _SIGN)
 
     def read(self, data: bytes, at: int) -> tuple[Any, int]:
         start = _EPOCH_UTC if data[at] else _EPOCH

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamflow.errors import ProductionError, RecordError, SchemaError, StateCorruptedError
 from streamflow.model.schema import equal_in_several_writings, type_name
-from streamflow.model.serde import BoundCodec, excerpt
+from streamflow.model.serde import BoundCodec, NeedSchema, excerpt
 from streamflow.state.key_parts import IntPart, KeyPart, TuplePart, VarTuplePart, key_part
 
 ByteRange = tuple[bytes, bytes | None]
@@ -54,6 +54,14 @@ class KeyOrder(ABC):
         Raises:
             ProductionError: It is not of the declared type or has no place in the order.
         """
+
+    def check(self, key: Any) -> None:
+        """Check a key that is to be written.
+
+        Raises:
+            ProductionError: See `encode`; or it would read back as another one.
+        """
+        self.encode(key)
 
     @abstractmethod
     def decode(self, data: bytes) -> Any:
@@ -224,6 +232,18 @@ class SerializedOrder(KeyOrder):
         if data is None:
             raise self._refused(key, TypeError("null is no key"))
         return data
+
+    def check(self, key: Any) -> None:
+        """See `KeyOrder.check`: a struct is made of anything, and only reading it back shows what it is."""
+        data = self.encode(key)
+        try:
+            read = self._codec.decode(data)
+        except NeedSchema:
+            return
+        except RecordError as exc:
+            raise self._refused(key, ValueError(f"it could not be read back ({exc.message})")) from exc
+        if read != key or self._codec.encode(read) != data:
+            raise self._refused(key, ValueError(f"it would read back as {read!r}, which is another key"))
 
     def decode(self, data: bytes) -> Any:
         try:

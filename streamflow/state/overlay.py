@@ -215,7 +215,7 @@ class Overlay:
         """
         if key is None:
             raise ProductionError(f"table {self.name!r}: a key cannot be None")
-        self._encode_key(key)  # first: it names the table
+        self.keys.check(key)  # first: it names the table
         data = self._key_codec.encode(key)
         if data is None:
             raise ProductionError(f"table {self.name!r}: the key {key!r} is written as null, so it cannot be one")
@@ -233,7 +233,7 @@ class Overlay:
             ProductionError: It is not of the table's key type.
         """
         if not self.keys.equal_is_same:
-            self._encode_key(key)
+            self.keys.check(key)
 
     def merge(self, writes: Mapping[Any, Any]) -> None:
         """Take what a turn that is done has written, in the order of its records."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import msgspec
+
 from streamflow.errors import DeserializationError, ProductionError, StateError
-from streamflow.model.schema import holds_sets, is_immutable
+from streamflow.model.schema import has_odd_float, holds_sets, is_immutable, takes_null_for_float
 from streamflow.model.serde import BoundCodec, NeedSchema
 
 V = TypeVar("V")
+
+_IN_ORDER = msgspec.msgpack.Encoder(order="deterministic").encode
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
 """Stands for the value of a key that is not there."""
@@ -47,6 +51,7 @@ class Values:
         "_is_deep",
         "_max_bytes",
         "_table",
+        "_takes_null_for_float",
         "are_objects",
         "sure_type",
     )
@@ -58,6 +63,7 @@ class Values:
         self.are_objects = is_immutable(codec.type) and codec.fast_decode is not None
         self._decode: Callable[[bytes], Any] = codec.fast_decode or self._decode_with_headers
         self._is_deep = codec.type not in _SHALLOW or codec.load_schema is not None
+        self._takes_null_for_float = codec.serializer == "json" and takes_null_for_float(codec.type)
         self._has_sets = not self.are_objects and holds_sets(codec.type)
         exact = codec.exact_type if self.are_objects else None
         self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
@@ -69,7 +75,11 @@ class Values:
         Raises:
             ProductionError: It is not of the table's type, cannot be written, or is None.
         """
-        data = self.encoded(value)
+        data = self._encoded(value)
+        if self._is_deep:
+            read = self._read_back(data, value)
+            # Never the object itself: what it was made of may be of other types, and be changed yet.
+            return read if self.are_objects else data
         if not self.are_objects:
             return data
         exact = self._codec.exact_type
@@ -81,23 +91,32 @@ class Values:
         Raises:
             ProductionError: See `held`.
         """
-        return self._readable(self._encoded(value))
+        return self._readable(self._encoded(value), value)
 
-    def _readable(self, data: bytes) -> bytes:
+    def _readable(self, data: bytes, value: Any) -> bytes:
         if self._is_deep:
-            try:
-                self._decode(data)
-            except NeedSchema as need:
-                raise ProductionError(
-                    f"table {self._table!r}: its serializer wrote a value with schema {need.id}, which it cannot read "
-                    "back before that is loaded. A table is read without waiting, so what `encode` writes `decode` has "
-                    "to know"
-                ) from need
-            except Exception as exc:
-                raise ProductionError(
-                    f"table {self._table!r}: a value is not of the table's type: {self._explained(data, exc)}"
-                ) from exc
+            self._read_back(data, value)
         return data
+
+    def _read_back(self, data: bytes, value: Any) -> Any:
+        """A value as it will be read, where that is the value that was written."""
+        if self._takes_null_for_float and b"null" in data and has_odd_float(value):
+            raise ProductionError(
+                f"table {self._table!r}: JSON has no infinity and no NaN, and would read one back as None: leave the "
+                'field None, or give the table value_serializer="msgpack"'
+            )
+        try:
+            return self._decode(data)
+        except NeedSchema as need:
+            raise ProductionError(
+                f"table {self._table!r}: its serializer wrote a value with schema {need.id}, which it cannot read "
+                "back before that is loaded. A table is read without waiting, so what `encode` writes `decode` has "
+                "to know"
+            ) from need
+        except Exception as exc:
+            raise ProductionError(
+                f"table {self._table!r}: a value is not of the table's type: {self._explained(data, exc)}"
+            ) from exc
 
     def _decode_with_headers(self, data: bytes) -> Any:
         return self._codec.decode(data, ())
@@ -140,9 +159,16 @@ class Values:
             ProductionError: See `held`.
         """
         data = self._encoded(value)
-        if data == before or (self._has_sets and self._decode(before) == value):
+        if data == before or (self._has_sets and self._is_same(before, value)):
             return None
-        return self._readable(data)
+        return self._readable(data, value)
+
+    def _is_same(self, before: bytes, value: Any) -> bool:
+        """Whether a value is what it was, in whatever order its sets are; == passes over what a class leaves out."""
+        try:
+            return _IN_ORDER(self._decode(before)) == _IN_ORDER(value)
+        except (TypeError, ValueError, OverflowError):
+            return False  # a serializer of the user's writes what msgspec does not
 
     def payload(self, held: Any) -> bytes:
         """What is held, as the changelog has it."""

@@ -4,8 +4,10 @@ import datetime
 import enum
 import math
 import uuid
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
+from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
@@ -47,7 +49,12 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.text(
 blobs = st.binary(max_size=6) | st.lists(st.sampled_from([0, 1, 255, 97]), max_size=4).map(bytes)
 floats = st.floats(allow_nan=False)
 naive = st.datetimes()
-aware = st.datetimes(timezones=st.sampled_from([datetime.UTC, datetime.timezone(datetime.timedelta(hours=-7))]))
+EAST, WEST = (datetime.timezone(datetime.timedelta(hours=hours)) for hours in (1, -7))
+aware = st.datetimes(
+    datetime.datetime(1, 1, 2),  # noqa: DTZ001
+    datetime.datetime(9999, 12, 30),  # noqa: DTZ001
+    timezones=st.sampled_from([datetime.UTC, WEST, ZoneInfo("UTC")]),
+)
 KEYS = {
     "str": (str, texts),
     "bytes": (bytes, blobs),
@@ -169,6 +176,10 @@ def test_a_range_is_a_range(some):
         (int, "1", "no int"),
         (float, math.nan, "NaN"),
         (float, 10**400, "too large"),
+        (float, 2**53 + 1, "no float is exactly that number"),
+        (datetime.datetime, datetime.datetime(2025, 10, 26, 2, tzinfo=ZoneInfo("Europe/Berlin")), "no fixed offset"),
+        (datetime.datetime, datetime.datetime.min.replace(tzinfo=EAST), "years 1 to 9999"),
+        (datetime.datetime, datetime.datetime.max.replace(tzinfo=WEST), "years 1 to 9999"),
         (str, b"a", "bytes"),
         (str, "\ud800", "surrogates"),
         (bytes, "a", "no bytes"),
@@ -285,7 +296,15 @@ class Priced(msgspec.Struct, frozen=True):
     price: float
 
 
-@pytest.mark.parametrize("form", [Decimal, Priced, int | float, int | bool, tuple[Decimal, str], dict[str, float], Any])
+@dataclass(frozen=True)
+class Noted:
+    name: str
+    note: str = field(default="", compare=False)
+
+
+@pytest.mark.parametrize(
+    "form", [Decimal, Priced, int | float, int | bool, tuple[Decimal, str], dict[str, float], Any, Noted]
+)
 def test_keys_that_are_equal_and_written_differently_are_refused(form: Any) -> None:
     codec = bind_codec(form, None, topic="t", part="key")
     with pytest.raises(SchemaError, match="one key would be two"):

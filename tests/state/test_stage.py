@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 import threading
 import time
+import uuid
 from collections import deque
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -282,6 +285,38 @@ def test_a_key_that_only_equals_a_known_one_is_refused_in_the_turn(key_type, kno
         assert parts.fold() == {known: 1}
 
 
+class Place(msgspec.Struct, frozen=True):
+    name: str
+    number: int
+
+
+class Thing(msgspec.Struct, frozen=True, eq=False):
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("key_type", "known", "like"),
+    [
+        (Place, Place("a", 1), Place("a", "1")),  # type: ignore[arg-type]
+        (Place, Place("a", 1), Place("a", True)),
+        (Place, Place("a", 1), Place("a", 1.0)),  # type: ignore[arg-type]
+        (tuple[int | str, int], ("a", 1), (1.5, 1)),
+        (Thing, None, Thing("a")),
+    ],
+)
+def test_a_key_that_would_read_back_as_another_one_is_refused_in_the_turn(key_type, known, like):
+    parts = Parts(key_type, int)
+    stage = parts.stage()
+    if known is not None:
+        stage.set(known, 1)
+        stage.join()
+    with pytest.raises(ProductionError, match="read back"):
+        stage.set(like, 2)
+    stage.join()
+    parts.seal()
+    assert parts.fold() == ({} if known is None else {known: 1})
+
+
 @pytest.mark.parametrize("key", [None, 5, b"a", "x" * 70_000, "\ud800"])
 def test_a_key_that_cannot_be_written_is_refused_in_the_turn(key):
     with pytest.raises(ProductionError):
@@ -367,9 +402,10 @@ def test_what_cannot_be_changed_is_never_copied():
     stage = Parts(str, Frozen).stage()
     value = Frozen(1)
     stage.set("k", value)
-    assert stage.get("k") is value
+    held = stage.get("k")
+    assert held == value
     stage.join()
-    assert stage.get("k") is value
+    assert stage.get("k") is held
 
 
 def test_reading_writes_nothing():
@@ -552,3 +588,70 @@ def test_turns_in_several_threads_lose_nothing() -> None:
     assert [rivals.parts.overlay.find(key) for key in range(rivals.KEYS)] == rivals.expected
     assert sum(rivals.expected) > 100
     assert rivals.waiting.is_empty
+
+
+class Numbered(msgspec.Struct, frozen=True):
+    numbers: tuple[int, ...]
+    name: str = ""
+
+
+class Point(NamedTuple):
+    numbers: tuple[int, ...]
+
+
+@pytest.mark.parametrize("kind", [Numbered, Point])
+def test_what_an_unchangeable_value_was_made_of_changes_nothing(kind: Any) -> None:
+    parts, made_of = Parts(str, kind), [1, 2]
+    stage = parts.stage()
+    stage.set("k", kind(made_of))
+    stage.join()
+    made_of.append(3)
+    assert stage.get("k") == kind((1, 2))
+
+
+def test_a_value_is_held_as_it_will_be_read() -> None:
+    stage = Parts(str, Numbered).stage()
+    stage.set("k", Numbered((), uuid.UUID(int=1)))  # type: ignore[arg-type]
+    assert stage.get("k") == Numbered((), "00000000-0000-0000-0000-000000000001")
+
+
+@dataclass
+class Tagged:
+    tags: set[str]
+    number: int | bool = 0
+    note: str = field(default="", compare=False)
+
+
+@pytest.mark.parametrize(("name", "new"), [("note", "new"), ("number", True), ("tags", {"b", "c"})])
+def test_a_change_that_equality_passes_over_is_written_beside_sets(name: str, new: object) -> None:
+    parts = Parts(str, Tagged)
+    stage = parts.stage()
+    stage.set("k", Tagged({"a"}, 1))
+    stage.join()
+    setattr(stage.get("k"), name, new)
+    stage.join()
+    assert repr(getattr(stage.get("k"), name)) == repr(new) or name == "tags"
+    assert getattr(stage.get("k"), name) == new
+
+
+class Least(msgspec.Struct):
+    least: float | None = None
+    others: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    "value", [Least(math.inf), Least(-math.inf), Least(math.nan), Least(others=[{"a": (math.inf, None)}])]
+)
+def test_a_float_that_json_has_not_is_refused_where_it_would_be_read_as_none(value: Least) -> None:
+    stage = Parts(str, Least).stage()
+    with pytest.raises(ProductionError, match="JSON has no infinity"):
+        stage.set("k", value)
+    stage.set("k", Least(1.5, [None, "null"]))
+    changed = stage.get("k")
+    changed.least, changed.others = value.least, value.others
+    with pytest.raises(ProductionError, match="JSON has no infinity"):
+        stage.close()
+    stage.drop()
+    whole = Parts(str, Least, value_serializer="msgpack").stage()
+    whole.set("k", value)
+    assert repr(whole.get("k").least) == repr(value.least)
