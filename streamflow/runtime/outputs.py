@@ -26,6 +26,7 @@ _LAST_MS = 2**61  # so that the difference of two fits into 64 bits
 _CLOCK = SystemClock()
 _REMEMBERED_KEYS = 50_000
 REMEMBERED_KEY_BYTES = 1024
+_NO_HEADERS: list[tuple[str, bytes | None]] = []
 
 
 class Target:
@@ -253,6 +254,18 @@ class OutputPartition:
         self._output.outputs.opened()
         self.append(0, timestamp_ms, key, value, headers)
         self.count = 1
+
+    def extend(self, records: Iterable[tuple[bytes | None, bytes | None, int]]) -> None:
+        """Add records without headers.
+
+        Args:
+            records: Key, value, timestamp in milliseconds.
+        """
+        for key, value, timestamp_ms in records:
+            if self.append(self.count, timestamp_ms, key, value, _NO_HEADERS) is None:
+                self.roll(timestamp_ms, key, value, _NO_HEADERS)
+            else:
+                self.count += 1
 
     def _close(self) -> None:
         if self._builder is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
-from streamflow.state.overlay import Append, Overlay
+from streamflow.state.overlay import Append, Overlay, Record
 from streamflow.state.read_only_stage import ReadOnlyStage
 from streamflow.state.shared_stage import SharedStage, Waiting
 from streamflow.state.stage import PlainStage, Stage
@@ -72,7 +72,7 @@ class Restoring:
         return RestoreStatus(self.records, self.remaining, per_s)
 
 
-def _is_in_source(_: bytes, __: bytes | None, ___: int) -> None:
+def _is_in_source(_: Iterable[Record]) -> None:
     """What a topic fills has no changelog of its own."""
 
 
@@ -234,15 +234,7 @@ class TaskTables:
     def _appender(self, name: str) -> Append:
         if self.tables[name].source is not None:
             return _is_in_source
-        out = self._outputs.to(self.tables[name].changelog).partitions[self.partition]
-
-        def append(key: bytes, value: bytes | None, timestamp_ms: int) -> None:
-            if out.append(out.count, timestamp_ms, key, value, []) is None:
-                out.roll(timestamp_ms, key, value, [])
-            else:
-                out.count += 1
-
-        return append
+        return self._outputs.to(self.tables[name].changelog).partitions[self.partition].extend
 
     def settle(self, ends: Mapping[TopicPartition, int], times: Mapping[str, int]) -> None:
         """The log has committed what was sealed first.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from streamflow.errors import ClosedError, StateLockedError
 from streamflow.state.identity import Identity, difference
@@ -37,7 +37,7 @@ class _Table:
         self.values: dict[bytes, bytes] = {}
         self.keys: list[bytes] = []
 
-    def update(self, changes: dict[bytes, bytes | None]) -> None:
+    def update(self, changes: Mapping[bytes, bytes | None]) -> None:
         values, keys = self.values, self.keys
         new = [key for key, value in changes.items() if value is not None and key not in values]
         size = 0
@@ -148,7 +148,7 @@ class MemoryStore(Store):
                 for start, stop in ranges:
                     changed[name].delete_range(start, stop)
             for name, changes in batch.changes.items():
-                changed[name].update(changes)
+                changed[name].update(dict(changes.items()))
             if batch.checkpoint is not None:
                 self._content.checkpoint = batch.checkpoint
 

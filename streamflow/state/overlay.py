@@ -8,7 +8,9 @@ From the newest to the oldest:
 - the store.
 
 `live` is a cache over all of them, of what a turn sees that has written nothing itself. It may be emptied at any
-moment. Committed reads look at the settled layers and the store only.
+moment. Committed reads look at the settled layers and the store only. Above the store all layers are by key, with what
+is held of it; store keys and packed values are made where the store is written, since most values are written again
+before that.
 
 Invariants: a key's newest value is in `live` or found in the layers below; nothing enters the store that the log has
 not committed; a layer moves down whole.
@@ -30,12 +32,38 @@ from streamflow.state.merge import merged
 from streamflow.state.store import Store
 from streamflow.state.values import MISSING, Values
 
-Layer = dict[bytes, bytes | None]
+Layer = dict[Any, Any]
+"""Keys to what is held of them; `MISSING` deletes."""
+Record = tuple[bytes, bytes | None, int]
+"""A changelog record: key, value, timestamp in milliseconds."""
+Append = Callable[[Iterable[Record]], None]
+"""Adds changelog records."""
+Changes = dict[bytes, bytes | None]
 """Store keys to values as the store has them; None deletes."""
-Append = Callable[[bytes, bytes | None, int], None]
-"""Adds a changelog record: key, value, timestamp in milliseconds."""
 
 _ABSENT: Any = object()
+
+
+class Packed:
+    """A layer on its way into the store: packed when it is asked for, in the thread that writes the store.
+
+    Args:
+        layer: The layer, which nobody changes any more.
+        pack_item: Makes store key and stored value of a key and what is held of it.
+    """
+
+    __slots__ = ("_layer", "_pack_item")
+
+    def __init__(self, layer: Layer, pack_item: Callable[[tuple[Any, Any]], tuple[bytes, bytes | None]]) -> None:
+        self._layer = layer
+        self._pack_item = pack_item
+
+    def __len__(self) -> int:
+        return len(self._layer)
+
+    def items(self) -> Iterator[tuple[bytes, bytes | None]]:
+        """Store keys and values as the store has them; None deletes."""
+        return map(self._pack_item, self._layer.items())
 
 
 class Overlay:
@@ -83,12 +111,12 @@ class Overlay:
         self.keys = keys
         self.values = values
         self.ttl_ms = ttl_ms
-        self.live: dict[Any, Any] = {}
-        self.dirty: dict[Any, Any] = {}
+        self.live: Layer = {}
+        self.dirty: Layer = {}
         self.stream_time_ms = -1
         self.committed_stream_time_ms = -1
         self.sure_key_type = keys.sure_type
-        self._older: dict[Any, Any] = {}
+        self._older: Layer = {}
         self._renewing = threading.Lock()
         self._live_entries = max(1024, live_entries // 2)
         # Other threads read what follows while the event loop moves layers down: each step leaves every value visible
@@ -98,6 +126,7 @@ class Overlay:
         self._being_stored: Layer = {}
         self._is_stored_in_vain = False
         self.memory = MemoryIndex()
+        self._committed_memory = MemoryIndex()
         self._store = store
         self._store_get = store.getter(name)
         self._encode_key = keys.encode
@@ -130,11 +159,7 @@ class Overlay:
         if held is _ABSENT:
             held = self.dirty.get(key, _ABSENT)
         if held is _ABSENT:
-            try:
-                held = self._held(self._newest(self._encode_key(key)), key)
-            except StateCorruptedError as error:  # `with` would cost time where each record has a key of its own
-                self._damaged(error)
-                raise
+            held = self._newest(key)
         if len(live) >= self._live_entries:
             self._renew_live(live)
         return live.setdefault(key, held)  # what was merged since the look stays
@@ -145,19 +170,32 @@ class Overlay:
             if live is self.live:
                 self._older, self.live = live, {}
 
-    def _newest(self, store_key: bytes) -> bytes | None:
-        for layer in self._sealed:
-            if store_key in layer:
-                return layer[store_key]
-        return self._newest_committed(store_key)
+    def _newest(self, key: Any) -> Any:
+        held = self._sealed_or_committed(key)
+        return self._in_store(key) if held is _ABSENT else held
 
-    def _newest_committed(self, store_key: bytes) -> bytes | None:
-        data: Any = self._settled.get(store_key, _ABSENT)
-        if data is _ABSENT:
-            data = self._being_stored.get(store_key, _ABSENT)
-        if data is not _ABSENT:
-            return data  # type: ignore[no-any-return]
-        return self._store_get(store_key)
+    def _newest_committed(self, key: Any) -> Any:
+        held = self._committed_in_memory(key)
+        return self._in_store(key) if held is _ABSENT else held
+
+    def _sealed_or_committed(self, key: Any) -> Any:
+        for layer in self._sealed:
+            held = layer.get(key, _ABSENT)
+            if held is not _ABSENT:
+                return held
+        return self._committed_in_memory(key)
+
+    def _committed_in_memory(self, key: Any) -> Any:
+        held = self._settled.get(key, _ABSENT)
+        return self._being_stored.get(key, _ABSENT) if held is _ABSENT else held
+
+    def _in_store(self, key: Any) -> Any:
+        store_key = self._encode_key(key)
+        try:
+            return self._held(self._store_get(store_key), key)
+        except StateCorruptedError as error:  # `with` would cost time where each record has a key of its own
+            self._damaged(error)
+            raise
 
     def _held(self, data: bytes | None, key: Any) -> Any:
         if data is None:
@@ -176,9 +214,8 @@ class Overlay:
 
     def take_back(self, store_key: bytes) -> None:
         """Write the committed value of a key once more, over what the changelog has of it."""
-        with self._telling_of_damage:
-            data = self._newest_committed(store_key)
-        self.write_again(store_key, data)
+        key = self.keys.decode(store_key)
+        self._write_again(key, self._newest_committed(key))
 
     def write_again(self, store_key: bytes, data: bytes | None) -> None:
         """Write a key without a turn.
@@ -189,14 +226,21 @@ class Overlay:
         """
         key = self.keys.decode(store_key)
         with self._telling_of_damage:
-            self.dirty[key] = self._held(data, key)
+            held = self._held(data, key)
+        self._write_again(key, held)
+
+    def _write_again(self, key: Any, held: Any) -> None:
+        self.dirty[key] = held
         if self.memory.is_in_use:
             self.index([key])
 
     def is_committed(self, store_key: bytes) -> bool:
         """Whether a key has a committed value."""
+        held = self._committed_in_memory(self.keys.decode(store_key))
+        if held is not _ABSENT:
+            return held is not MISSING
         with self._telling_of_damage:
-            return self._newest_committed(store_key) is not None
+            return self._store_get(store_key) is not None
 
     def advance(self, timestamp_ms: int) -> None:
         """Move stream time."""
@@ -271,37 +315,48 @@ class Overlay:
             time_ms: Its event time, where values expire.
             committed: Committed values only.
         """
+        changes = self._committed_changes(start, stop) if committed else self._changes(start, stop, writes)
         with self._telling_of_damage:
-            changes = self._committed_changes() if committed else self._changes(start, stop, writes)
             stored = self._store.scan(self.name, start, stop, reverse=reverse)
         pairs = merged(stored, changes, start, stop, reverse=reverse)
         now_ms = self.committed_stream_time_ms if committed else max(self.stream_time_ms, time_ms)
         return self._payloads(pairs, now_ms)
 
-    def _committed_changes(self) -> Layer:
-        settled = self._settled  # looked at first: values move from here into what is being stored
-        return {**self._being_stored, **settled}
+    def _committed_changes(self, start: bytes | None, stop: bytes | None) -> Changes:
+        memory = self._committed_memory
+        if not memory.is_in_use:
+            memory.fill(lambda: self._keys_of(self._settled, self._being_stored))
+        changes: Changes = {}
+        for store_key, key in memory.between(start, stop):
+            held = self._committed_in_memory(key)
+            if held is not _ABSENT:
+                changes[store_key] = self._pack(held)
+        return changes
 
-    def _changes(self, start: bytes | None, stop: bytes | None, writes: Mapping[Any, Any] | None) -> Layer:
+    def _changes(self, start: bytes | None, stop: bytes | None, writes: Mapping[Any, Any] | None) -> Changes:
         """What is in memory of a range; the index spares a look at all the rest for each of many small scans."""
         memory = self.memory
         if not memory.is_in_use:
-            memory.fill(self._keys_in_memory)
-        changes: Layer = {}
+            memory.fill(lambda: self._keys_of(self.dirty, *self._sealed, self._settled, self._being_stored))
+        changes: Changes = {}
         for store_key, key in memory.between(start, stop):
             held = self.dirty.get(key, _ABSENT)
-            changes[store_key] = self._newest(store_key) if held is _ABSENT else self._stored(held)
+            if held is _ABSENT:
+                held = self._sealed_or_committed(key)
+            if held is not _ABSENT:  # else it is in the store meanwhile, or its turn was undone
+                changes[store_key] = self._pack(held)
         if writes:
-            changes.update(self._as_layer(writes if self.ttl_ms is None else self._never_expiring(writes)))
+            changes.update(self._as_changes(writes if self.ttl_ms is None else self._never_expiring(writes)))
         return changes
 
-    def _keys_in_memory(self) -> Iterator[tuple[Iterable[bytes], Iterable[Any]]]:
-        # From the newest layer to the oldest, each copied at once: where a turn runs in a thread, values move from left
-        # to right meanwhile, and new ones come.
-        dirty = list(self.dirty)
-        yield map(self._encode_key, dirty), dirty
-        for layer in map(list, (*self._sealed, self._settled, self._being_stored)):
-            yield layer, map(self.keys.decode, layer)
+    def _keys_of(self, *layers: Layer) -> Iterator[tuple[Iterable[bytes], Iterable[Any]]]:
+        """Store keys and keys of layers, from the newest to the oldest.
+
+        Each is copied at once: where a turn runs in a thread, values move to older layers meanwhile, and new ones come.
+        """
+        for layer in layers:
+            keys = list(layer)
+            yield map(self._encode_key, keys), keys
 
     def _payloads(self, pairs: Iterator[tuple[bytes, bytes]], now_ms: int) -> Iterator[tuple[bytes, bytes]]:
         with self._telling_of_damage:
@@ -310,13 +365,17 @@ class Overlay:
                 if expires_ms is None or expires_ms > now_ms:
                     yield key, payload
 
-    def _as_layer(self, held: Mapping[Any, Any]) -> Layer:
-        return {self._encode_key(key): self._stored(value) for key, value in held.items()}
+    def _as_changes(self, held: Mapping[Any, Any]) -> Changes:
+        return dict(map(self._pack_item, held.items()))
 
     def _never_expiring(self, writes: Mapping[Any, Any]) -> dict[Any, Any]:
         return {key: held if held is MISSING else (None, held) for key, held in writes.items()}
 
-    def _stored(self, held: Any) -> bytes | None:
+    def _pack_item(self, item: tuple[Any, Any]) -> tuple[bytes, bytes | None]:
+        key, held = item
+        return self._encode_key(key), self._pack(held)
+
+    def _pack(self, held: Any) -> bytes | None:
         if held is MISSING:
             return None
         if self.ttl_ms is None:
@@ -334,8 +393,7 @@ class Overlay:
 
     def committed(self, key: Any) -> Any:
         """What is held of a key's committed value; `MISSING` where there is none."""
-        with self._telling_of_damage:
-            held = self._held(self._newest_committed(self._encode_key(key)), key)
+        held = self._newest_committed(key)
         if self.ttl_ms is None or held is MISSING:
             return held
         expires_ms, value = held
@@ -356,43 +414,38 @@ class Overlay:
         dirty = self.dirty
         if not dirty:
             return False
-        layer = (
-            self._sealed_plain(dirty, append, now_ms) if self.ttl_ms is None else self._sealed_expiring(dirty, append)
-        )
-        self._sealed = (layer, *self._sealed)
+        append(self._plain_records(dirty, now_ms) if self.ttl_ms is None else self._expiring_records(dirty))
+        self._sealed = (dirty, *self._sealed)
         self.dirty = {}  # last: a turn in a thread that finds nothing here looks into what was sealed
         if len(self.live) >= self._live_entries:
             self._renew_live(self.live)
         return True
 
-    def _sealed_plain(self, dirty: Mapping[Any, Any], append: Append, now_ms: int) -> Layer:
-        layer: Layer = {}
-        encode_key, payload_of, same = self._encode_key, self.values.payload, self.keys.same_as_serialized
-        changelog_key: Callable[[Any], Any] = self._changelog_key
-        for key, held in dirty.items():
-            store_key = encode_key(key)
-            payload = None if held is MISSING else payload_of(held)
-            layer[store_key] = None if payload is None else pack(payload, None)
-            append(store_key if same else changelog_key(key), payload, now_ms)
-        return layer
+    def _plain_records(self, dirty: Layer, now_ms: int) -> Iterator[Record]:
+        key_of: Callable[[Any], Any] = self._encode_key if self.keys.same_as_serialized else self._changelog_key
+        payload_of = self.values.payload
+        return ((key_of(key), None if held is MISSING else payload_of(held), now_ms) for key, held in dirty.items())
 
-    def _sealed_expiring(self, dirty: Mapping[Any, Any], append: Append) -> Layer:
+    def _expiring_records(self, dirty: Layer) -> Iterator[Record]:
         """The record's timestamp is that of the write, so that a restore finds the same expiry."""
-        layer: Layer = {}
         ttl_ms = self.ttl_ms or 0
         for key, held in dirty.items():
-            layer[self._encode_key(key)] = data = self._stored(held)
             changelog_key: Any = self._changelog_key(key)
-            if data is None:
-                append(changelog_key, None, max(0, self.stream_time_ms))
+            if held is MISSING:
+                yield changelog_key, None, max(0, self.stream_time_ms)
             else:
                 expires_ms, value = held
-                append(changelog_key, self.values.payload(value), max(0, (expires_ms or 0) - ttl_ms))
-        return layer
+                yield changelog_key, self.values.payload(value), max(0, (expires_ms or 0) - ttl_ms)
 
     def settle(self) -> None:
         """The log has committed the oldest sealed layer."""
-        self._settled.update(self._sealed[-1])
+        layer = self._sealed[-1]
+        if self._committed_memory.is_in_use:
+            self._committed_memory.add(map(self._encode_key, layer), layer)
+        if self._settled:
+            self._settled.update(layer)
+        else:
+            self._settled = layer
         self._sealed = self._sealed[:-1]
 
     # --- the store ---------------------------------------------------------------------------------------------
@@ -402,17 +455,18 @@ class Overlay:
         """How many committed values wait for the store."""
         return len(self._settled) + (len(self._being_stored) if self._is_stored_in_vain else 0)
 
-    def take_settled(self) -> Layer:
+    def take_settled(self) -> Packed:
         """What is to be written to the store now; it stays readable until `stored`."""
         self._being_stored = {**self._being_stored, **self._settled} if self._being_stored else self._settled
         self._settled = {}
         self._is_stored_in_vain = False
-        return self._being_stored
+        return Packed(self._being_stored, self._pack_item)
 
     def stored(self) -> None:
         """What `take_settled` gave is in the store."""
         self._being_stored = {}
         self.memory = MemoryIndex()
+        self._committed_memory = MemoryIndex()
 
     def not_stored(self) -> None:
         """What `take_settled` gave is not in the store: it waits again."""
@@ -441,13 +495,18 @@ class Overlay:
             expires_ms = unpack_expiry(data, table=self.name)
             if expires_ms is not None and expires_ms <= self.stream_time_ms:
                 key = self.keys.decode(store_key)
-                held = self.dirty.get(key, _ABSENT)
-                newest = self._newest(store_key) if held is _ABSENT else self._stored(held)
-                if newest is not None:
-                    expires_ms = unpack_expiry(newest, table=self.name)
-                    if expires_ms is not None and expires_ms <= self.stream_time_ms:
-                        found.append(key)
+                if not self._is_renewed(key):
+                    found.append(key)
         return found, None
+
+    def _is_renewed(self, key: Any) -> bool:
+        """Whether something in memory is newer than the expired value in the store: one that lives, or a deletion."""
+        held = self.dirty.get(key, _ABSENT)
+        if held is _ABSENT:
+            held = self._sealed_or_committed(key)
+        if held is _ABSENT:
+            return False
+        return held is MISSING or held[0] is None or held[0] > self.stream_time_ms
 
 
 class _Telling:

@@ -36,6 +36,7 @@ from streamflow.state.store import (
     ATOMIC_BYTES,
     ATOMIC_CHANGES,
     META,
+    Changes,
     Checkpoint,
     Store,
     StoreBatch,
@@ -355,7 +356,7 @@ class RocksStore(Store):
         if self._is_full:
             self._reopen()
 
-    def _put_all(self, native: WriteBatch, table: str, changes: dict[bytes, bytes | None]) -> WriteBatch:
+    def _put_all(self, native: WriteBatch, table: str, changes: Changes) -> WriteBatch:
         """Add changes, writing whenever a slice is full; give the slice that is not yet written."""
         rest = iter(changes.items())
         while some := list(islice(rest, _PUTS)):

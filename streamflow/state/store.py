@@ -14,8 +14,9 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -66,11 +67,21 @@ _encode = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder(Checkpoint).decode
 
 
+class Changes(Protocol):
+    """Changes of one table: store keys to new values, None to delete."""
+
+    def __len__(self) -> int: ...
+
+    def items(self) -> Iterable[tuple[bytes, bytes | None]]:
+        """The changes, in their order; each call begins anew."""
+        ...
+
+
 class StoreBatch:
     """Changes of several tables and the checkpoint that covers them.
 
-    Changes take effect in the order in which they were given; the last one of a key counts. A whole mapping of changes
-    may be put straight into `changes[table]`.
+    Changes take effect in the order in which they were given; the last one of a key counts. All changes of a table may
+    be put straight into `changes[table]`, where it has no others.
 
     Args:
         checkpoint: What the store records with it; None leaves the recorded one.
@@ -85,7 +96,7 @@ class StoreBatch:
     def __init__(self, checkpoint: Checkpoint | None = None) -> None:
         self.checkpoint = checkpoint
         self.ranges: dict[str, list[tuple[bytes, bytes | None]]] = {}
-        self.changes: dict[str, dict[bytes, bytes | None]] = {}
+        self.changes: dict[str, Changes] = {}
 
     def __len__(self) -> int:
         """Number of changes and ranges."""
@@ -93,11 +104,16 @@ class StoreBatch:
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         """Set a key."""
-        self.changes.setdefault(table, {})[key] = value
+        self._own_changes(table)[key] = value
 
     def delete(self, table: str, key: bytes) -> None:
         """Delete a key, whether there is one or not."""
-        self.changes.setdefault(table, {})[key] = None
+        self._own_changes(table)[key] = None
+
+    def _own_changes(self, table: str) -> dict[bytes, bytes | None]:
+        changes = self.changes.setdefault(table, {})
+        assert isinstance(changes, dict)
+        return changes
 
     def delete_range(self, table: str, start: bytes = b"", stop: bytes | None = None) -> None:
         """Delete all keys of a range, those put into this batch before included.
@@ -109,8 +125,8 @@ class StoreBatch:
         """
         if stop is not None and stop <= start:
             return
-        changes = self.changes.get(table)
-        if changes:
+        if self.changes.get(table):
+            changes = self._own_changes(table)
             for key in [key for key in changes if key >= start and (stop is None or key < stop)]:
                 del changes[key]
         self.ranges.setdefault(table, []).append((start, stop))

@@ -41,18 +41,19 @@ class Values:
     Attributes:
         are_objects: Whether values are held as objects; False holds bytes.
         sure_type: Values of exactly this type are held as they are, unchecked.
+        payload: Gives what is held as the changelog has it.
     """
 
     __slots__ = (
         "_codec",
         "_decode",
-        "_encode",
         "_has_sets",
         "_is_deep",
         "_max_bytes",
         "_table",
         "_takes_null_for_float",
         "are_objects",
+        "payload",
         "sure_type",
     )
 
@@ -67,7 +68,8 @@ class Values:
         self._has_sets = not self.are_objects and holds_sets(codec.type)
         exact = codec.exact_type if self.are_objects else None
         self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
-        self._encode: Callable[[Any], bytes | None] = codec.fast_encode if self.sure_type is not None else codec.encode  # type: ignore[assignment]
+        encode = codec.fast_encode if self.sure_type is not None else codec.encode
+        self.payload: Callable[[Any], bytes] = cast("Callable[[Any], bytes]", encode) if self.are_objects else _as_it_is
 
     def held(self, value: Any) -> Any:
         """What is held of a value that is written.
@@ -170,10 +172,6 @@ class Values:
         except (TypeError, ValueError, OverflowError):
             return False  # a serializer of the user's writes what msgspec does not
 
-    def payload(self, held: Any) -> bytes:
-        """What is held, as the changelog has it."""
-        return cast(bytes, self._encode(held) if self.are_objects else held)
-
     def value(self, held: Any, key: Any) -> Any:
         """What user code gets of what is held: a copy of its own where it could be changed.
 
@@ -206,3 +204,7 @@ class Values:
                 f"{self._explained(data, exc)}. Give the type back what old values need (defaults for new fields), or "
                 "migrate them with app.visit(...) under the old type first"
             ) from exc
+
+
+def _as_it_is(held: bytes) -> bytes:
+    return held

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 import streamflow as sf
+from streamflow.state.values import MISSING
 from streamflow.testing import TestApp
 from tests.runtime.waiting import until
 
@@ -277,7 +278,7 @@ async def test_expired_values_leave_the_store_and_the_changelog():
         await test.send(source, 1, key="now", timestamp_ms=1_011_000)
         await test.settle()
         assert sorted(table) == ["new", "now"]
-        await until(lambda: not task.changes and task.tables.overlays["counts"]._newest(b"old") is None)  # type: ignore[union-attr]
+        await until(lambda: not task.changes and task.tables.overlays["counts"]._newest_committed("old") is MISSING)  # type: ignore[union-attr]
         await test.settle()
         assert fold(test, table) == {"new": 1, "now": 1}
         await test.send(source, 5, key="old", timestamp_ms=1_011_000)

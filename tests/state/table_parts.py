@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import streamflow as sf
 from streamflow.processing.table import Table
 from streamflow.state.identity import Identity, TableIdentity
 from streamflow.state.memory import MemoryStores
-from streamflow.state.overlay import Overlay
+from streamflow.state.overlay import Overlay, Record
 from streamflow.state.stage import PlainStage, Stage
 from streamflow.state.store import Checkpoint, StoreBatch
 from streamflow.state.values import Values
@@ -53,12 +54,13 @@ class Parts:
         """Seal what was written; its records go to the changelog."""
         return self.overlay.seal(self._append, 7)
 
-    def _append(self, key: bytes, value: bytes | None, timestamp_ms: int) -> None:
-        self.records.append((key, value, timestamp_ms))
-        if value is None:
-            self.changelog.pop(key, None)
-        else:
-            self.changelog[key] = value
+    def _append(self, records: Iterable[Record]) -> None:
+        for key, value, timestamp_ms in records:
+            self.records.append((key, value, timestamp_ms))
+            if value is None:
+                self.changelog.pop(key, None)
+            else:
+                self.changelog[key] = value
 
     def write_store(self) -> None:
         """Write what is committed to the store."""

@@ -473,7 +473,7 @@ def test_a_turn_in_a_thread_sees_what_is_being_sealed() -> None:
     parts.overlay.merge({"a": 1})
     parts.overlay.live.clear()
     seen: list[Any] = []
-    parts.overlay.seal(lambda *_: seen.append(parts.overlay.find("a")), 7)
+    parts.overlay.seal(lambda _: seen.append(parts.overlay.find("a")), 7)
     assert seen == [1]
 
 
