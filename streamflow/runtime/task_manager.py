@@ -23,18 +23,13 @@ from streamflow.config import Settings
 from streamflow.errors import (
     ClosedError,
     FatalError,
-    NotHeld,
-    OffsetOutOfRangeError,
-    RetriableError,
     StreamFlowError,
     TopologyError,
-    UnknownTopicError,
 )
-from streamflow.log.api import Assigned, Fetched, GroupEvent, Lost, OffsetMark, Revoked
+from streamflow.log.api import Assigned, GroupEvent, Lost, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.table import Table
-from streamflow.runtime.beginnings import beginnings
+from streamflow.runtime.arrivals import Arrivals
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
@@ -43,10 +38,9 @@ from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.patience import PATIENCE_S
 from streamflow.runtime.task import Surroundings, Task
+from streamflow.runtime.task_starts import Start, TaskStarts
 from streamflow.runtime.task_view import TaskView
 from streamflow.sensors import Sensors
-from streamflow.state.overlay import Overlay
-from streamflow.state.stage import Stage
 
 logger = logging.getLogger("streamflow.tasks")
 
@@ -83,21 +77,20 @@ class TaskManager:
         self._settings = settings
         self._group = log.group
         self._reader = log.reader
-        self._admin = log.admin
         self._delivery = log.delivery
         self._shared = shared
         self._local = local
         self._task_group = tasks
-        self._loop = asyncio.get_running_loop()
         self._layout = layout
         self._topics = app.every_topic()
+        self._starts = TaskStarts(log, app, settings, layout, shared.clock)
         self._by_topic = {topic: sub for sub in layout.sub_topologies for topic in sub.topics}
         self._agents = {sub.name: processors_of(app, sub) for sub in layout.sub_topologies}
         self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
         self._by_tp: dict[TopicPartition, Task] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
-        self._finishing = False
+        self.is_finishing = False
         # Of the group's events and rebuilds, one is acted on at a time.
         self._acting = anyio.Lock()
         # When tasks were rebuilt, monotonic seconds.
@@ -105,6 +98,8 @@ class TaskManager:
         # Agents that went on after they were cancelled: task, name, and what they run in.
         self._deaf: list[tuple[str, str, asyncio.Task[None]]] = []
         self.assigned_once = anyio.Event()
+        # Takes what was fetched; see `Arrivals.take`.
+        self.fetched = Arrivals(self._starts, log.reader, shared, settings, self.task_of).take
         self.limits: dict[TopicPartition, int] = {}
 
     @property
@@ -195,12 +190,12 @@ class TaskManager:
         for key, tps in complete.items():
             if (grown := self.tasks.get(key)) is not None:
                 tps |= await self._let_go(grown)
-        starts = await self._starts([tp for tps in complete.values() for tp in tps])
+        starts = await self._starts.of([tp for tps in complete.values() for tp in tps])
         if partitions:
             logger.info("assigned: %s", _named(partitions))
             self._sensors.rebalanced(len(partitions), 0, 0)
             await self._call_hooks("on_assigned", self._app.assigned_hooks, partitions)
-        if self._finishing:
+        if self.is_finishing:
             return  # a task that began now would have nobody to commit it
         await self._open_all({key: {tp: starts[tp] for tp in tps} for key, tps in complete.items()})
         self.assigned_once.set()
@@ -217,16 +212,16 @@ class TaskManager:
 
     def _is_kept(self, closed: Task) -> bool:
         """Whether a task that was closed still belongs to this worker, which may have lost it meanwhile."""
-        return not self._finishing and self._group.assignment.issuperset(closed.committed)
+        return not self.is_finishing and self._group.assignment.issuperset(closed.committed)
 
     async def _open_if_kept(self, key: tuple[str, int], closed: Task) -> None:
-        starts = await self._starts(list(closed.committed))
+        starts = await self._starts.of(list(closed.committed))
         if self._is_kept(closed):
             await self._open_all({key: starts})
 
-    async def _open_all(self, starts: Mapping[tuple[str, int], Mapping[TopicPartition, _Start]]) -> None:
+    async def _open_all(self, starts: Mapping[tuple[str, int], Mapping[TopicPartition, Start]]) -> None:
         for key, of_task in starts.items():
-            if self._finishing:
+            if self.is_finishing:
                 return
             try:
                 await self._open(key, of_task)
@@ -241,7 +236,7 @@ class TaskManager:
     def _tell_of_new(self, partitions: Iterable[TopicPartition]) -> None:
         """Say which topics have more partitions than they had when this worker started."""
         counts: dict[str, int] = {}
-        for tp in filter(self._is_new, partitions):
+        for tp in filter(self._starts.is_new, partitions):
             counts[tp.topic] = max(tp.partition + 1, counts.get(tp.topic, 0))
         for topic, count in sorted(counts.items()):
             if self._by_topic[topic].tables:
@@ -257,10 +252,6 @@ class TaskManager:
                 self._layout.counts[topic],
             )
 
-    def _is_new(self, tp: TopicPartition) -> bool:
-        """Whether a partition was added since this worker started."""
-        return tp.partition >= self._layout.counts[tp.topic]
-
     async def _let_go(self, task: Task) -> frozenset[TopicPartition]:
         """Commit and close a task that another topic's new partition joins; its partitions, to be opened again."""
         partitions = frozenset(task.committed)
@@ -275,7 +266,7 @@ class TaskManager:
                 for task in tasks:
                     group.start_soon(task.finish_records)
 
-    async def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, _Start]) -> None:
+    async def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, Start]) -> None:
         sub = self._by_topic[next(iter(starts)).topic]
         topics = [self._topics[name] for name in sub.topics]
         positions = {tp: start.position for tp, start in starts.items()}
@@ -343,135 +334,11 @@ class TaskManager:
         if error is not None:
             self._shared.fail(error)
 
-    # --- where a task starts -----------------------------------------------------------------------------------
-
-    async def _starts(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, _Start]:
-        """Where partitions start, and what the log has committed for them."""
-        committed = await self._committed(partitions)
-        missing = [tp for tp in partitions if committed[tp] is None]
-        while True:
-            try:
-                fresh = await self._begin(missing)
-                break
-            except RetriableError as error:
-                logger.warning("looking for the starts of partitions: %s; trying again", error)
-                await self._clock.sleep(_RETRY_S)
-        starts = {tp: _Start(position, None) for tp, position in fresh.items()}
-        starts.update({tp: _Start(mark.offset, mark) for tp, mark in committed.items() if mark is not None})
-        return starts
-
-    async def _committed(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, OffsetMark | None]:
-        while True:
-            try:
-                return await self._group.committed(partitions)
-            except RetriableError as error:
-                logger.warning("reading committed offsets: %s; trying again", error)
-                await self._clock.sleep(_RETRY_S)
-
-    async def _begin(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        """Where partitions without an offset start."""
-        return await beginnings(self._admin, self._app, self._settings, partitions, self._is_new)
-
-    def fetched(self, fetched: Fetched, resets: anyio.abc.TaskGroup) -> None:
-        """Give a fetch to its task.
-
-        Args:
-            fetched: What came.
-            resets: Task group in which the start of a partition is looked for, so that no other one waits for it.
-        """
-        task = self._by_tp.get(fetched.tp)
-        if task is None:
-            return
-        if isinstance(fetched.error, OffsetOutOfRangeError):
-            task.inputs.by_tp[fetched.tp].is_out_of_range = True  # so nothing is asked, and this comes once
-            resets.start_soon(self._out_of_range, task, fetched.tp, fetched.error)
-        elif isinstance(fetched.error, UnknownTopicError):
-            raise UnknownTopicError(
-                f"{fetched.error}: topic {fetched.tp.topic!r} was deleted while this worker read it. What "
-                "was committed stays as it is. If the topic shall be there, start it again: it makes the topic anew, "
-                "empty; else take its agents out of the app"
-            ) from fetched.error
-        elif fetched.error is not None:
-            raise fetched.error if isinstance(fetched.error, FatalError) else FatalError(str(fetched.error))
-        else:
-            if fetched.batches:
-                self._sensors.batches_in(fetched.tp, len(fetched.batches), fetched.size_bytes)
-            task.inputs.add(fetched)
-
-    async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
-        """Records were deleted before they were read: go on as for a partition without offset, and say so.
-
-        Not so with tables, which would stand for records that nobody has seen, or for some twice.
-        """
-        if task.tables is not None:
-            self._shared.fail(_out_of_range_with_tables(task, tp, error))
-            return
-        position = await self._new_start(task, tp)
-        if position is None or self._by_tp.get(tp) is not task:
-            return  # it has gone to another worker, who finds out as well
-        logger.error(
-            "%s; going on at %d as auto_offset_reset=%s says: records in between were deleted before this app read "
-            "them, or the topic was made anew",
-            error,
-            position,
-            self._settings.auto_offset_reset,
-        )
-        task.inputs.by_tp[tp].move_to(position)
-        task.inputs.wake()
-        self._reader.add(tp, position)
-        self._reader.ask(tp)
-
-    async def _new_start(self, task: Task, tp: TopicPartition) -> int | None:
-        """Ask until the log answers; None when the task has let the partition go meanwhile."""
-        while self._by_tp.get(tp) is task:
-            try:
-                return (await self._begin([tp]))[tp]
-            except RetriableError as unanswered:
-                logger.warning("looking for the start of %s: %s; trying again", tp, unanswered)
-                await self._clock.sleep(_RETRY_S)
-        return None
-
-    # --- tables, for code outside of turns (`processing.holding.Holder`) ---------------------------------------
-
-    def overlays(self, table: str) -> Mapping[int, Overlay]:
-        """The partitions of a table that are held here and restored, by number."""
-        return {
-            task.partition: task.tables.overlays[table]
-            for task in tuple(self.tasks.values())  # asked by other threads, too
-            if task.is_readable and task.tables is not None and table in task.tables.overlays
-        }
-
-    def awaits(self, table: str) -> bool:
-        """Whether partitions of a table may still come up here: none was assigned yet, or some are being restored."""
-        if not self.assigned_once.is_set() or self.changing:
-            return not self._finishing
-        return any(
-            task.tables is not None and table in task.tables.overlays and task.state in ("created", "restoring")
-            for task in tuple(self.tasks.values())
-        )
-
-    def partition_of(self, table: Table[Any, Any], key: Any) -> int:
-        """The partition of a key; see `processing.holding.Holder`."""
-        sub = next(sub for sub in self._layout.sub_topologies if table.name in sub.tables)
-        return self._shared.homes.of(sub, table, key)
-
-    async def change(self, table: str, partition: int, work: Callable[[Stage], Any]) -> Any:
-        """Run a function in a turn of the partition's task, between records; see `processing.holding.Holder`."""
-        if asyncio.get_running_loop() is not self._loop:
-            raise ClosedError(
-                f"table {table!r}: the app runs on another event loop of this process; change tables there "
-                "(`asyncio.run_coroutine_threadsafe`)"
-            )
-        for task in self.tasks.values():
-            if task.partition == partition and task.tables is not None and table in task.tables.overlays:
-                return await task.change(table, work)
-        raise NotHeld(f"table {table!r}: partition {partition} has left this process")
-
     # --- stop --------------------------------------------------------------------------------------------------
 
     async def finish_records(self) -> None:
         """Hand out nothing more, open nothing more, and wait until every record in hand is done."""
-        self._finishing = True
+        self.is_finishing = True
         async with anyio.create_task_group() as group:
             for task in self.running():
                 group.start_soon(task.finish_records)
@@ -502,39 +369,11 @@ class Overtaken:
     task: TaskView
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where a partition starts.
-
-    Attributes:
-        position: The next offset to process.
-        mark: What is committed; None where nothing is.
-    """
-
-    position: int
-    mark: OffsetMark | None
-
-
 def _grown(topic: str, count: int, before: int, tables: Sequence[str]) -> TopologyError:
     return TopologyError(
         f"topic {topic!r} has {count} partitions or more, and had {before} when the tables {', '.join(tables)} were "
         "partitioned like it: keys are in other partitions now than what was kept for them. Stop all workers and start "
         "the app over, `streamflow reset APP`, or read the topic by way of `group_by`, whose topic keeps its count"
-    )
-
-
-def _out_of_range_with_tables(task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> TopologyError:
-    names = ", ".join(task.sub_topology.tables)
-    if error.offset < error.log_start:
-        what = f"{error.log_start - error.offset} records were deleted before this app read them"
-        way = f"commit offset {error.log_start} to go on without them"
-    else:
-        what = "the topic was made anew, or has lost records"
-        way = f"commit an offset within {error.log_start}..{error.end_offset} to go on with the tables as they are"
-    return TopologyError(
-        f"{error}: {what}, and the tables {names} would not be what their input says. Stop all workers and choose: "
-        f"{way} (`kafka-consumer-groups --reset-offsets --to-offset` on Kafka), or start the app over, "
-        "`streamflow reset APP`"
     )
 
 

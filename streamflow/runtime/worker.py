@@ -42,6 +42,7 @@ from streamflow.runtime.births import noting_births
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.global_tables import GlobalTables
+from streamflow.runtime.held_tables import HeldTables
 from streamflow.runtime.homes import Homes
 from streamflow.runtime.hooks import call_hooks, call_start_hooks
 from streamflow.runtime.internal_topics import prepare_topics, repartition_topics
@@ -395,7 +396,7 @@ class Worker:
             if ends is not None:
                 manager.limits = ends.limits
             tasks.start_soon(self._announce, manager, log.group)
-            stack.enter_context(registered_holder(self.app, manager))
+            stack.enter_context(registered_holder(self.app, HeldTables(manager, layout, shared.homes)))
             purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)

@@ -251,7 +251,7 @@ async def test_a_damaged_task_that_is_lost_before_it_is_open_again_stays_closed(
 
         then_lost("commit", manager._delivery, "commit")
         then_lost("closed", manager, "_close")
-        then_lost("starts", manager, "_starts")
+        then_lost("starts", manager._starts, "of")
         task.tables.damage = StateCorruptedError("a block is damaged")
         await manager.rebuild(task)
         assert calls == [when]
