@@ -295,3 +295,13 @@ def test_the_settings_page_has_the_table_of_the_code():
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
+
+
+def test_every_test_that_the_list_of_failures_names_is_there():
+    text = (ROOT / "tests" / "README.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", text)
+    assert len(named) > 30
+    for file, name in named:
+        path = ROOT / "tests" / file
+        assert path.exists(), file
+        assert f"def {name}(" in path.read_text(), f"{file} has no {name}"

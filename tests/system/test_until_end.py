@@ -1,6 +1,7 @@
 """Bounded runs: everything that was there, and everything that follows from it, then exit 0."""
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from tests.system.harness import CHAIN, STOPPED, System, numbered
 
@@ -113,3 +114,32 @@ async def picky(number: int) -> int:
     assert await system.start("--until-end").ends() == STOPPED
     assert await system.count("results") == 90
     assert sorted(await system.rows("letters")) == [row for row in sorted(numbered(100)) if row[1] % 10 == 3]
+
+
+@pytest.mark.kafka
+async def test_an_input_that_ends_in_aborted_records_and_markers(kafka: System) -> None:
+    """Its last offsets hold nothing that anybody may read: it is at its end all the same, and nothing of it comes."""
+    kafka.write_app()
+    await kafka.create("numbers", partitions=2)
+    servers, transactional_id = kafka.broker.removeprefix("kafka://"), kafka.topic("writer")
+    good = []
+    async with AIOKafkaProducer(bootstrap_servers=servers, transactional_id=transactional_id) as producer:
+        for number in range(12):
+            await producer.begin_transaction()
+            for partition in (0, 1):
+                value = number.to_bytes(8, "big")
+                await producer.send_and_wait(kafka.topic("numbers"), value, key=b"k", partition=partition)
+            if number % 3 == 0:
+                await producer.commit_transaction()
+                good += [(b"k", 2 * number)] * 2
+            else:
+                await producer.abort_transaction()
+    assert await kafka.start("--until-end").ends() == STOPPED
+    assert sorted(await kafka.rows("results")) == good
+    again = kafka.start("--until-end")  # there is nothing left, and it knows that
+    assert await again.ends() == STOPPED
+    await kafka.write("numbers", [(b"k", 100)])
+    worker = await kafka.started()
+    await kafka.has("results", len(good) + 1)
+    assert await worker.stops() == STOPPED
+    assert sorted(await kafka.rows("results")) == [*good, (b"k", 200)]
