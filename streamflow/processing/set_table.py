@@ -59,6 +59,11 @@ class Pairs(Table[tuple[K, M], bytes], Generic[K, M]):
                 "tuples of them"
             )
 
+    def difference(self, other: Table[Any, Any]) -> str | None:
+        if isinstance(other, Pairs) and self._of_key.serializer != other._of_key.serializer:
+            return f"another key_serializer= ({self.place} and {other.place})"
+        return super().difference(other)
+
     @property
     def home_codec(self) -> BoundCodec[Any]:
         return self._of_key

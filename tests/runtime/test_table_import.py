@@ -218,3 +218,28 @@ async def test_pairs_of_a_set_table_lie_where_their_key_does(log):
     folds = await found.fold(log, {number: CommitMark() for number in range(4)})
     placed = {tags.pairs.key_codec.decode(key)[0]: fold.partition for fold in folds for key in fold.values}
     assert placed == {key: partition_for(key.encode(), 4) for key in keys}
+
+
+async def test_a_key_that_partition_by_cannot_place_is_named_and_nothing_is_written(log):
+    app = sf.App("visited")
+    clicks = app.topic("clicks", key_type=str, value_type=str, partitions=4)
+    by_user = {"ann": "ann", "bob": 7}
+    visits = app.table("visits", key_type=tuple[str, int], value_type=int, partition_by=lambda key: by_user[key[0]])
+
+    @app.agent(clicks, tables=[visits])
+    async def visit(stream: sf.Stream[str]) -> None:
+        async for _ in stream:
+            pass
+
+    for user, says in (("bob", "partition_by= gives int 7"), ("cid", "partition_by= raised KeyError")):
+        rows = {visits.key_codec.encode((one, 1)): b"1" for one in ("ann", user)}
+        place_of = {visits.key_codec.encode((user, 1)): "visits.jsonl, line 2"}.__getitem__
+        with pytest.raises(
+            sf.ProductionError, match=rf"^visits.jsonl, line 2: table 'visits': {says}.*nothing was imp"
+        ):
+            await import_table(log, app, app.settings({}), "visits", rows, place_of=place_of)
+    found = await TableLog.find(app, "visits", log.admin)
+    assert not any(fold.records for fold in await found.fold(log, {number: CommitMark() for number in range(4)}))
+    await import_table(log, app, app.settings({}), "visits", {visits.key_codec.encode(("ann", 1)): b"1"})
+    (placed,) = [fold.partition for fold in await found.fold(log, dict.fromkeys(range(4), CommitMark())) if fold.values]
+    assert placed == partition_for(b"ann", 4) == found.home_of(("ann", 1))

@@ -409,6 +409,8 @@ def test_a_set_table_is_declared_once():
     app = sf.App("t")
     tags = app.set_table("x", key_type=str, member_type=int)
     assert app.set_table("x", key_type=str, member_type=int) is tags
+    with pytest.raises(sf.TopologyError, match="declared twice, with another key_serializer="):
+        app.set_table("x", key_type=str, member_type=int, key_serializer="json")
     with pytest.raises(sf.TopologyError, match="declared twice"):
         app.table("x", key_type=tuple[str, int], value_type=bytes)
 
