@@ -376,6 +376,8 @@ def _group_by(
     topic = source.topic if isinstance(source, Derived) else source
     origin = source.name
     where = f"{origin}.group_by({field!r})" if isinstance(field, str) else f"{origin}.group_by(...)"
+    if not callable(field):
+        _refuse_null_values(where, topic, field)
     chosen = selector(field, topic.value_type, where)
     if name is None and not chosen.name:
         raise ConfigurationError(f"{where}: a lambda has no name to call the step by; add name='...'")
@@ -394,6 +396,17 @@ def _group_by(
         internal=True,
     )
     return _registered(owner, GroupBy(source, made, name, chosen.read, field))
+
+
+def _refuse_null_values(where: str, topic: Topic[Any, Any], field: Any) -> None:
+    present = without_none(topic.value_type)
+    if present is not None:
+        name = type_name(present)
+        raise SchemaError(
+            f"{where}: values of {topic.name!r} may be None ({type_name(topic.value_type)}), which has no field "
+            f"{getattr(field, '__name__', field)!r}: give a function that has a key for null values, too, or declare "
+            f"value_type={name}, and they go to on_error="
+        )
 
 
 def _new_key_type(where: str, chosen: Selector, given: Any) -> Any:

@@ -144,6 +144,20 @@ def test_misuse_of_group_by(orders, field, options, error, message):
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("field", ["user", Order.user])
+def test_a_field_of_values_that_may_be_null_is_refused(app, field):
+    orders = app.topic("orders", key_type=str, value_type=Order | None)
+    with pytest.raises(
+        SchemaError, match=r"values of 'orders' may be None \(Order \| None\), which has no field 'user'"
+    ):
+        orders.group_by(field)
+
+    def user_of(order: Order | None) -> str:
+        return order.user if order else ""
+
+    assert orders.group_by(user_of).topic.key_type is str
+
+
 def test_an_async_key_function_is_refused(orders):
     async def key(order: Order) -> str:
         return order.user
