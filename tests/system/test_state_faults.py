@@ -283,11 +283,15 @@ async def test_an_open_transaction_while_restoring_is_waited_out(committed: bool
 @pytest.mark.kafka
 async def test_a_first_commit_that_was_aborted_is_no_state(kafka: System) -> None:
     """It leaves a changelog that is longer and holds nothing, and no offsets: that is no reason to refuse."""
-    write_app(kafka, DYING.replace("calls == 5", "calls == 1") + SUMS)
+    write_app(kafka, DYING.replace("calls == 5", "calls == 1") + SUMS, commit_interval_ms=1_500)
     await kafka.create("numbers")
     await kafka.write("numbers", numbered(100))
     worker = kafka.start(DIE="before its end")
     assert await worker.ends() == -signal.SIGKILL, worker.said
+    changelogs = [TopicPartition(f"{kafka.app_id}-sums-changelog", partition) for partition in range(4)]
+    written = await (await kafka.log()).admin.high_watermarks(changelogs)
+    assert any(written.values()), "the first commit had nothing of the table"
+    assert await kafka.committed("numbers") == {}
     await finished(kafka, 100)
 
 
