@@ -2,11 +2,17 @@
 
 Table changes are acknowledged first, too, and the offsets say up to where of each changelog: what a crash leaves behind
 that mark is taken back by the next owner, so that a replay does not count an update twice.
+
+Nothing fences a process that was stopped for longer than its session: what it has handed to its connections may arrive
+when it wakes up. In a changelog such a record stands where the owner's own should be, and the offset that the owner is
+given for its next one says so, before a commit counts it in. The task then starts anew from its last commit, behind
+which the record stands: it is taken back like what a crash leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
@@ -21,6 +27,8 @@ from streamflow.runtime.commit_mark import CommitMark, new_commit_id
 from streamflow.runtime.task_tables import TaskTables
 from streamflow.runtime.task_view import Sealed, TaskView
 from streamflow.sensors import Sensors
+
+logger = logging.getLogger("streamflow.commits")
 
 _SILENCE_POLL_S = 0.05
 _MANY_BATCHES = 16
@@ -55,8 +63,10 @@ class AtLeastOnce(Commits):
         self._written: set[TopicPartition] = set()
         # Sealed, and not in a commit that is over: they are in the next one, also when theirs was cancelled.
         self._taken: list[Sealed] = []
-        # The newest batch per partition that was handed over, and how many records it has.
-        self._newest: dict[TopicPartition, tuple[asyncio.Future[int], int]] = {}
+        # The batches that were handed over since the last commit, and how many records each has.
+        self._handed: dict[TopicPartition, list[tuple[asyncio.Future[int], int]]] = {}
+        # Where those end that were acknowledged, in changelogs.
+        self._ends: dict[TopicPartition, int] = {}
         self._failed: BaseException | None = None
 
     def abandon(self) -> None:
@@ -104,7 +114,7 @@ class AtLeastOnce(Commits):
             self._sent([self._unsent.popleft()])
             self._unacknowledged.add(future)
             self._written.add(tp)
-            self._newest[tp] = future, batch.num_records
+            self._handed.setdefault(tp, []).append((future, batch.num_records))
             future.add_done_callback(self._acknowledged)
 
     async def _heard_from_group(self) -> None:
@@ -153,35 +163,59 @@ class AtLeastOnce(Commits):
             ends = self._ends_of_changelogs(taken)
             commit_id = new_commit_id()
             for each in taken:
-                each.task.commit_id_under_way = commit_id
+                each.task.commit_ids_under_way.add(commit_id)
             offsets = [(each.task, _marks(each, commit_id, ends)) for each in taken]
             committed = await self._commit_offsets([each for each in offsets if each[1]], started_s)
             for each in taken:
                 if each.task in committed:
                     each.committed(commit_id, ends)
-            self._taken, self._newest = [], {}
+            self._taken, self._handed, self._ends = [], {}, {}
             self._committed.set()
             self.trying_since_s = None
 
     def _ends_of_changelogs(self, taken: Iterable[Sealed]) -> dict[TopicPartition, int]:
-        """The offset after the last record of each changelog that was written; only a commit writes them."""
-        newest = self._newest
-        changelogs = [tp for each in taken if each.task.tables is not None for tp in each.task.tables.changelogs()]
-        return {tp: newest[tp][0].result() + newest[tp][1] for tp in changelogs if tp in newest}
+        """The offset after the last record of each changelog that was written; only a commit writes them.
+
+        A task whose changelog was written by another process in between starts anew.
+        """
+        for each in taken:
+            tables = each.task.tables
+            if tables is None or each.task.lost:
+                continue
+            for tp, name in tables.changelogs().items():
+                for future, count in self._handed.pop(tp, ()):
+                    offset = future.result()
+                    if offset != tables.ends[name]:
+                        self._is_written_elsewhere(each.task, tp, tables.ends[name], offset)
+                    tables.ends[name] = self._ends[tp] = offset + count
+        return self._ends
+
+    def _is_written_elsewhere(self, task: TaskView, tp: TopicPartition, expected: int, offset: int) -> None:
+        if not task.lost:
+            logger.warning(
+                "task %s: its record in %s has offset %d, and %d was the next one: another process has written there, "
+                "which had the task before, was stopped and woke up; the task starts anew from its last commit, and "
+                "takes that back",
+                task.name,
+                tp,
+                offset,
+                expected,
+            )
+            self._is_overtaken(task)
 
     async def _pin(self, tasks: Iterable[TaskView]) -> None:
         """Say where changelogs stand before anything is added to them, where the last commit does not.
 
         It does not for a new task, a new table, and after exactly once.
         """
-        fresh = [task for task in tasks if not _is_pinned(task) and not task.lost and task.is_changed()]
+        fresh = [task for task in tasks if _is_to_be_pinned(task) and not task.lost and task.is_changed()]
         if fresh:
             commit_id = new_commit_id()
             for task in fresh:
-                task.commit_id_under_way = commit_id
+                task.commit_ids_under_way.add(commit_id)
             offsets = [(task, _pinned(task, task.tables, commit_id)) for task in fresh if task.tables is not None]
             for task in await self._commit_offsets(offsets, perf_counter()):
-                task.commit_id = commit_id
+                task.is_committed_as(commit_id)
                 if task.tables is not None:
                     task.tables.is_pinned = True
 
@@ -218,6 +252,11 @@ class AtLeastOnce(Commits):
 
 def _is_pinned(task: TaskView) -> bool:
     return task.tables is None or task.tables.is_pinned
+
+
+def _is_to_be_pinned(task: TaskView) -> bool:
+    """Whether changelogs are to be marked; while they are restored it is not known yet where they stand."""
+    return task.tables is not None and task.tables.is_level and not task.tables.is_pinned
 
 
 def _pinned(task: TaskView, tables: TaskTables, commit_id: str) -> dict[TopicPartition, OffsetMark]:

@@ -80,8 +80,8 @@ class Commits:
         """Make sure, once per generation, that nobody else has committed for these tasks meanwhile.
 
         A partition may leave and come back while this member hears of neither; what it goes on with then stands on old
-        positions. The commit id in the log tells: it has to be the task's own last one, or that of a commit whose
-        answer was lost. Tasks it does not fit are marked lost, and told.
+        positions. The commit id in the log tells: it has to be the task's own last one, or one of those whose answers
+        were lost. Tasks it does not fit are marked lost, and told.
         """
         tasks = {each.task.anchor: each.task for each in sealed if each.task.checked_generation != generation}
         if not tasks:
@@ -89,7 +89,7 @@ class Commits:
         marks = await self._group().committed(list(tasks))
         for tp, task in tasks.items():
             commit_id = CommitMark.of(marks[tp]).id
-            if commit_id in (task.commit_id, task.commit_id_under_way) or task.lost:
+            if commit_id == task.commit_id or commit_id in task.commit_ids_under_way or task.lost:
                 task.checked_generation = generation
             else:
                 self._is_committed_elsewhere(task)
@@ -97,7 +97,8 @@ class Commits:
     async def was_overtaken(self, task: TaskView) -> bool:
         """Look up whether another worker has committed for a task since it was opened; then it is lost, and told."""
         marks = await self._until_answered(lambda: self._group().committed([task.anchor]))
-        if CommitMark.of(marks[task.anchor]).id in (task.commit_id, task.commit_id_under_way):
+        commit_id = CommitMark.of(marks[task.anchor]).id
+        if commit_id == task.commit_id or commit_id in task.commit_ids_under_way:
             return False
         self._is_committed_elsewhere(task)
         return True

@@ -155,7 +155,7 @@ class ExactlyOnce(Commits):
         offsets = {tp: mark for each in taken.sealed for tp, mark in each.marked(taken.id).items()}
         outputs = [batch for each in taken.sealed for batch in each.batches]
         for each in taken.sealed:
-            each.task.commit_id_under_way = taken.id
+            each.task.commit_ids_under_way.add(taken.id)
         ends = await self._store(AtomicCommit(outputs, offsets, membership))
         self._is_committed(taken, offsets, ends, started_s)
 

@@ -148,6 +148,7 @@ class Restorer:
                 await self._read(task, tables, span, is_new=is_new)
                 self._take_back(tables.overlays[span.table], span)
             tables.positions[span.table] = span.committed
+            tables.ends[span.table] = span.target
         for name, time_ms in mark.times.items():
             overlay = tables.overlays.get(name)
             if overlay is not None:

@@ -147,9 +147,10 @@ class Task:
         self.is_closing = False
         self._patience = Patience(self.name)
         self.anchor = anchor_of(positions)
-        # What the offset of the anchor says in the log: the last commit's id, and what one under way would write.
+        # What the offset of the anchor says in the log: the last commit's id, or that of a later one, which is under
+        # way or was given up without an answer.
         self.commit_id = ""
-        self.commit_id_under_way = ""
+        self.commit_ids_under_way: set[str] = set()
         # The generation in which that was last looked up.
         self.checked_generation = -1
         self.tables: TaskTables | None = None
@@ -404,6 +405,11 @@ class Task:
         tables_sealed = self.tables is not None and self.tables.seal()
         times = self.tables.times() if self.tables is not None else {}
         return Sealed(self, marks, self.outputs.seal(), tables_sealed, times, self.changes.seal())
+
+    def is_committed_as(self, commit_id: str) -> None:
+        """The log has a commit of ours."""
+        self.commit_id = commit_id
+        self.commit_ids_under_way.clear()
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""

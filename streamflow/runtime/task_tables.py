@@ -104,6 +104,7 @@ class TaskTables:
         sweeps: Of the tables whose values expire.
         incarnations: By table name: the beginning of its changelog's topic id.
         positions: By table name: the offset of changelog or source that follows what is committed.
+        ends: By table name: the offset that the next record of the changelog gets, unless others write there.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
     """
 
@@ -133,6 +134,7 @@ class TaskTables:
         self.overlays = {table.name: self._overlay(table, outputs, live_entries, check_home) for table in tables}
         self.sweeps = [Sweep(overlay) for overlay in self.overlays.values() if overlay.ttl_ms is not None]
         self.positions = dict(store.checkpoint.changelogs)
+        self.ends: dict[str, int] = {}
         self._outputs = outputs
         self._clock = clock
         self._waiting = {name: Waiting(overlay) for name, overlay in self.overlays.items()}

@@ -57,7 +57,7 @@ class TaskView(Protocol):
     changes: TaskChanges
     anchor: TopicPartition
     commit_id: str
-    commit_id_under_way: str
+    commit_ids_under_way: set[str]
     checked_generation: int
     tables: TaskTables | None
     source_tables: SourceTables | None
@@ -100,6 +100,9 @@ class TaskView(Protocol):
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit."""
         ...
+
+    def is_committed_as(self, commit_id: str) -> None:
+        """The log has a commit of ours."""
 
     def set_committed(self, offsets: Mapping[TopicPartition, OffsetMark]) -> None:
         """The log has these offsets of ours."""
@@ -151,7 +154,7 @@ class Sealed:
         """
         task = self.task
         task.set_committed(self.marks)
-        task.commit_id = commit_id
+        task.is_committed_as(commit_id)
         if task.tables is not None:
             task.tables.reached(self.marks)
         if task.tables is not None and self.tables_sealed:

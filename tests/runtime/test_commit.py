@@ -36,6 +36,7 @@ from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.task_view import Sealed
 from streamflow.sensors import Sensors
+from tests.runtime.waiting import until
 
 SESSION_S = 10.0
 A, B, OUT = TopicPartition("a", 0), TopicPartition("b", 0), TopicPartition("out", 0)
@@ -65,12 +66,17 @@ class FakeTask:
         self.lost = False
         self.outputs = FakeOutputs()
         self.anchor = tp
-        self.commit_id = self.commit_id_under_way = ""
+        self.commit_id = ""
+        self.commit_ids_under_way: set[str] = set()
         self.checked_generation = -1
         self.tables = None
 
     def seal(self) -> Sealed:
         return Sealed(cast(Any, self), self.uncommitted(), self.outputs.seal(), False, {}, [])
+
+    def is_committed_as(self, commit_id: str) -> None:
+        self.commit_id = commit_id
+        self.commit_ids_under_way.clear()
 
     def work(self, position: int) -> None:
         self.position = position
@@ -512,13 +518,42 @@ async def test_at_least_once_sends_what_a_cancelled_send_has_left() -> None:
 async def test_a_commit_whose_answer_was_lost_before_a_rebalance_is_known_as_ones_own() -> None:
     at = Fixture(AtLeastOnce)
     tables = SimpleNamespace(
-        is_pinned=True, incarnations={}, positions_after=lambda _: {}, changelogs=dict, reached=lambda _: None
+        is_level=True,
+        is_pinned=True,
+        incarnations={},
+        positions_after=lambda _: {},
+        changelogs=dict,
+        reached=lambda _: None,
     )
     at.a.tables = cast(Any, tables)
     at.group.loses_answers = 1
     await at.commit_over_time()
     assert not at.a.lost
     assert at.group.commits == [{A: 5, B: 3}]
+
+
+async def test_a_commit_that_was_given_up_without_an_answer_is_known_as_ones_own_after_others_were_tried() -> None:
+    """Two are under way: which of them the log has is not known, and neither is another worker's."""
+    at = Fixture(AtLeastOnce)
+    at.group.loses_answers = 1
+    giving_up = asyncio.ensure_future(at.commit())
+    await until(lambda: not at.group.loses_answers)
+    giving_up.cancel()  # it waits before its next try
+    with pytest.raises(asyncio.CancelledError):
+        await giving_up
+    given_up = dict(at.group.marks)
+
+    def refuse() -> None:
+        at.group.refuse = lambda: None
+        at.group.membership = Membership("g", "me", 9)
+        raise LogUnavailableError("no answer")
+
+    at.group.refuse = refuse  # the second one does not come to the log
+    at.a.work(6)
+    await at.commit_over_time()
+    assert at.group.marks == given_up
+    assert at.overtaken == []
+    assert at.group.commits == [{A: 6, B: 3}]
 
 
 async def test_at_least_once_does_not_line_up_small_batches_behind_a_slow_log() -> None:

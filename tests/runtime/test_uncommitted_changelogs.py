@@ -8,9 +8,12 @@ import pytest
 import streamflow as sf
 from streamflow.errors import RetriableError
 from streamflow.log.api import Membership, OffsetMark
+from streamflow.log.batch import BatchBuilder, SealedBatch
+from streamflow.log.codec import NONE
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.restore import Restorer
 from tests.runtime.machine import Machine, Running
 from tests.runtime.waiting import until
 
@@ -258,3 +261,113 @@ async def test_the_first_commit_says_where_changelogs_stand_and_keeps_stream_tim
         assert marks[NUMBERS].offset == 1
         assert mark.changelogs == {"totals": 1}
         assert mark.times == {"totals": 5_000}
+
+
+async def test_a_commit_while_tables_are_restored_says_nothing_of_where_they_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One table has updates to take back already, the other was not looked at yet."""
+    counts = Counts(second=True)
+    async with Machine(counts.app, processing_guarantee=AT_LEAST_ONCE) as machine:
+        running = await machine.start()
+        await send(machine, counts, "a", "b")
+        await machine.settle()
+        await send(machine, counts, "a", "c")
+        await processed(running, 4)
+        await crash_before_offsets(machine, running, monkeypatch)
+        read, waits, goes_on = Restorer._read, anyio.Event(), anyio.Event()
+
+        async def slowly(self: Restorer, task: str, tables: Any, span: Any, *, is_new: bool) -> None:
+            if tables.dirty_entries:
+                waits.set()
+                await goes_on.wait()
+            await read(self, task, tables, span, is_new=is_new)
+
+        monkeypatch.setattr(Restorer, "_read", slowly)
+        counts.held = 2
+        running = machine.launch()
+        with anyio.fail_after(5):
+            await waits.wait()
+        await machine.commit(running)
+        goes_on.set()
+        await restored(running)
+        await machine.crash(running)
+        monkeypatch.undo()
+        counts.held = -1
+        await machine.start()
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
+        assert counts.second is not None
+        assert dict(counts.second) == {"a": 2, "b": 1, "c": 1}
+
+
+CHANGELOG = TopicPartition("counts-totals-changelog", 0)
+
+
+async def write_as_who_woke_up(machine: Machine, **values: int) -> None:
+    """What a process had handed to its connection when it was stopped arrives when it wakes up."""
+    builder = BatchBuilder(NONE, 10_000)
+    for key, value in values.items():
+        assert builder.append(machine.clock.now_ms(), key.encode(), value.to_bytes(8, "big", signed=True), [])
+    async with machine.log.producer() as producer:
+        await producer.enqueue(CHANGELOG, builder.seal())
+        await producer.flush()
+
+
+@pytest.mark.parametrize("when", ["before any", "between commits", "in a commit", "after the last"])
+async def test_what_a_process_that_woke_up_writes_to_a_changelog_is_taken_back(
+    when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever restores the table then finds what the owner had; nothing else would write the key again."""
+    counts = Counts()
+    async with Machine(counts.app, processing_guarantee=AT_LEAST_ONCE) as machine:
+        running = await machine.start()
+        await restored(running)
+        if when == "before any":
+            await write_as_who_woke_up(machine, stale=99)
+        await send(machine, counts, "a", "b", "b")
+        await machine.settle()
+        if when == "between commits":
+            await write_as_who_woke_up(machine, a=77, stale=99)
+        await send(machine, counts, "b")
+        await processed(running, 4)
+        if when == "in a commit":
+            delivery: Any = running.worker._delivery
+            enqueue = delivery._producer.enqueue
+
+            async def late(tp: TopicPartition, batch: SealedBatch) -> Any:
+                monkeypatch.undo()
+                await write_as_who_woke_up(machine, a=77, stale=99)
+                return await enqueue(tp, batch)
+
+            monkeypatch.setattr(delivery._producer, "enqueue", late)
+        await machine.settle()
+        await send(machine, counts, "b")
+        await machine.settle()
+        if when == "after the last":
+            await write_as_who_woke_up(machine, a=77, stale=99)
+        assert dict(counts.totals) == {"a": 1, "b": 4}
+        await machine.crash(running)
+        await machine.start()  # what is in memory is gone: all of it is restored
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 1, "b": 4}
+        assert ("another process has written there" in caplog.text) == (when != "after the last")
+
+
+async def test_a_commit_that_was_cancelled_counts_its_own_records_as_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = Counts()
+    async with Machine(counts.app, processing_guarantee=AT_LEAST_ONCE) as machine:
+        running = await machine.start()
+        await send(machine, counts, "a", "b")
+        await machine.settle()
+        for _ in range(2):
+            await send(machine, counts, "a")
+            with monkeypatch.context() as patch:
+                await refuse_offsets(machine, running, patch)
+                with anyio.move_on_after(0.2):
+                    await machine.commit(running)
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 3, "b": 1}
+        assert "another process" not in caplog.text

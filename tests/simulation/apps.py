@@ -12,7 +12,6 @@ from typing import Any
 import streamflow as sf
 from streamflow.log.batch import LogRecord
 
-KEYS = 5
 GROUPS = 3
 APP_ID = "simulated"
 
@@ -80,7 +79,7 @@ class Built:
     tables: dict[str, "sf.Table[Any, Any]"] = field(default_factory=dict)
 
 
-def build(works: Sequence[Work], partitions: int, settings: dict[str, Any]) -> Built:
+def build(works: Sequence[Work], partitions: int, keys: int, settings: dict[str, Any]) -> Built:
     """Make the app anew, as every process does."""
     app = sf.App(APP_ID, **settings)
     built = Built(app)
@@ -89,11 +88,11 @@ def build(works: Sequence[Work], partitions: int, settings: dict[str, Any]) -> B
         for name in sorted({work.source for work in works})
     }
     for work in works:
-        _add(built, work, sources[work.source], partitions)
+        _add(built, work, sources[work.source], partitions, keys)
     return built
 
 
-def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int) -> None:
+def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int, keys: int) -> None:
     app = built.app
     sink = app.topic(work.sink, key_type=int, value_type=str, partitions=partitions)
     options: dict[str, Any] = {"name": work.sink, "sink": sink, "concurrency": work.concurrency}
@@ -121,7 +120,7 @@ def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int
             async for unit in stream.take(4, within_s=0.3):
                 await takes_time()
                 for value in unit:
-                    yield sf.Out(f"{value}:", key=key_of(value))
+                    yield sf.Out(f"{value}:", key=key_of(value, keys))
 
     elif work.kind == "sums":
         sums = app.table(str(work.table), key_type=int, value_type=int, default=int, ttl_s=work.ttl_s)
@@ -161,9 +160,9 @@ def echoed(value: int) -> str:
     return f"{value}:"
 
 
-def key_of(number: int) -> int:
-    """The key of an input record."""
-    return number * 7 % KEYS
+def key_of(number: int, keys: int) -> int:
+    """The key of an input record, of so many."""
+    return number * 7 % keys
 
 
 def group_of(value: int) -> int:

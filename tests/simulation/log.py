@@ -136,14 +136,14 @@ class FaultyReader(Reader):
 
 
 class FaultyProducer(Producer):
-    """Acknowledgements come late."""
+    """Batches arrive late, those of a process that is stopped when it goes on; acknowledgements come late, too."""
 
     def __init__(self, inner: Producer, wire: Wire) -> None:
         self._inner = inner
         self._wire = wire
 
     async def enqueue(self, tp: TopicPartition, batch: SealedBatch) -> "asyncio.Future[int]":
-        self._wire.strike(f"produce {tp}")
+        await self._wire.hop(f"produce {tp}", commit=True)
         stored = await self._inner.enqueue(tp, batch)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[int] = loop.create_future()

@@ -90,18 +90,22 @@ async def _run(world: World) -> None:
             each.cancel()
         world.trace("judged")
         described = await log.admin.topics()
-        Judge(world, await read_all(log, list(described))).judge()
+        marks = await log.admin.group_offsets(APP_ID)
+        Judge(world, await read_all(log, list(described)), marks).judge()
 
 
 async def _settle(world: World, log: Log) -> None:
     """Until everything is committed up to its end, and what is in the air has arrived."""
     until_s = world.loop.time() + SETTLE_S
+    settled_looks = 0
     while True:
         await asyncio.sleep(0.2)
         if world.breaks is not None:
             raise world.breaks
         behind = await _behind(world, log)
-        if not behind and not world.under_way and world.running:
+        is_awake = all(each.process.state == "running" for each in world.running)  # and has sent what it had to
+        settled_looks = settled_looks + 1 if not behind and not world.under_way and world.running and is_awake else 0
+        if settled_looks == 2:
             return
         if world.loop.time() > until_s:
             status = [(each.process.name, each.process.state) for each in world.running]

@@ -80,6 +80,8 @@ class Plan:
     commit_interval_ms: int
     store_every_s: float
     rates: Rates
+    keys: int
+    """Few, that are written over and over, or so many that most are written once."""
 
     @classmethod
     def of(cls, seed: int) -> "Plan":
@@ -104,6 +106,7 @@ class Plan:
             commit_interval_ms=draw.choice([20, 100, 400]),
             store_every_s=draw.choice([0.1, 0.5, 5.0]),
             rates=Rates.drawn(draw),
+            keys=draw.choice([5, 5, 60]),
         )
 
 
@@ -131,7 +134,7 @@ class Running:
     def __init__(self, world: "World", seat: Seat, number: int) -> None:
         self.seat = seat
         self.process = Process(f"w{number}@{seat.id}")
-        self.built = build(world.plan.works, world.plan.partitions, world.settings)
+        self.built = build(world.plan.works, world.plan.partitions, world.plan.keys, world.settings)
         self.error: BaseException | None = None
         self.worker: SimulatedWorker | None = None
         self._world = world
@@ -158,7 +161,6 @@ class World:
         self.rates = plan.rates
         self.faulty = False
         self.kills_left, self.stops_left = plan.kills, plan.stops
-        self.was_stopped = False
         self.running: list[Running] = []
         self.all: list[Running] = []
         self.fenced: set[str] = set()
@@ -278,7 +280,6 @@ class World:
         if not self.stops_left or process.state != "running":
             return
         self.stops_left -= 1
-        self.was_stopped = True
         seconds = self.draw.choice([0.5, 1.2, 2.0, 4.0]) * SESSION_S
         self.trace(f"{process.name} is stopped for {seconds:g} s at {where}")
         process.state = "stopped"
@@ -359,7 +360,7 @@ class World:
     async def _write(self, producer: Any, source: str, numbers: range) -> None:
         by_partition: dict[int, BatchBuilder] = {}
         for number in numbers:
-            key = key_of(number).to_bytes(8, "big")
+            key = key_of(number, self.plan.keys).to_bytes(8, "big")
             value = b"?" if self.draw.random() < self.plan.poison else number.to_bytes(8, "big")
             builder = by_partition.setdefault(
                 partition_for(key, self.plan.partitions), BatchBuilder(COMPRESSIONS["none"], 1 << 20)
