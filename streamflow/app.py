@@ -143,7 +143,7 @@ class App(Declarations):
             The worker; `status()` says how it does.
 
         Raises:
-            RefusedError: The worker will not start like this.
+            RefusedError: The worker will not start like this, or the app runs in this process already.
             StreamFlowError: It failed. Where the block fails, too, its own error comes out, and the worker's is a note
                 of it (`__notes__`).
         """

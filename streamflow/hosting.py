@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import anyio
 
 from streamflow.config import KAFKA_PREFIX, Settings, close_to, resolve_for
 from streamflow.error_groups import main_error
+from streamflow.errors import RefusedError
 from streamflow.log.kafka.options import Kafka
 
 if TYPE_CHECKING:
@@ -134,6 +136,36 @@ async def served(
         yield
 
 
+_hosts: WeakKeyDictionary[Declarations, str] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def only_host(app: Declarations, how: str) -> Generator[None]:
+    """Be the one who runs an app in this process while the block runs.
+
+    Two would share its tables, senders and partitions, and code outside of agents could not say which one it means.
+
+    Args:
+        app: The app.
+        how: In what, for the error of whoever comes second.
+
+    Raises:
+        RefusedError: Somebody runs it already.
+    """
+    first = _hosts.get(app)
+    if first is not None:
+        raise RefusedError(
+            f"app {app.id!r} runs in this process already, in {first}, and is begun again in {how}: use the one that "
+            "runs, or leave its block first. Several workers of an app are several processes: "
+            "`streamflow worker APP --processes N`"
+        )
+    _hosts[app] = how
+    try:
+        yield
+    finally:
+        del _hosts[app]
+
+
 @asynccontextmanager
 async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncGenerator[Worker]:
     """Run a worker while the block runs; see `App.running`.
@@ -151,6 +183,7 @@ async def hosted(app: Declarations, settings: Settings, *, web: bool) -> AsyncGe
     own: BaseException | None = None
     try:
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(only_host(app, "app.running()"))
             if web:
                 from streamflow.web.server import listen
 

@@ -25,6 +25,7 @@ from streamflow.clock import VirtualClock
 from streamflow.config import nearest
 from streamflow.error_groups import one_error
 from streamflow.errors import ClosedError, ConfigurationError
+from streamflow.hosting import only_host
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.processing.agent import Agent
 from streamflow.processing.stream import Event
@@ -68,6 +69,7 @@ class TestApp:
         settings: Any setting of `App`, for this run.
 
     Raises:
+        RefusedError: On entering: the app runs in this process already, in another `TestApp` or `app.running()`.
         StreamFlowError: On exit (and from `settle`), what stopped the worker: with `on_error=sf.Stop()` the record's
         error.
     """
@@ -103,6 +105,7 @@ class TestApp:
 
     async def _start(self) -> None:
         async with AsyncExitStack() as stack:
+            stack.enter_context(only_host(self.app, "TestApp"))
             self._observer = await stack.enter_async_context(Observer(self.app, self._settings, self.clock))
             self._worker = Worker(self.app, self._settings, clock=self.clock, sensors=self._sensors)
             tasks = await stack.enter_async_context(anyio.create_task_group())

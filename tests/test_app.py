@@ -10,6 +10,7 @@ import pytest
 
 import streamflow as sf
 from streamflow.errors import ConfigurationError, ProductionError
+from streamflow.testing import TestApp
 
 
 @pytest.fixture
@@ -120,6 +121,28 @@ async def test_a_worker_that_refuses_its_app_never_enters_the_block(app):
     with pytest.raises(sf.TopologyError, match="by-length"):
         async with app.running():
             pytest.fail("entered")
+
+
+async def test_an_app_is_run_once_at_a_time_in_a_process(app):
+    doubling(app)
+    async with app.running():
+        with pytest.raises(
+            sf.RefusedError, match=r"'\w+' runs in this process already, in app.running\(\), and is begun"
+        ):
+            async with app.running():
+                pytest.fail("entered")
+        with pytest.raises(sf.RefusedError, match="begun again in TestApp: use the one that runs"):
+            async with TestApp(app):
+                pytest.fail("entered")
+        assert (await app.topics["numbers"].send(key="a", value=1)) is not None  # the first goes on
+    async with TestApp(app) as test:
+        with pytest.raises(sf.RefusedError, match="already, in TestApp"):
+            async with TestApp(app):
+                pytest.fail("entered")
+        await test.send("numbers", 1, key="a")
+        await test.settle()
+    async with app.running():
+        pass
 
 
 async def test_an_error_in_the_block_comes_out_as_itself(app):

@@ -22,7 +22,7 @@ from streamflow.cli.progress import Reporter, progress
 from streamflow.cli.signals import stopping
 from streamflow.cli.supervisor import supervise
 from streamflow.errors import ConfigurationError, StreamFlowError
-from streamflow.hosting import secrets_of, served
+from streamflow.hosting import only_host, secrets_of, served
 from streamflow.log_output import configure
 from streamflow.metrics import PrometheusSensors
 from streamflow.runtime.status import Progress
@@ -105,7 +105,8 @@ def _run(session: Session, me: Child | None, *, until_end: bool, json: bool) -> 
             if listener is not None:
                 site = served(running, session.app, settings, sensors, listener, index=index)
                 await around.enter_async_context(site)
-            await running.run()
+            with only_host(session.app, "streamflow worker"):
+                await running.run()
 
     _collect_garbage_less_often()
     quiet = not until_end or me is not None or settings.log_format == "json"
