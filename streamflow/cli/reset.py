@@ -83,7 +83,9 @@ def _listed(plan: ResetPlan) -> list[str]:
     if plan.offsets:
         lines.append(f"  offsets of group {plan.group}")
         lines += [f"    {tp}: {offset}" for tp, offset in plan.offsets.items()]
-    lines += [f"  {topic.kind} topic {topic.name}, about {topic.records} records" for topic in plan.topics]
+    for topic in plan.topics:
+        whose = "" if topic.is_declared else ", which the app does not declare"
+        lines.append(f"  {topic.kind} topic {topic.name}{whose}, about {topic.records} records")
     lines += [f"  local state {state.path}, {state.size_bytes:,} bytes" for state in plan.state]
     return lines
 
@@ -94,6 +96,9 @@ def _as_objects(plan: ResetPlan) -> list[dict[str, Any]]:
             {"deleted": "offset", "group": plan.group, "topic": tp.topic, "partition": tp.partition, "offset": offset}
             for tp, offset in plan.offsets.items()
         ),
-        *({"deleted": each.kind, "topic": each.name, "records": each.records} for each in plan.topics),
+        *(
+            {"deleted": each.kind, "topic": each.name, "records": each.records, "declared": each.is_declared}
+            for each in plan.topics
+        ),
         *({"deleted": "state", "path": each.path, "size_bytes": each.size_bytes} for each in plan.state),
     ]

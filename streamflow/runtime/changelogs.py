@@ -28,6 +28,11 @@ _CONFIG = {
 }
 
 
+def is_made_as_changelog(found: TopicDescription) -> bool:
+    """Whether a topic has what only changelogs are made with."""
+    return all(found.config.get(name) == _CONFIG[name] for name in ("cleanup.policy", "min.compaction.lag.ms"))
+
+
 def new_changelogs(
     app: Declarations,
     topology: Topology,

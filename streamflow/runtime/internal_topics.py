@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias, cast
 
 from streamflow.config import Settings
 from streamflow.errors import TopologyError
@@ -11,7 +11,7 @@ from streamflow.log.api import Admin, NewTopic, TopicDescription
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import Topology
-from streamflow.runtime.changelogs import new_changelogs
+from streamflow.runtime.changelogs import is_made_as_changelog, new_changelogs
 from streamflow.runtime.table_sources import check_table_sources
 
 _REPLY_RETENTION_MS = 3_600_000
@@ -23,15 +23,49 @@ _REPARTITION_CONFIG = {
     "message.timestamp.after.max.ms": str(2**63 - 1),
 }
 
+_REPLIES = "-replies"
+
+Kind: TypeAlias = Literal["changelog", "repartition", "replies"]
+"""What an internal topic is for."""
+
 
 def reply_topic_name(app_id: str) -> str:
     """Where answers to `ask` of an app arrive."""
-    return f"{app_id}-replies"
+    return f"{app_id}{_REPLIES}"
 
 
 def repartition_topics(app: Declarations) -> list[str]:
     """Names of the topics that only the app's own `group_by` steps write and read."""
     return [derived.topic.name for derived in app.derived.values() if derived.topic.internal]
+
+
+async def left_topics(app: Declarations, admin: Admin) -> dict[str, Kind]:
+    """Internal topics that earlier versions of an app have left in the log, which it does not declare any more.
+
+    They are told by name and configuration. An app whose name begins like this one's has topics that do so, too: it is
+    known by its reply topic, which every app has that ever ran.
+
+    Args:
+        app: The app.
+        admin: The log's administration.
+    """
+    names = await admin.topics()
+    apps = {app.id, *(name.removesuffix(_REPLIES) for name in names if name.endswith(_REPLIES))}
+    declared = app.every_topic().keys() | {table.changelog.name for table in app.tables.values()}
+    kinds: dict[str, Kind] = {}
+    for name in names:
+        kind = name.rpartition("-")[2]
+        if name in declared or kind not in ("changelog", "repartition"):
+            continue
+        if max((each for each in apps if name.startswith(f"{each}-")), key=len, default="") == app.id:
+            kinds[name] = cast("Kind", kind)
+    described = await admin.describe(list(kinds)) if kinds else {}
+    made_so = {"changelog": is_made_as_changelog, "repartition": _is_made_as_repartition}
+    return {name: kinds[name] for name, found in described.items() if made_so[kinds[name]](found)}
+
+
+def _is_made_as_repartition(found: TopicDescription) -> bool:
+    return all(found.config.get(name) == _REPARTITION_CONFIG[name] for name in ("cleanup.policy", "retention.ms"))
 
 
 async def prepare_topics(

@@ -22,7 +22,7 @@ from streamflow.log.api import Log, OffsetMark
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.runtime.group_hold import held_group, refuse_live_members
-from streamflow.runtime.internal_topics import repartition_topics, reply_topic_name
+from streamflow.runtime.internal_topics import Kind, left_topics, repartition_topics, reply_topic_name
 from streamflow.runtime.local_files import size_of
 from streamflow.state.slots import Slot, claim_all
 
@@ -35,11 +35,13 @@ class DoomedTopic:
         name: Its name.
         kind: What it is for.
         records: Offsets in it, about as many as records.
+        is_declared: Whether the app has it still; else an earlier version of the app made it.
     """
 
     name: str
-    kind: Literal["changelog", "repartition", "replies"]
+    kind: Kind
     records: int
+    is_declared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +116,19 @@ async def plan_reset(log: Log, app: Declarations, settings: Settings, slots: Seq
 
 
 async def _topics(log: Log, app: Declarations) -> list[DoomedTopic]:
-    kinds: dict[str, Literal["changelog", "repartition", "replies"]] = {
+    kinds: dict[str, Kind] = {
         table.changelog.name: "changelog" for table in app.tables.values() if table.changelog.internal
     }
     kinds.update(dict.fromkeys(repartition_topics(app), "repartition"))
     kinds[reply_topic_name(app.id)] = "replies"
+    left = await left_topics(app, log.admin)
+    kinds.update(left)
     described = await log.admin.describe(list(kinds))
     tps = [TopicPartition(name, number) for name, each in described.items() for number in range(each.partitions)]
     starts = await log.admin.start_offsets(tps) if tps else {}
     ends = await log.admin.high_watermarks(tps) if tps else {}
     return [
-        DoomedTopic(name, kind, sum(ends[tp] - starts[tp] for tp in tps if tp.topic == name))
+        DoomedTopic(name, kind, sum(ends[tp] - starts[tp] for tp in tps if tp.topic == name), name not in left)
         for name, kind in kinds.items()
         if name in described
     ]

@@ -8,6 +8,7 @@ somebody's only copy of what a topic has lost.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -45,6 +46,7 @@ class Slot:
         self.number = number
         self.path = path
         self._lock = lock
+        _note_holder(lock)
         self.id = _read_or_make_id(path)
         _held.add(self)
 
@@ -208,7 +210,9 @@ def claim_all(data_dir: str, app: str) -> list[Slot]:
                 path = os.path.join(parent, str(number))
                 lock = _try_lock(os.path.join(path, _LOCK))
                 if lock is None:
-                    raise StateLockedError(f"state {path}: a live process works in it; stop that worker first")
+                    raise StateLockedError(
+                        f"state {path}: a live process works in it{_holder(path)}; stop that worker first"
+                    )
                 try:
                     slots.append(Slot(number, path, lock))
                 except OSError:
@@ -273,6 +277,23 @@ def _try_lock(path: str) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _note_holder(lock: int) -> None:
+    """Write into a lock's file who has it: for people, who are to stop it."""
+    with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+
+
+def _holder(slot: str) -> str:
+    """Who has locked a slot, in words; empty where that is not known."""
+    try:
+        with open(os.path.join(slot, _LOCK), encoding="ascii", errors="replace") as file:
+            found = file.read(20).strip()
+    except OSError:
+        return ""
+    return f" (process {found})" if found.isdecimal() else ""
 
 
 @contextmanager

@@ -396,7 +396,7 @@ def test_a_reset_beside_a_live_worker_is_refused(bank):
     worker = bank.start("worker", "bank.py", "--no-web")
     worker.wait_for("assigned: ")
     result = bank("reset", "bank.py", "--yes")
-    assert (result.code, "a live process works in it" in result.err) == (2, True)
+    assert (result.code, f"a live process works in it (process {worker.process.pid})" in result.err) == (2, True)
     # One that keeps its state elsewhere is in the group all the same.
     result = bank("reset", "bank.py", "--yes", "--data-dir", "elsewhere", STREAMFLOW_BROKER=_broker(bank))
     assert (result.code, f"process {worker.process.pid}" in result.err) == (2, True)
@@ -447,6 +447,37 @@ def test_a_reset_deletes_repartition_topics_too(shell):
     assert [topic["exists"] for topic in listed if topic["topic"] == repartition] == [False]
     moved(shell, app="grouped.py")
     assert scanned(shell, app="grouped.py", table="by_sign") == before
+
+
+OTHER = BANK.replace('sf.App("bank")', 'sf.App("bank-eu")')
+EARLIER = (
+    BANK.replace("balances", "sums")
+    .replace("key_type=str, value_type=int, default", "key_type=int, value_type=int, default")
+    .replace("moves)", "moves.group_by(abs, name='size', key_type=int))")
+)
+
+
+def test_a_reset_names_what_an_earlier_version_of_the_app_has_left_and_spares_other_apps(shell):
+    shell.write("bank.py", EARLIER)
+    moved(shell, ("a", 1), ("b", 2))
+    shell.write("other.py", OTHER)  # its topics begin like those of the other one
+    moved(shell, ("a", 1), app="other.py")
+    shell.write("bank.py", BANK + 'app.topic("bank-kept-changelog", compacting=True)\n')
+    moved(shell)
+    result = shell("reset", "bank.py")
+    assert (result.code, "bank-eu-balances" in result.err) == (2, False)
+    assert "changelog topic bank-sums-changelog, which the app does not declare, about 2 records" in result.err
+    assert "repartition topic bank-size-repartition, which the app does not declare" in result.err
+    lines = shell("reset", "bank.py", "--yes", "--json").lines
+    assert {line["topic"]: line["declared"] for line in lines if line["deleted"] in {"changelog", "repartition"}} == {
+        "bank-balances-changelog": True,
+        "bank-sums-changelog": False,
+        "bank-size-repartition": False,
+    }
+    assert scanned(shell, app="other.py") == ["a 2", "b 2"]
+    assert "nothing to delete" in shell("reset", "bank.py", "--yes").err
+    kept = [topic["exists"] for topic in shell("topics", "bank.py", "--json").lines if "kept" in topic["topic"]]
+    assert kept == [True]
 
 
 FILLED = """

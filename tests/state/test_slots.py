@@ -63,7 +63,7 @@ def test_all_slots_are_locked_together_or_none(tmp_path):
     assert not (tmp_path / "app").exists()
     first, second = (slots.claim(str(tmp_path), "app") for _ in range(2))
     first.release()
-    with pytest.raises(StateLockedError, match=f"{second.path}: a live process works in it"):
+    with pytest.raises(StateLockedError, match=rf"{second.path}: a live process works in it \(process {os.getpid()}\)"):
         slots.claim_all(str(tmp_path), "app")
     second.release()
     every = slots.claim_all(str(tmp_path), "app")
