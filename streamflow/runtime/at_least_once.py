@@ -262,7 +262,9 @@ def _is_to_be_pinned(task: TaskView) -> bool:
 def _pinned(task: TaskView, tables: TaskTables, commit_id: str) -> dict[TopicPartition, OffsetMark]:
     committed = task.committed[task.anchor]
     start = task.start_positions()[task.anchor] if committed < 0 else committed
-    mark = CommitMark(commit_id, tables.positions_after({}), tables.committed_times(), tables.incarnations)
+    mark = CommitMark(
+        commit_id, tables.positions_after({}), tables.committed_times(), tables.incarnations, tables.serializers
+    )
     return {task.anchor: OffsetMark(start, mark.metadata())}
 
 

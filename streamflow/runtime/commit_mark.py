@@ -20,7 +20,10 @@ MAX_METADATA_BYTES = 4096
 """Kafka's `offset.metadata.max.bytes`."""
 
 
-_SHORT = {"id": "c", "changelogs": "l", "times": "t", "incarnations": "i"}
+_SHORT = {"id": "c", "changelogs": "l", "times": "t", "incarnations": "i", "serializers": "s"}
+_LETTERS = {"int": "i", "float": "f", "str": "s", "raw": "r", "json": "j", "msgpack": "m"}
+_NAMES = {letter: name for name, letter in _LETTERS.items()}
+_OWN = "c"
 
 
 class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename=_SHORT):
@@ -33,12 +36,15 @@ class CommitMark(msgspec.Struct, frozen=True, omit_defaults=True, rename=_SHORT)
         times: By table: stream time, where values expire.
         incarnations: By table: the beginning of its changelog's topic id. One that was deleted and made anew has
             another, and does not hold what the offset stands for.
+        serializers: By table: a letter each for how its values and its keys are written. A Long reads as a Double, and
+            is another number.
     """
 
     id: str = ""
     changelogs: Mapping[str, int] | None = None
     times: Mapping[str, int] = {}
     incarnations: Mapping[str, str] = {}
+    serializers: Mapping[str, str] = {}
 
     def metadata(self) -> str:
         """The mark as an offset's metadata.
@@ -94,8 +100,26 @@ def check_mark(tables: Iterable[str], expiring: Iterable[str]) -> None:
     names = list(tables)
     far, late, topic_id = 10**15, 10**14, "0" * 8
     CommitMark(
-        new_commit_id(), dict.fromkeys(names, far), dict.fromkeys(expiring, late), dict.fromkeys(names, topic_id)
+        new_commit_id(),
+        dict.fromkeys(names, far),
+        dict.fromkeys(expiring, late),
+        dict.fromkeys(names, topic_id),
+        dict.fromkeys(names, "cc"),
     ).metadata()
+
+
+def letters_of(value_serializer: str, key_serializer: str) -> str:
+    """How the records of a changelog are written, as a mark says it; all serializers of users' are one."""
+    return _LETTERS.get(value_serializer, _OWN) + _LETTERS.get(key_serializer, _OWN)
+
+
+def other_serializer(before: str, now: str) -> str | None:
+    """What differs between two of `letters_of`, in words; None where nothing does."""
+    for part, old, new in zip(("values", "keys"), before, now, strict=False):
+        if old != new:
+            names = [_NAMES.get(letter, "a serializer of your own") for letter in (old, new)]
+            return f"its {part} were written by {names[0]}, and its type of today is written by {names[1]}"
+    return None
 
 
 def new_commit_id() -> str:

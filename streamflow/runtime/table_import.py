@@ -22,7 +22,7 @@ from streamflow.log.codec import compression_number
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.runtime.beginnings import beginnings
-from streamflow.runtime.commit_mark import CommitMark, anchor_of, new_commit_id
+from streamflow.runtime.commit_mark import CommitMark, anchor_of, letters_of, new_commit_id, other_serializer
 from streamflow.runtime.group_hold import HeldGroup, held_group, refuse_live_members
 from streamflow.runtime.internal_topics import prepare_topics
 from streamflow.runtime.layout import Layout
@@ -130,6 +130,8 @@ class _Import:
         self._layout = layout
         self._found = found
         self._name = found.table.name
+        changelog = found.table.changelog
+        self._letters = letters_of(changelog.value_codec.serializer, changelog.key_codec.serializer)
         known = KnownTargets(log.admin, compression_number(settings.compression))
         self._target: Target = known.add(found.table.changelog, found.changelog)
         self._changes: list[dict[bytes, bytes | None]] = [{} for _ in range(found.changelog.partitions)]
@@ -158,6 +160,7 @@ class _Import:
     async def run(self, held: HeldGroup, replace: bool, on_progress: Callable[[int, int], None]) -> Imported:
         """Write what was taken, then the offsets."""
         parts = await self._parts(held)
+        self._refuse_other_serializer(parts, replace)
         await self._refuse_foreign_state(parts, replace)
         await self._complete(parts, replace)
         await self._write(parts, on_progress)
@@ -187,6 +190,19 @@ class _Import:
                 f"table {table!r} has {held:,} changelog records in {found.changelog.name}, but the group has no "
                 f"committed offsets that say which input they stand for. {again}tart over with `streamflow reset APP`"
             )
+
+    def _refuse_other_serializer(self, parts: list[_Part], replace: bool) -> None:
+        """Values that stay would be read by another serializer than they were written by."""
+        for part in parts:
+            difference = other_serializer(self._letters_before(part), self._letters)
+            if difference is not None and not replace:
+                raise TopologyError(
+                    f"table {self._name!r}: {difference}, so what the file does not have could not be read any more: "
+                    "give it all lines, and --replace"
+                )
+
+    def _letters_before(self, part: _Part) -> str:
+        return self._letters if part.mark is None else part.mark.serializers.get(self._name, self._letters)
 
     def _written_tables(self) -> list[str]:
         """The tables of the task that have changelogs of their own."""
@@ -250,7 +266,7 @@ class _Import:
         starts = await beginnings(self._log.admin, self._app, self._settings, missing)
         offsets: dict[TopicPartition, OffsetMark] = {}
         for number, part in enumerate(parts):
-            if part.mark is not None and not part.changes:
+            if part.mark is not None and not part.changes and self._letters_before(part) == self._letters:
                 continue
             positions = {table: ends[TopicPartition(topic, number)] for table, topic in tables.items()}
             anchor = anchor_of(part.sources)
@@ -266,7 +282,9 @@ class _Import:
     def _new_mark(self, before: CommitMark | None, positions: Mapping[str, int]) -> CommitMark:
         if before is None:
             return CommitMark(new_commit_id(), positions)
+        serializers = {**before.serializers, self._name: self._letters}
+        after = msgspec.structs.replace(before, id=new_commit_id(), serializers=serializers)
         if before.changelogs is None:
-            return msgspec.structs.replace(before, id=new_commit_id())
+            return after
         changelogs = {**before.changelogs, self._name: positions[self._name]}
-        return msgspec.structs.replace(before, id=new_commit_id(), changelogs=changelogs)
+        return msgspec.structs.replace(after, changelogs=changelogs)

@@ -23,6 +23,7 @@ from streamflow.errors import StateCorruptedError, StateFullError
 from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
+from streamflow.runtime.commit_mark import letters_of
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
 from streamflow.state.overlay import Append, Overlay, Record
@@ -103,6 +104,7 @@ class TaskTables:
         overlays: By table name.
         sweeps: Of the tables whose values expire.
         incarnations: By table name: the beginning of its changelog's topic id.
+        serializers: By table name: how its changelog is written, see `CommitMark`.
         positions: By table name: the offset of changelog or source that follows what is committed.
         ends: By table name: the offset that the next record of the changelog gets, unless others write there.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
@@ -143,6 +145,9 @@ class TaskTables:
         }
         ids = store.identity.tables
         self.incarnations = {name: ids[name].topic_id[:_SHOWN_ID] for name in self._by_changelog.values()}
+        self.serializers = {
+            name: letters_of(ids[name].value_serializer, ids[name].key_serializer) for name in self.incarnations
+        }
         self._by_source: dict[TopicPartition, list[str]] = {}
         for table in tables:
             if table.source is not None:

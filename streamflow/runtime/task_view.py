@@ -141,8 +141,9 @@ class Sealed:
         """
         anchor = self.task.anchor
         offset = self.marks[anchor].offset if anchor in self.marks else self.task.committed[anchor]
-        incarnations = self.task.tables.incarnations if self.task.tables is not None else {}
-        mark = CommitMark(commit_id, changelogs, self.times, incarnations)
+        tables = self.task.tables
+        incarnations, serializers = ({}, {}) if tables is None else (tables.incarnations, tables.serializers)
+        mark = CommitMark(commit_id, changelogs, self.times, incarnations, serializers)
         return {**self.marks, anchor: OffsetMark(offset, mark.metadata())}
 
     def committed(self, commit_id: str, ends: Mapping[TopicPartition, int]) -> None:

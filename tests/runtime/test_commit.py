@@ -521,6 +521,7 @@ async def test_a_commit_whose_answer_was_lost_before_a_rebalance_is_known_as_one
         is_level=True,
         is_pinned=True,
         incarnations={},
+        serializers={},
         positions_after=lambda _: {},
         changelogs=dict,
         reached=lambda _: None,

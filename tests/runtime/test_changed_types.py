@@ -1,0 +1,81 @@
+"""A table whose type of today has other bytes than that of yesterday is refused, and never read as other values."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streamflow as sf
+from streamflow.clock import SystemClock
+from streamflow.errors import TopologyError
+from streamflow.log.connect import connect
+from streamflow.runtime.table_import import import_table
+
+
+class Version:
+    """The app with a type of its own for values and keys."""
+
+    def __init__(self, folder: Path, guarantee: str, value_type: Any, key_type: Any = str) -> None:
+        self.app = app = sf.App(
+            "versions", data_dir=str(folder), partitions=1, processing_guarantee=guarantee, web=False
+        )
+        numbers = app.topic("numbers", key_type=str, value_type=int)
+        self.counts = counts = app.table("counts", key_type=key_type, value_type=value_type, default=value_type)
+
+        @app.agent(numbers)
+        async def add(stream: sf.Stream[int, str]):
+            async for key, number in stream.items():
+                counts[key] += number
+                yield counts[key]
+
+        self.add = add
+
+    async def run(self, number: int) -> Any:
+        async with self.app.running():
+            return await self.add.ask(number, key="k", timeout_s=20)
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+@pytest.mark.parametrize("is_wiped", [False, True])
+async def test_values_of_other_bytes_are_never_read_as_other_values(
+    tmp_path: Path, guarantee: str, is_wiped: bool
+) -> None:
+    def version(value_type: Any, key_type: Any = str) -> Version:
+        if is_wiped:
+            shutil.rmtree(tmp_path / "versions", ignore_errors=True)
+        return Version(tmp_path, guarantee, value_type, key_type)
+
+    assert await version(int).run(1) == 1
+    with pytest.raises(
+        TopologyError, match="its values were written by int, and its type of today is written by float"
+    ):
+        await version(float).run(1)
+    with pytest.raises(TopologyError, match="its keys were written by str, and its type of today is written by raw"):
+        await version(int, bytes).run(1)
+    assert await version(int).run(1) == 4  # with what was asked while it was refused
+
+
+async def test_an_import_that_replaces_all_values_changes_the_type(tmp_path: Path) -> None:
+    old, new = Version(tmp_path, "exactly_once", int), Version(tmp_path, "exactly_once", float)
+    assert await old.run(1) == 1
+    settings = new.app.settings({})
+    rows = {b"k": new.counts.changelog.value_codec.encode(1.5) or b""}
+    async with connect(settings.broker, clock=SystemClock(), client_id="test") as log:
+        with pytest.raises(TopologyError, match="--replace"):
+            await import_table(log, new.app, settings, "counts", rows)
+        await import_table(log, new.app, settings, "counts", rows, replace=True)
+    assert await new.run(1) == 2.5
+    with pytest.raises(TopologyError, match="written by float"):
+        await old.run(1)
+
+
+async def test_an_empty_part_changes_its_type_by_an_import(tmp_path: Path) -> None:
+    old, new = Version(tmp_path, "exactly_once", int), Version(tmp_path, "exactly_once", float)
+    async with old.app.running():
+        await old.add.ask(1, key="k", timeout_s=20)
+        await old.counts.update_async("k", lambda _: None)
+    settings = new.app.settings({})
+    async with connect(settings.broker, clock=SystemClock(), client_id="test") as log:
+        await import_table(log, new.app, settings, "counts", {}, replace=True)
+    assert await new.run(1) == 1.0
