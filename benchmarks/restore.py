@@ -131,12 +131,12 @@ class Restart:
         await self.until_outputs(log, before)
         first_s = time.perf_counter() - started_s
         async with asyncio.timeout(120):
-            while len(found := self.restores()) < PARTITIONS:  # noqa: ASYNC110 - it is another process's log
+            while sum(tasks for _, tasks, _ in self.restores()) < PARTITIONS:  # noqa: ASYNC110 - another process's log
                 await asyncio.sleep(0.02)
         all_s = time.perf_counter() - started_s
-        peak_mb = _peak_mb(worker)
+        peak_mb, found = _peak_mb(worker), self.restores()
         self.stop(worker)
-        records, seconds = sum(count for count, _ in found), max(took for _, took in found)
+        records, seconds = sum(count for count, _, _ in found), max(took for _, _, took in found)
         return {
             "first_output_s": round(first_s, 2),
             "all_restored_s": round(all_s, 2),
@@ -146,9 +146,11 @@ class Restart:
             "peak_rss_mb": peak_mb,
         }
 
-    def restores(self) -> list[tuple[int, float]]:
+    def restores(self) -> list[tuple[int, int, float]]:
+        """What was restored at once: records, tasks, seconds."""
         text = self.output.read_text(errors="replace")
-        return [(int(count), float(took)) for count, took in re.findall(r"restored (\d+) records in ([\d.]+) s", text)]
+        found = re.findall(r"restored (\d+) records in ([\d.]+) s \(\d+/s\): (.*)\n", text)
+        return [(int(records), tasks.count(",") + 1, float(took)) for records, took, tasks in found]
 
 
 def _peak_mb(worker: subprocess.Popen[bytes]) -> int:

@@ -46,6 +46,7 @@ logger = logging.getLogger("streamflow.restore")
 _RETRY_S = 0.2
 _RETRY_FULL_S = 1.0
 _TOLD_EVERY_S = 5.0
+_NAMED = 16
 _PIECE_BYTES = 64 << 10
 
 
@@ -97,6 +98,10 @@ class Restorer:
         self._clock = clock
         self._sensors = sensors
         self._arrived: dict[TopicPartition, MemoryObjectSendStream[Fetched]] = {}
+        # Of restores that go on at once: how many go on, since when, and what each that is done has read.
+        self._going_on = 0
+        self._since_s = 0.0
+        self._done: dict[str, int] = {}
 
     async def run(self) -> None:
         """Hand fetches to the restores that wait for them, until cancelled."""
@@ -135,7 +140,38 @@ class Restorer:
 
         Cancellation: what was restored so far is kept.
         """
-        started_s = self._clock.monotonic()
+        if not self._going_on:
+            self._since_s = self._clock.monotonic()
+        self._going_on += 1
+        try:
+            await self._restore(task, tables, mark, is_new=is_new, filled=filled, starts=starts)
+            self._done[task] = tables.restoring.records
+        finally:
+            self._going_on -= 1
+            if not self._going_on:
+                self._tell_done()
+
+    def _tell_done(self) -> None:
+        """Say once what restores that went on together have read."""
+        done, self._done = sorted(self._done.items()), {}
+        if not done:
+            return
+        records = sum(read for _, read in done)
+        seconds = max(1e-6, self._clock.monotonic() - self._since_s)
+        tasks = ", ".join(f"{task} {read}" for task, read in done[:_NAMED])
+        more = f" and {len(done) - _NAMED} tasks more" if len(done) > _NAMED else ""
+        logger.info("restored %d records in %.1f s (%.0f/s): %s%s", records, seconds, records / seconds, tasks, more)
+
+    async def _restore(
+        self,
+        task: str,
+        tables: TaskTables,
+        mark: CommitMark,
+        *,
+        is_new: bool,
+        filled: Sequence[SourceTable],
+        starts: Mapping[TopicPartition, int],
+    ) -> None:
         _refuse_other_changelogs(task, tables, mark)
         _refuse_other_serializers(task, tables, mark)
         spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
@@ -162,9 +198,6 @@ class Restorer:
         await tables.level()
         for overlay in tables.overlays.values():
             overlay.committed_stream_time_ms = overlay.stream_time_ms
-        records = tables.restoring.records
-        seconds = max(1e-6, self._clock.monotonic() - started_s)
-        logger.info("task %s: restored %d records in %.1f s (%.0f/s)", task, records, seconds, records / seconds)
 
     async def _spans(self, tables: TaskTables, mark: CommitMark) -> list[_Span]:
         """What is to be read.

@@ -232,7 +232,7 @@ async def test_a_long_restore_says_how_far_it_is(task, monkeypatch, caplog):
     await task.write({"a": 1, "b": 2})
     await task.restore()
     assert re.search(r"task task-0: restoring, 2 records so far, 0 to go, [\d,]+/s", caplog.text)
-    assert re.search(r"task task-0: restored 2 records in \d+\.\d s", caplog.text)
+    assert re.search(r"restored 2 records in \d+\.\d s \(\d+/s\): task-0 2$", caplog.text, re.MULTILINE)
 
 
 async def test_a_kill_in_the_middle_of_a_restore_keeps_what_it_reached(task):

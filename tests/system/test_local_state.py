@@ -29,8 +29,9 @@ TASKS = 2
 def restored(worker: Worker) -> dict[int, list[int]]:
     """How many records each restore of each task has read, by partition."""
     found: dict[int, list[int]] = {}
-    for partition, records in re.findall(r"task \S+-(\d+): restored (\d+) records", worker.said):
-        found.setdefault(int(partition), []).append(int(records))
+    for tasks in re.findall(r"restored \d+ records in [\d.]+ s \(\d+/s\): (.*)", worker.said):
+        for partition, records in re.findall(r"-(\d+) (\d+)", tasks):
+            found.setdefault(int(partition), []).append(int(records))
     return found
 
 

@@ -5,6 +5,7 @@ The oracle: a join of orders with users in one order of time is the same wheneve
 
 import asyncio
 import random
+import re
 import shutil
 
 import pytest
@@ -126,9 +127,9 @@ async def test_a_restart_reads_nothing_again_and_what_is_wiped_comes_back(system
 
 def restored(worker: Worker) -> int:
     """How many records its tasks restored."""
-    lines = [line for line in worker.said.splitlines() if ": restored " in line]
-    assert len(lines) == PARTITIONS, worker.said
-    return sum(int(line.split(": restored ")[1].split()[0]) for line in lines)
+    found = [each.split(", ") for each in re.findall(r"restored \d+ records in .*: (.*)", worker.said)]
+    assert sum(map(len, found)) == PARTITIONS, worker.said
+    return sum(int(task.split()[-1]) for tasks in found for task in tasks)
 
 
 async def test_a_second_worker_takes_half_of_it(system: System) -> None:
