@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +17,6 @@ import anyio
 
 from streamflow.clock import Clock
 from streamflow.errors import (
-    ClosedError,
-    FatalError,
     NotHeld,
     RecordError,
     StateCorruptedError,
@@ -33,7 +30,6 @@ from streamflow.model.serde import BoundCodec
 from streamflow.processing.table import Table
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import SubTopology
-from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.commit_mark import CommitMark, anchor_of
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.homes import Homes
@@ -41,6 +37,7 @@ from streamflow.runtime.inputs import Input, Inputs
 from streamflow.runtime.local_state import LocalState
 from streamflow.runtime.outputs import Outputs, OutputTopic, Staged, Targets
 from streamflow.runtime.patience import PATIENCE_S, Patience
+from streamflow.runtime.recovery_hook import call_on_recover, refuse_in_on_recover
 from streamflow.runtime.source_tables import SourceTables
 from streamflow.runtime.table_change import TableChange
 from streamflow.runtime.task_changes import TaskChanges
@@ -54,9 +51,6 @@ _DIRTY_TO_COMMIT = 50_000
 _MAX_DIRTY = 200_000
 
 logger = logging.getLogger("streamflow.tasks")
-
-# The asyncio task that runs an on_recover hook. Tasks that it starts do not hold the restore up: they are none.
-_recovering: ContextVar[asyncio.Task[Any] | None] = ContextVar("recovering", default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +243,7 @@ class Task:
                     starts=self._positions,
                 )
                 for table in local.tables:
-                    if table.on_recover is not None:
-                        await self._call_on_recover(table.name, table.on_recover)
+                    await call_on_recover(table, self.partition)
             except StateCorruptedError as error:
                 self.tables.is_damaged(error)
                 return False
@@ -268,18 +261,6 @@ class Task:
         self.state = "running"
         self.restored.set()
         return True
-
-    async def _call_on_recover(self, table: str, on_recover: Callable[..., Any]) -> None:
-        token = _recovering.set(asyncio.current_task())
-        try:
-            await call_user(partial(on_recover, self.partition))
-        except Exception as exc:
-            raise FatalError(
-                f"on_recover of table {table!r}, called for partition {self.partition}, raised {type(exc).__name__}: "
-                f"{exc}"
-            ) from exc
-        finally:
-            _recovering.reset(token)
 
     async def finish_records(self) -> None:
         """Hand out nothing more and wait until every agent is done with the record in its hands."""
@@ -335,11 +316,7 @@ class Task:
 
     async def change(self, table: str, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the task's own, between records; see `processing.holding.Holder`."""
-        if asyncio.current_task() is _recovering.get():
-            raise ClosedError(
-                f"table {table!r}: changed in on_recover, which this change would wait for: agents and changes begin "
-                "when it has returned. Do it in `@app.task`"
-            )
+        refuse_in_on_recover(table)
         if self.lost or self.state in ("finishing", "closing", "closed"):
             raise NotHeld(f"table {table!r}: partition {self.partition} is leaving this process")
         change = TableChange(table, work)

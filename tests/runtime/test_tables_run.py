@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -102,9 +103,14 @@ async def test_update_async_is_committed_when_it_returns():
         assert fold(test, table) == {}
 
 
-async def test_on_recover_may_not_wait_for_a_change():
+@pytest.mark.parametrize(
+    "wait",
+    [lambda change: change, lambda change: asyncio.wait_for(change, 15), asyncio.gather, asyncio.create_task],
+    ids=["await", "wait_for", "gather", "task"],
+)
+async def test_on_recover_may_not_wait_for_a_change(wait: Callable[[Coroutine[Any, Any, Any]], Awaitable[Any]]):
     async def change(_: int) -> None:
-        await table.update_async("a", lambda value: 1)
+        await wait(table.update_async("a", lambda value: 1))
 
     app, source, table = counting(partitions=1, on_recover=change)
     async with asyncio.timeout(20):
@@ -117,7 +123,6 @@ async def test_a_task_that_on_recover_starts_may_change_tables():
 
     async def begin(_: int) -> None:
         begun.append(asyncio.create_task(table.update_async("a", lambda value: value + 40)))
-        await asyncio.sleep(0)
 
     app, _, table = counting(partitions=1, on_recover=begin)
     async with asyncio.timeout(20), TestApp(app):
