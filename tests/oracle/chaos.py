@@ -6,37 +6,24 @@ import asyncio
 import contextlib
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 
 from streamflow.error_groups import one_error
 from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit_mark import CommitMark
 from tests.kafka.broker import Broker
 from tests.oracle.app import BODY, OUTPUTS
-from tests.oracle.checks import Oracle, Rewind, Verdict
+from tests.oracle.checks import Oracle, Verdict
 from tests.oracle.links import Links
 from tests.oracle.load import Load
+from tests.oracle.repeats import Rewind, Tail, Window, check_repeats, check_tail
 from tests.system.harness import STOPPED, System, Worker, until
 
 SESSION_S = 2.0
 TRANSACTION_TIMEOUT_S = 3.0
 PAUSE_S = max(SESSION_S, TRANSACTION_TIMEOUT_S) + 1.5
-
-
-@dataclass
-class Fault:
-    """What was known when something went wrong; of each partition, in records of the input.
-
-    Attributes:
-        kind: What it was.
-        committed: Committed shortly before.
-        made: In the outputs shortly after it, or after the zombie's end.
-    """
-
-    kind: str
-    committed: dict[int, int]
-    made: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 class Chaos:
@@ -80,8 +67,14 @@ class Chaos:
         self._patience_s = patience_s
         self._load: Load | None = None
         self.workers: list[Worker] = []
-        self.faults: list[Fault] = []
+        # What may be repeated, and the changelogs as they were left.
+        self.windows: list[Window] = []
+        self.tails: list[Tail] = []
         self.did: Counter[str] = Counter()
+        # How often workers were taken for dead that were not stopped, and where the input was committed to before.
+        self._lost: Counter[Worker] = Counter()
+        self._before: dict[int, int] = {}
+        self._paused: Counter[Worker] = Counter()
 
     # --- the run -----------------------------------------------------------------------------------------------
 
@@ -160,6 +153,13 @@ class Chaos:
         oracle = Oracle(log, system.app_id, system.topic, self.partitions, exactly=exactly)
         verdict = await oracle.check(system.folder / "data")
         assert verdict.total == self.sent
+        if not exactly:
+            await self._note_losses(await self.system.committed("numbers"))
+            check_repeats(verdict.rewinds, self.windows)
+            for tail in self.tails:
+                await check_tail(log, tail)
+            for window in self.windows:
+                print(f"{window.why}: {window.repeated} repeated")
         print(f"{dict(self.did)}: {self.sent} records, {repeats(verdict.rewinds)} repeated")
         return verdict
 
@@ -172,38 +172,80 @@ class Chaos:
     async def happen(self, kind: str) -> None:
         """One fault, and the work that goes on after it."""
         self.did[kind] += 1
-        self.faults.append(Fault(kind, await self.system.committed("numbers")))
+        committed = await self.system.committed("numbers")
         own = {"kill": self._kill, "pause": self._pause, "broker": self._lose_broker}
         if kind in own:
-            await own[kind]()
+            await own[kind](committed)
         else:
             assert self._links is not None
             await self._links.happen(kind)
-        await self._goes_on()
-        self.faults[-1].made = await self._made()
+        await self._goes_on(kind)
+        if kind == "broker":
+            self.windows.append(Window(kind, committed, await self._made()))
+        await self._note_losses(committed)
 
-    async def _kill(self) -> None:
+    async def _note_losses(self, committed: dict[int, int]) -> None:
+        """A machine that is busy elsewhere may not let a worker run for a session: that is a fault, too."""
+        before, self._before = self._before, committed
+        losses = self._losses()
+        if losses != self._lost:
+            self._lost = losses
+            self.did["loss"] += 1
+            self.windows.append(Window("loss", before, await self._made()))
+
+    def _losses(self) -> Counter[Worker]:
+        return Counter({each: max(0, each.said.count("lost: ") - self._paused[each]) for each in self.system.workers})
+
+    async def _kill(self, committed: dict[int, int]) -> None:
         number = self.dice.randrange(self._spared, len(self.workers))
         self._check_run()
         self.workers[number].kill()
+        if self.guarantee == "at_least_once":
+            committed = await self._left_by(time.monotonic()) or committed
+            await asyncio.sleep(SESSION_S / 4)  # what was on its way arrives
+            self.windows.append(Window("kill", committed, await self._made()))
         self.workers[number] = self._start(number)
 
-    async def _pause(self) -> None:
+    async def _pause(self, committed: dict[int, int]) -> None:
         worker = self.dice.choice(self.workers)
         self._check_run()
         worker.signal(signal.SIGSTOP)
+        self._paused[worker] += 1
         try:
+            committed = await self._left_by(time.monotonic()) or committed
+            had = await self._ends()  # it may have taken that, and not sent
             await asyncio.sleep(PAUSE_S)
+            later = await self.system.committed("numbers")
         finally:
             worker.signal(signal.SIGCONT)
+        made = {(self.system.topic(name), partition): end for name in OUTPUTS for partition, end in had.items()}
+        self.windows.append(Window("takeover from who is stopped, and what that one sends later", committed, made, 2))
+        await self._goes_on("pause")
+        self.windows.append(Window("who took over begins again", later, await self._made()))
 
-    async def _lose_broker(self) -> None:
+    async def _left_by(self, since_s: float) -> dict[int, int] | None:
+        """What is committed now that a worker has come to its end, or stands still; None where others may have it."""
+        log = await self.system.log()
+        names = [(name, number) for name in ("sums", "extremes") for number in range(self.partitions)]
+        changelogs = {each: TopicPartition(f"{self.system.app_id}-{each[0]}-changelog", each[1]) for each in names}
+        ends = await log.admin.high_watermarks(list(changelogs.values()))
+        marks = await log.admin.group_offsets(self.system.app_id)
+        if time.monotonic() - since_s > SESSION_S / 2:
+            return None
+        for (name, number), changelog in changelogs.items():
+            mark = CommitMark.of(marks.get(TopicPartition(self.system.topic("numbers"), number)))
+            if mark.changelogs is not None:
+                seals = 2 if self.did["pause"] else 1
+                self.tails.append(Tail(changelog, mark.changelogs.get(name, 0), ends[changelog], seals))
+        return {tp.partition: mark.offset for tp, mark in marks.items() if tp.topic == self.system.topic("numbers")}
+
+    async def _lose_broker(self, committed: dict[int, int]) -> None:
         assert self._broker is not None
         await asyncio.to_thread(self._broker.kill)
         await asyncio.sleep(self.dice.uniform(0, 1))
         await asyncio.to_thread(self._broker.start)
 
-    async def _goes_on(self) -> None:
+    async def _goes_on(self, kind: str) -> None:
         """Every partition is committed for again: nothing hangs."""
         ends = await self._ends()
         left = ends
@@ -216,7 +258,7 @@ class Chaos:
             return not left
 
         told = self.system.told
-        await until(caught_up, lambda: f"commits up to {left} after {self.faults[-1].kind}: {told()}", self._patience_s)
+        await until(caught_up, lambda: f"commits up to {left} after {kind}: {told()}", self._patience_s)
 
     async def _ends(self) -> dict[int, int]:
         log = await self.system.log()
@@ -235,4 +277,4 @@ class Chaos:
 
 
 def repeats(rewinds: list[Rewind]) -> int:
-    return sum(each.reached - each.back_to for each in rewinds)
+    return sum(each.records for each in rewinds)

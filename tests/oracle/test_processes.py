@@ -54,22 +54,11 @@ async def test_exactly_once_on_an_old_kafka(make_broker: Callable[..., Broker], 
 
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)], ids=["sqlite", "kafka"])
 async def test_at_least_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Nothing is missing; what is repeated was made after the last commit before a fault."""
+    """Nothing is missing, tables are exact, and each fault repeats what one commit interval held (`repeats.py`)."""
     broker = request.getfixturevalue("make_broker")() if kind == "kafka" else None
     address = f"sqlite:///{tmp_path / 'log.db'}" if broker is None else f"kafka://{broker.bootstrap}"
     async with System(tmp_path, address) as system:
         chaos = Chaos(system, SEED, "at_least_once", broker=broker)
-        verdict = await under_faults(chaos, ["kill"] * 3 + (["broker"] if broker else []))
-        check_repeats(chaos, verdict)
-
-
-def check_repeats(chaos: Chaos, verdict: Verdict) -> None:
-    """An output begins again once per fault at most, and no further back than what was committed before it."""
-    for rewind in verdict.rewinds:
-        mine = [each for each in verdict.rewinds if (each.topic, each.partition) == (rewind.topic, rewind.partition)]
-        assert len(mine) <= len(chaos.faults), mine
-        assert any(
-            fault.committed.get(rewind.partition, 0) <= rewind.back_to
-            and rewind.reached <= fault.made[rewind.topic, rewind.partition]
-            for fault in chaos.faults
-        ), f"{rewind}, and the faults were {chaos.faults}"
+        verdict = await under_faults(chaos, ["kill"] * 3 + ["pause"] + (["broker"] if broker else []))
+        assert chaos.tails
+        assert verdict.rewinds  # or the test has seen nothing
