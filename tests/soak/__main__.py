@@ -50,8 +50,7 @@ class Soak:
     def __init__(self, chaos: Chaos, arguments: argparse.Namespace, *, broker: bool) -> None:
         self._chaos = chaos
         self._arguments = arguments
-        self._faults = ["kill"] * 6 + (["broker"] if broker else [])
-        self._faults += ["pause"] if arguments.guarantee == "exactly_once" else []
+        self._faults = ["kill"] * 6 + ["pause"] + (["broker"] if broker else [])
         self.watch = Watch(chaos, lambda line: print(line, flush=True))
 
     async def run(self) -> Outcome:
