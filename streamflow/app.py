@@ -131,7 +131,9 @@ class App(Declarations):
     async def running(self, **overrides: Any) -> AsyncGenerator[Worker]:
         """Host a worker inside another program, for example in a FastAPI lifespan.
 
-        Enters once the worker has its first assignment, its tables are restored and its agents run; leaving stops it
+        Enters once the worker has its first assignment, its tables are restored and its agents run. Beside workers that
+        hold all partitions it enters without any; after a crash it waits for partitions of a member that may be dead,
+        until that is heard of or its session ends (`session_timeout_ms`), and logs that it does. Leaving stops it
         cleanly (records finished, committed, group left) within `shutdown_timeout_s`, also when the block raises or is
         cancelled. If the worker fails, the block is cancelled and the worker's error comes out of it. No signal handler
         is installed and logging is left alone; the web server runs only where `web=True` is given here.

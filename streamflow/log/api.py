@@ -299,6 +299,21 @@ class GroupStatistics:
     last_heartbeat_age_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Unheard:
+    """A member that holds partitions and may be dead.
+
+    Attributes:
+        member: It, in words.
+        partitions: How many it holds.
+        session_timeout_s: Seconds of silence after which it is let go.
+    """
+
+    member: str
+    partitions: int
+    session_timeout_s: float
+
+
 class Group(ABC):
     """Membership in a consumer group: joins on entering its context, leaves it (at once) on exit.
 
@@ -345,6 +360,13 @@ class Group(ABC):
     @abstractmethod
     def report_progress(self) -> None:
         """The event loop and every agent are getting on; called every few hundred milliseconds."""
+
+    def unheard(self) -> Sequence[Unheard]:
+        """Members that hold partitions and were not heard of since this one, which holds none, has joined.
+
+        None where a member joins only when those that are silent are out, as on Kafka.
+        """
+        return ()
 
     @abstractmethod
     def statistics(self) -> GroupStatistics:

@@ -41,6 +41,7 @@ from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
+from streamflow.runtime.first_assignment import first_assignment
 from streamflow.runtime.global_tables import GlobalTables
 from streamflow.runtime.held_tables import HeldTables
 from streamflow.runtime.homes import Homes
@@ -76,7 +77,6 @@ _CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
 _LAST_LOOK_S = 1.0
 _START_RETRY_S = 0.5
-_JOIN_POLL_S = 0.05
 
 _LEAST_UNSENT_BYTES = 1 << 20
 _UNSENT_SHARE = 8  # tasks may hold an eighth of the memory budget before they wait
@@ -395,7 +395,7 @@ class Worker:
             manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, local, tasks)
             if ends is not None:
                 manager.limits = ends.limits
-            tasks.start_soon(self._announce, manager, log.group)
+            tasks.start_soon(self._announce, manager, log)
             stack.enter_context(registered_holder(self.app, HeldTables(manager, layout, shared.homes)))
             purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
             async with anyio.create_task_group() as services:
@@ -435,14 +435,12 @@ class Worker:
             ),
         )
 
-    async def _announce(self, manager: TaskManager, group: Group) -> None:
+    async def _announce(self, manager: TaskManager, log: OpenLog) -> None:
         """Running begins with the first assignment; to be a member without partitions is one, too.
 
         Started is who has its tables restored as well: until then they could not be read.
         """
-        while not manager.assigned_once.is_set() and not _is_idle(group):
-            with anyio.move_on_after(_JOIN_POLL_S):
-                await manager.assigned_once.wait()
+        await first_assignment(manager, log.group, log.admin, self.app.id, self.settings)
         if self.state == "starting":
             self.state = "running"
         for task in manager.running():
@@ -503,11 +501,6 @@ class Worker:
         if self._sender is not None:
             self._sender.send_answers(answers)
         self._stop.set()
-
-
-def _is_idle(group: Group) -> bool:
-    """Whether it is a member that has, at present, nothing to do: a group tells no empty assignments."""
-    return group.membership is not None and not group.assignment and group.statistics().rebalances > 0
 
 
 def _no_progress(_: Progress) -> None:

@@ -24,6 +24,7 @@ from streamflow.log.api import (
     Reader,
     TopicDescription,
     TransactionalProducer,
+    Unheard,
 )
 from streamflow.log.batch import SealedBatch
 from streamflow.model.record import TopicPartition
@@ -263,6 +264,9 @@ class FaultyGroup(Group):
 
     def report_progress(self) -> None:
         self._inner.report_progress()
+
+    def unheard(self) -> Sequence[Unheard]:
+        return self._inner.unheard()
 
     def statistics(self) -> GroupStatistics:
         return self._inner.statistics()

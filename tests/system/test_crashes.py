@@ -62,6 +62,16 @@ async def killed_under_load(
     return crashes
 
 
+async def test_a_worker_that_follows_a_killed_one_says_what_it_waits_for(kafka: System) -> None:
+    kafka.write_app(session_timeout_ms=8_000)
+    await kafka.create("numbers")
+    (await kafka.started()).kill()
+    worker = await kafka.started()
+    assert "to let this worker in: it has the members" in worker.said
+    assert "until its session ends, at most" in worker.said
+    assert await worker.stops() == STOPPED
+
+
 async def test_nothing_is_lost_repeated_or_reordered_on_sqlite(sqlite: System) -> None:
     sqlite.write_app()
     await sqlite.create("numbers")

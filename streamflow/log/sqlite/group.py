@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from streamflow.errors import InternalError, RetriableError, StreamFlowError
-from streamflow.log.api import Group, GroupEvent, GroupStatistics, Membership, OffsetMark
+from streamflow.log.api import Group, GroupEvent, GroupStatistics, Membership, OffsetMark, Unheard
 from streamflow.log.sqlite import membership, tables
 from streamflow.log.sqlite.database import Database
 from streamflow.log.sqlite.execution import Session
@@ -178,6 +178,9 @@ class SqliteGroup(Group):
         if self.heart is not None:
             self.heart.progressed = True
 
+    def unheard(self) -> Sequence[Unheard]:
+        return self._standing.unheard
+
     def statistics(self) -> GroupStatistics:
         if self.heart is None:
             return GroupStatistics()
@@ -217,7 +220,8 @@ def _known(error: Exception) -> StreamFlowError:
 
 
 def _without(standing: Standing, partitions: frozenset[TopicPartition]) -> Standing:
-    return Standing(standing.member_id, standing.generation, standing.version, standing.owned - partitions)
+    left = standing.owned - partitions
+    return Standing(standing.member_id, standing.generation, standing.version, left, unheard=standing.unheard)
 
 
 @asynccontextmanager

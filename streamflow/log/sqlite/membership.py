@@ -30,6 +30,7 @@ from streamflow.log.api import (
     Member,
     Membership,
     Revoked,
+    Unheard,
 )
 from streamflow.log.sqlite import process
 from streamflow.model.record import TopicPartition
@@ -70,6 +71,8 @@ class Standing:
         owned: What it owns.
         revoking: What it was asked to give back, with the seconds that it has had since.
         silent: Other members' heartbeat counts and how long they have stood still under this one's eyes.
+        heard: Other members whose hearts this one has seen beat.
+        unheard: Those that it has not, and that hold partitions while it holds none.
         settled: Whether it has everything it is meant to have and gives nothing back.
     """
 
@@ -79,6 +82,8 @@ class Standing:
     owned: _Partitions = _NONE
     revoking: Mapping[TopicPartition, float] = field(default_factory=dict)
     silent: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    heard: frozenset[str] = frozenset()
+    unheard: tuple[Unheard, ...] = ()
     settled: bool = True
 
 
@@ -110,6 +115,7 @@ class _Stepping:
         self.owned = set(standing.owned)
         self.revoking = {tp: had + elapsed_s for tp, had in standing.revoking.items()}
         self.silent: dict[str, tuple[int, float]] = {}
+        self.heard: set[str] = set()
         self.events: list[GroupEvent] = []
         self.changed = False
 
@@ -155,6 +161,24 @@ class _Stepping:
                 self.changed = True
             else:
                 self.silent[member_id] = (beat, silence)
+                if member_id in self.standing.heard or seen not in {-1, beat} or process.is_alive(other):
+                    self.heard.add(member_id)
+
+    def unheard(self) -> tuple[Unheard, ...]:
+        """Members that may be dead and hold partitions; told to who holds none, and may wait for theirs."""
+        doubtful = self.silent.keys() - self.heard
+        if self.owned or not doubtful:
+            return ()
+        held = self.sql.execute(
+            "SELECT member_id, count(*) FROM owners WHERE group_id = ? AND member_id IS NOT NULL GROUP BY member_id",
+            (self.group,),
+        ).fetchall()
+        rows = {row.member_id: row for row in members(self.sql, self.group)}
+        return tuple(
+            Unheard(rows[each].told(), count, rows[each].session_timeout_ms / 1000)
+            for each, count in held
+            if each in doubtful
+        )
 
     def give_back(self, answered: Collection[TopicPartition]) -> None:
         """Free what was asked for and answered, and take what was not answered in time."""
@@ -233,6 +257,8 @@ class _Stepping:
             frozenset(self.owned),
             self.revoking,
             self.silent,
+            frozenset(self.heard),
+            self.unheard(),
             self.settled if self.member_id else True,
         )
         return Step(standing, self.events, self.changed)
