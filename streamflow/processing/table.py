@@ -30,6 +30,7 @@ V = TypeVar("V")
 T = TypeVar("T")
 
 _UNSET: Any = object()
+_turn_of_caller = current_turn.get
 _LONGEST_TTL_S = 100 * 366 * 24 * 3600
 
 
@@ -289,6 +290,13 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     # --- reading -----------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: K) -> V:
+        turn: Any = _turn_of_caller()
+        if turn is not None and turn.record is not None:  # the hot path, as short as it can be
+            plain = turn.at_hand.get(self.name)
+            if plain is not None:
+                known: V = plain.overlay.live.get(key, MISSING)
+                if known is not MISSING:
+                    return known
         stage = self.stage_in_turn()
         value = self._committed(key) if stage is None else stage.get(key)
         if value is MISSING:
@@ -332,6 +340,12 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     # --- writing -----------------------------------------------------------------------------------------------
 
     def __setitem__(self, key: K, value: V) -> None:
+        turn: Any = _turn_of_caller()
+        if turn is not None and turn.record is not None:
+            plain = turn.at_hand.get(self.name)
+            if plain is not None:
+                plain.set(key, value)
+                return
         self.writable_stage().set(key, value)
 
     def __delitem__(self, key: K) -> None:

@@ -42,7 +42,7 @@ class DirectFeed(Feed[LogRecord]):
         self._again: deque[tuple[TopicPartition, list[LogRecord]]] = deque()
 
     async def __anext__(self) -> Any:
-        stage = self.stage
+        stage, undo = self.stage, self.undo
         while True:
             if stage:
                 for out, timestamp_ms, key, data, headers in stage:  # `write`, in place: a call less per record
@@ -51,6 +51,8 @@ class DirectFeed(Feed[LogRecord]):
                     else:
                         out.count += 1
                 stage.clear()
+            if undo:
+                undo.clear()
             for record in self.records:
                 self.record = record
                 if record.headers:
@@ -73,6 +75,7 @@ class DirectFeed(Feed[LogRecord]):
     def _merge(self) -> None:
         write(self.stage)
         self.stage.clear()
+        self.undo.clear()
 
     def finish(self) -> None:
         self._merge()

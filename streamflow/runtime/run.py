@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from functools import partial
 from time import perf_counter
@@ -21,6 +21,7 @@ from streamflow.processing.stream import Stream
 from streamflow.runtime.cancellation import stray
 from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.feed import Feed, processing_error
+from streamflow.runtime.own_code import while_it_runs
 from streamflow.runtime.turn import NO_HEADERS
 
 _THREAD_BATCH_RECORDS = 256
@@ -49,7 +50,7 @@ class AgentRun:
         while True:
             self.feed.call = object()
             try:
-                await body()
+                await while_it_runs(body(), self.feed)
             except (Exception, SystemExit) as exc:  # sys.exit(0) is no success
                 if self.feed.task.is_closing:
                     return  # it made something of its cancellation
@@ -65,7 +66,7 @@ class AgentRun:
                     return
                 await self._returned()
 
-    def _body(self) -> Callable[[], Awaitable[None]]:
+    def _body(self) -> Callable[[], Coroutine[Any, Any, None]]:
         agent = self.agent
         if isinstance(agent, Copier):
             return partial(self._copy, agent)

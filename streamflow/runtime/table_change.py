@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamflow.errors import ClosedError
@@ -23,6 +23,7 @@ class ChangeTurn:
     owner: asyncio.Task[Any] | None = None
     record = None
     loop: asyncio.AbstractEventLoop | None = None
+    at_hand: Mapping[str, Any] = {}
 
     def __init__(self, stage: Stage, now_ms: int) -> None:
         self.stages = {stage.overlay.name: stage}

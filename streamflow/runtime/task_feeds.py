@@ -62,4 +62,4 @@ def _fills_and_feeds(task: TaskView, agent: Processor) -> bool:
 def _give_tables(task: TaskView, feed: Feed[Any], local: LocalState | None, *, shared: bool) -> None:
     if task.tables is not None and local is not None:
         names = local.by_agent.get(feed.agent.name, ())
-        feed.stages = task.tables.stages(names, feed.touched, feed.number, shared=shared)
+        feed.give(task.tables.stages(names, feed.touched, feed.number, shared=shared), task.tables.undo)

@@ -32,6 +32,7 @@ from streamflow.state.shared_stage import SharedStage, Waiting
 from streamflow.state.stage import PlainStage, Stage
 from streamflow.state.store import Store, StoreBatch
 from streamflow.state.sweep import Sweep
+from streamflow.state.undo import Undo
 from streamflow.state.values import Values
 
 logger = logging.getLogger("streamflow.tables")
@@ -77,11 +78,6 @@ def _is_in_source(_: Iterable[Record]) -> None:
     """What a topic fills has no changelog of its own."""
 
 
-def _stage(overlay: Overlay, touched: Callable[[Stage], None]) -> Stage:
-    kind = PlainStage if overlay.values.are_objects and overlay.ttl_ms is None else Stage
-    return kind(overlay, touched)
-
-
 class TaskTables:
     """The tables of one task.
 
@@ -108,6 +104,7 @@ class TaskTables:
         positions: By table name: the offset of changelog or source that follows what is committed.
         ends: By table name: the offset that the next record of the changelog gets, unless others write there.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
+        undo: What the turn in progress has written straight into the tables.
     """
 
     def __init__(
@@ -157,6 +154,7 @@ class TaskTables:
         self._stored_at_s = clock.monotonic()
         self._storing = anyio.Lock()
         self._closed = False
+        self.undo = Undo()
         self._has_room = asyncio.Event()
         self.is_level = False
 
@@ -207,7 +205,11 @@ class TaskTables:
     ) -> Stage:
         if self.tables[name].source is not None:
             return ReadOnlyStage(self._waiting[name], number)
-        return SharedStage(self._waiting[name], touched, number) if shared else _stage(self.overlays[name], touched)
+        if shared:
+            return SharedStage(self._waiting[name], touched, number)
+        overlay = self.overlays[name]
+        is_plain = overlay.values.are_objects and overlay.ttl_ms is None
+        return PlainStage(overlay, self.undo) if is_plain else Stage(overlay, touched)
 
     def waiting_of(self, name: str) -> Waiting:
         """What the task's turns share of a table."""
@@ -224,7 +226,7 @@ class TaskTables:
     @property
     def dirty_entries(self) -> int:
         """How many keys were written and are in no commit yet."""
-        return sum(len(overlay.dirty) for overlay in self.overlays.values())
+        return sum(len(overlay.dirty) for overlay in self.overlays.values()) - self.undo.new_keys
 
     def seal(self) -> bool:
         """Close what was written since the last commit and add it to the outputs as changelog records.
@@ -233,7 +235,8 @@ class TaskTables:
             Whether there was anything; then `settle` is owed.
         """
         now_ms = self._clock.now_ms()
-        sealed = [overlay for name, overlay in self.overlays.items() if overlay.seal(self._appender(name), now_ms)]
+        with self.undo.aside():
+            sealed = [overlay for name, overlay in self.overlays.items() if overlay.seal(self._appender(name), now_ms)]
         if sealed:
             self._sealed.append(sealed)
         return bool(sealed)

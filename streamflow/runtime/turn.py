@@ -7,7 +7,7 @@ dropped when the unit failed, so an output exists only with the offset that pass
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -26,9 +26,11 @@ from streamflow.runtime.derived import Copier, Processor
 from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged, Target
 from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn_tables import Touched, Written
-from streamflow.state.stage import Stage
+from streamflow.state.stage import PlainStage, Stage
+from streamflow.state.undo import Undo
 
 NO_HEADERS: list[tuple[str, bytes | None]] = []
+NO_STAGES: Mapping[str, PlainStage] = {}
 
 
 class EndOfHeaders(OutputPartition):
@@ -82,6 +84,10 @@ class Turn:
         self.owner: Any = None
         self.loop: Any = None
         self.stages: dict[str, Stage] = {}
+        # Of these the plain ones, while the agent's own code runs: they may be touched without looking who asks.
+        self.at_hand: Mapping[str, PlainStage] = NO_STAGES
+        self.plain: dict[str, PlainStage] = {}
+        self.undo = Undo()
         self._touched = Touched()
         # The record whose event time was read last, and that time: to read it is to decode the value once more.
         self._timed: LogRecord | None = None
@@ -106,6 +112,16 @@ class Turn:
         self.is_plain = False
         self.stage.append((self._end_of_headers, 0, None, None, NO_HEADERS))
 
+    def give(self, stages: dict[str, Stage], undo: Undo) -> None:
+        """Let it touch tables.
+
+        Args:
+            stages: What it sees of them, by name.
+            undo: Notes what it writes to the plain ones.
+        """
+        self.stages, self.undo = stages, undo
+        self.plain = {name: stage for name, stage in stages.items() if isinstance(stage, PlainStage)}
+
     def number(self) -> int:
         """Place of the unit in hand among those of the task that are in progress at once."""
         return 0
@@ -126,6 +142,8 @@ class Turn:
             self._answered.clear()
         if self._touched.stages:
             self._touched.drop()
+        if self.undo:
+            self.undo.take_out()
 
     def close_stage(self) -> list[Staged]:
         """Take out what a unit that is done has sent and written, to be merged later.

@@ -41,7 +41,8 @@ Append = Callable[[Iterable[Record]], None]
 Changes = dict[bytes, bytes | None]
 """Store keys to values as the store has them; None deletes."""
 
-_ABSENT: Any = object()
+ABSENT: Any = object()
+"""Stands for what a layer says nothing about."""
 
 
 class Packed:
@@ -147,18 +148,18 @@ class Overlay:
             key: The key.
             time_ms: Event time of the asking turn, where values expire.
         """
-        held = self.live.get(key, _ABSENT)
-        if held is _ABSENT:
+        held = self.live.get(key, ABSENT)
+        if held is ABSENT:
             held = self.load(key)
         return held if self.ttl_ms is None or held is MISSING else self._unexpired(held, time_ms)
 
     def load(self, key: Any) -> Any:
         """What is held of a key that is not in `live`, which it joins; in a thread, too, while others are merged."""
         live = self.live
-        held = self._older.get(key, _ABSENT)
-        if held is _ABSENT:
-            held = self.dirty.get(key, _ABSENT)
-        if held is _ABSENT:
+        held = self._older.get(key, ABSENT)
+        if held is ABSENT:
+            held = self.dirty.get(key, ABSENT)
+        if held is ABSENT:
             held = self._newest(key)
         if len(live) >= self._live_entries:
             self._renew_live(live)
@@ -172,22 +173,22 @@ class Overlay:
 
     def _newest(self, key: Any) -> Any:
         held = self._sealed_or_committed(key)
-        return self._in_store(key) if held is _ABSENT else held
+        return self._in_store(key) if held is ABSENT else held
 
     def _newest_committed(self, key: Any) -> Any:
         held = self._committed_in_memory(key)
-        return self._in_store(key) if held is _ABSENT else held
+        return self._in_store(key) if held is ABSENT else held
 
     def _sealed_or_committed(self, key: Any) -> Any:
         for layer in self._sealed:
-            held = layer.get(key, _ABSENT)
-            if held is not _ABSENT:
+            held = layer.get(key, ABSENT)
+            if held is not ABSENT:
                 return held
         return self._committed_in_memory(key)
 
     def _committed_in_memory(self, key: Any) -> Any:
-        held = self._settled.get(key, _ABSENT)
-        return self._being_stored.get(key, _ABSENT) if held is _ABSENT else held
+        held = self._settled.get(key, ABSENT)
+        return self._being_stored.get(key, ABSENT) if held is ABSENT else held
 
     def _in_store(self, key: Any) -> Any:
         store_key = self._encode_key(key)
@@ -237,7 +238,7 @@ class Overlay:
     def is_committed(self, store_key: bytes) -> bool:
         """Whether a key has a committed value."""
         held = self._committed_in_memory(self.keys.decode(store_key))
-        if held is not _ABSENT:
+        if held is not ABSENT:
             return held is not MISSING
         with self._telling_of_damage:
             return self._store_get(store_key) is not None
@@ -289,6 +290,24 @@ class Overlay:
         if self.memory.is_in_use:
             self.index(writes)
 
+    def take_out(self, key: Any, live_before: Any, dirty_before: Any) -> None:
+        """Undo a write that is not sealed.
+
+        Args:
+            key: The key.
+            live_before: What `live` had of it before, `ABSENT` for nothing.
+            dirty_before: The same of `dirty`.
+        """
+        if live_before is ABSENT:
+            self.live.pop(key, None)
+            self._older.pop(key, None)  # where `live` was begun anew since
+        else:
+            self.live[key] = live_before
+        if dirty_before is ABSENT:
+            self.dirty.pop(key, None)
+        else:
+            self.dirty[key] = dirty_before
+
     def index(self, writes: Iterable[Any]) -> None:
         """Add keys to the index of what is in memory, which is in use."""
         self.memory.add(map(self._encode_key, writes), writes)
@@ -329,7 +348,7 @@ class Overlay:
         changes: Changes = {}
         for store_key, key in memory.between(start, stop):
             held = self._committed_in_memory(key)
-            if held is not _ABSENT:
+            if held is not ABSENT:
                 changes[store_key] = self._pack(held)
         return changes
 
@@ -340,10 +359,10 @@ class Overlay:
             memory.fill(lambda: self._keys_of(self.dirty, *self._sealed, self._settled, self._being_stored))
         changes: Changes = {}
         for store_key, key in memory.between(start, stop):
-            held = self.dirty.get(key, _ABSENT)
-            if held is _ABSENT:
+            held = self.dirty.get(key, ABSENT)
+            if held is ABSENT:
                 held = self._sealed_or_committed(key)
-            if held is not _ABSENT:  # else it is in the store meanwhile, or its turn was undone
+            if held is not ABSENT:  # else it is in the store meanwhile, or its turn was undone
                 changes[store_key] = self._pack(held)
         if writes:
             changes.update(self._as_changes(writes if self.ttl_ms is None else self._never_expiring(writes)))
@@ -501,10 +520,10 @@ class Overlay:
 
     def _is_renewed(self, key: Any) -> bool:
         """Whether something in memory is newer than the expired value in the store: one that lives, or a deletion."""
-        held = self.dirty.get(key, _ABSENT)
-        if held is _ABSENT:
+        held = self.dirty.get(key, ABSENT)
+        if held is ABSENT:
             held = self._sealed_or_committed(key)
-        if held is _ABSENT:
+        if held is ABSENT:
             return False
         return held is MISSING or held[0] is None or held[0] > self.stream_time_ms
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from streamflow.errors import ClosedError, ProcessingError
-from streamflow.state.overlay import Overlay
+from streamflow.state.overlay import ABSENT, Overlay
+from streamflow.state.undo import Undo
 from streamflow.state.values import MISSING
 
-_ABSENT: Any = object()
 _LAST_MS = 253_402_300_799_999  # the end of the year 9999
 
 
@@ -82,8 +82,8 @@ class Stage:
 
     def get(self, key: Any) -> Any:
         """The value of a key, `MISSING` where there is none."""
-        held = self.writes.get(key, _ABSENT) if self.writes else _ABSENT
-        if held is _ABSENT:
+        held = self.writes.get(key, ABSENT) if self.writes else ABSENT
+        if held is ABSENT:
             held = self._find(key)
         return held if self.overlay.values.are_objects else self._copy(key, held)
 
@@ -123,8 +123,8 @@ class Stage:
 
     def contains(self, key: Any) -> bool:
         """Whether there is a value."""
-        held = self.writes.get(key, _ABSENT)
-        if held is not _ABSENT:
+        held = self.writes.get(key, ABSENT)
+        if held is not ABSENT:
             return held is not MISSING
         return self._find(key) is not MISSING or self._changed_default(key) is not MISSING
 
@@ -269,33 +269,43 @@ class Stage:
 
 
 class PlainStage(Stage):
-    """A stage for values that nobody can change in place and that do not expire: the hot path."""
+    """A stage for values that nobody can change in place and that do not expire: the hot path.
 
-    __slots__ = ()
+    Its writes go straight into the task's values, and are undone when the turn fails.
+
+    Args:
+        overlay: The table in this task.
+        undo: Notes what the turn has written, in all its tables.
+    """
+
+    __slots__ = ("_undo",)
+
+    def __init__(self, overlay: Overlay, undo: Undo) -> None:
+        super().__init__(overlay, _untold)
+        self._undo = undo
 
     def get(self, key: Any) -> Any:
-        held = self.writes.get(key, _ABSENT) if self.writes else _ABSENT
-        if held is _ABSENT:
-            overlay = self.overlay
-            held = overlay.live.get(key, _ABSENT)
-            return overlay.load(key) if held is _ABSENT else held
-        return held
+        overlay = self.overlay
+        held = overlay.live.get(key, ABSENT)
+        return overlay.load(key) if held is ABSENT else held
+
+    def contains(self, key: Any) -> bool:
+        return self.get(key) is not MISSING
 
     def set(self, key: Any, value: Any) -> None:
-        overlay, writes = self.overlay, self.writes
-        if key not in writes:
-            if overlay.live.get(key, MISSING) is MISSING:
-                overlay.check_key(key)
-            elif type(key) is not overlay.sure_key_type:
-                overlay.check_equal_key(key)
-            if not writes:
-                self._touched(self)
-        writes[key] = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
+        overlay = self.overlay
+        if overlay.live.get(key, MISSING) is MISSING:
+            overlay.check_key(key)
+        elif type(key) is not overlay.sure_key_type:
+            overlay.check_equal_key(key)
+        held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
+        self._undo.write(overlay, key, held)
 
-    def join(self) -> None:
-        overlay, writes = self.overlay, self.writes
-        overlay.live.update(writes)
-        overlay.dirty.update(writes)
-        if overlay.memory.is_in_use:
-            overlay.index(writes)
-        writes.clear()
+    def delete(self, key: Any) -> None:
+        if type(key) is not self.overlay.sure_key_type:
+            self.overlay.check_equal_key(key)
+        self._undo.write(self.overlay, key, MISSING)
+
+
+def _untold(_: Stage) -> None:
+    """Undone by its notes, not as something that was touched."""

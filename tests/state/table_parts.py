@@ -12,6 +12,7 @@ from streamflow.state.memory import MemoryStores
 from streamflow.state.overlay import Overlay, Record
 from streamflow.state.stage import PlainStage, Stage
 from streamflow.state.store import Checkpoint, StoreBatch
+from streamflow.state.undo import Undo
 from streamflow.state.values import Values
 
 
@@ -42,17 +43,30 @@ class Parts:
             live_entries=live_entries,
             ttl_ms=None if self.table.ttl_s is None else round(self.table.ttl_s * 1000),
         )
+        self.undo = Undo()
         self.changelog: dict[bytes, bytes] = {}
         self.records: list[tuple[bytes, bytes | None, int]] = []
 
     def stage(self) -> Stage:
         """A stage as turns that follow one another have it."""
-        is_plain = self.overlay.values.are_objects and self.overlay.ttl_ms is None
-        return (PlainStage if is_plain else Stage)(self.overlay, lambda _: None)
+        if self.overlay.values.are_objects and self.overlay.ttl_ms is None:
+            return PlainStage(self.overlay, self.undo)
+        return Stage(self.overlay, lambda _: None)
+
+    def done(self, stage: Stage) -> None:
+        """The turn is done."""
+        stage.join()
+        self.undo.clear()
+
+    def failed(self, stage: Stage) -> None:
+        """The turn failed."""
+        stage.drop()
+        self.undo.take_out()
 
     def seal(self) -> bool:
         """Seal what was written; its records go to the changelog."""
-        return self.overlay.seal(self._append, 7)
+        with self.undo.aside():
+            return self.overlay.seal(self._append, 7)
 
     def _append(self, records: Iterable[Record]) -> None:
         for key, value, timestamp_ms in records:

@@ -135,12 +135,12 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule()
     def done_with_it(self) -> None:
-        self.stage.join()
+        self.parts.done(self.stage)
         self.done, self.turn = self._copy(self.turn), self._copy(self.turn)
 
     @rule()
     def fail(self) -> None:
-        self.stage.drop()
+        self.parts.failed(self.stage)
         self.turn = self._copy(self.done)
 
     @rule()
@@ -179,7 +179,7 @@ class TableMachine(RuleBasedStateMachine):
             assert (MISSING if held is MISSING else values.value(held, key)) == self.committed.get(key, MISSING)
 
     def teardown(self) -> None:
-        self.stage.join()
+        self.parts.done(self.stage)
         self.parts.seal()
         assert self.parts.fold() == self.turn == dict(self.stage.entries(None, None))
 
@@ -273,14 +273,12 @@ def test_a_key_that_only_equals_a_known_one_is_refused_in_the_turn(key_type, kno
     parts = Parts(key_type, int)
     for stage in (parts.stage(), shared(parts, {"s": 0})["s"]):
         stage.set(known, 1)
-        effects = stage.close()
-        assert effects is not None
-        effects.merge()
+        parts.done(stage)
         with pytest.raises(ProductionError, match="takes keys of type"):
             stage.set(like, 2)
         with pytest.raises(ProductionError, match="takes keys of type"):
             stage.delete(like)
-        stage.drop()
+        parts.failed(stage)
         assert parts.seal()
         assert parts.fold() == {known: 1}
 
@@ -309,10 +307,10 @@ def test_a_key_that_would_read_back_as_another_one_is_refused_in_the_turn(key_ty
     stage = parts.stage()
     if known is not None:
         stage.set(known, 1)
-        stage.join()
+        parts.done(stage)
     with pytest.raises(ProductionError, match="read back"):
         stage.set(like, 2)
-    stage.join()
+    parts.done(stage)
     parts.seal()
     assert parts.fold() == ({} if known is None else {known: 1})
 
@@ -355,11 +353,11 @@ def test_keys_that_are_equal_have_one_record_in_the_changelog(key_type, one, oth
     parts = Parts(key_type, int)
     stage = parts.stage()
     stage.set(one, 1)
-    stage.join()
+    parts.done(stage)
     parts.seal()
     parts.overlay.live.clear()
     stage.set(other, 2)
-    stage.join()
+    parts.done(stage)
     parts.seal()
     assert list(parts.fold().values()) == [2]
 
@@ -368,12 +366,12 @@ def test_a_value_kept_from_an_earlier_turn_is_a_copy_that_changes_nothing():
     parts = Parts(str, list[int])
     stage = parts.stage()
     stage.set("k", [1])
-    stage.join()
+    parts.done(stage)
     kept = stage.get("k")
-    stage.join()
+    parts.done(stage)
     kept.append(2)
     assert stage.get("k") == [1]
-    stage.join()
+    parts.done(stage)
     assert parts.overlay.committed("k") is MISSING
     parts.seal()
     assert parts.fold() == {"k": [1]}
@@ -384,27 +382,28 @@ def test_an_iteration_kept_from_an_earlier_turn_gives_out_no_old_values():
     stage = parts.stage()
     stage.set("a", [1])
     stage.set("b", [1])
-    stage.join()
+    parts.done(stage)
     kept = stage.entries(None, None)
     assert next(kept) == ("a", [1])
-    stage.join()
+    parts.done(stage)
     stage.get("b").append(2)
-    stage.join()
+    parts.done(stage)
     with pytest.raises(ClosedError, match="began in an earlier record's turn"):
         next(kept)
     stage.get("b").append(3)
-    stage.join()
+    parts.done(stage)
     parts.seal()
     assert parts.fold() == {"a": [1], "b": [1, 2, 3]}
 
 
 def test_what_cannot_be_changed_is_never_copied():
-    stage = Parts(str, Frozen).stage()
+    parts = Parts(str, Frozen)
+    stage = parts.stage()
     value = Frozen(1)
     stage.set("k", value)
     held = stage.get("k")
     assert held == value
-    stage.join()
+    parts.done(stage)
     assert stage.get("k") is held
 
 
@@ -412,12 +411,12 @@ def test_reading_writes_nothing():
     parts = Parts(str, dict[str, list[int]])
     stage = parts.stage()
     stage.set("k", {"x": [1]})
-    stage.join()
+    parts.done(stage)
     parts.seal()
     stage.get("k")
     list(stage.entries(None, None))
     stage.default("other", dict)
-    stage.join()
+    parts.done(stage)
     assert not parts.seal()
 
 
@@ -427,10 +426,10 @@ def test_a_set_that_was_only_read_is_not_written():
     parts.seal()
     stage = parts.stage()
     assert stage.get("k") == {"a", "b", "c", "d", "e"}
-    stage.join()
+    parts.done(stage)
     assert not parts.seal()
     stage.get("k").add("f")
-    stage.join()
+    parts.done(stage)
     assert parts.seal()
     assert parts.fold() == {"k": {"a", "b", "c", "d", "e", "f"}}
 
@@ -440,7 +439,7 @@ def test_expiry_moves_with_turns_that_are_done_only():
     stage = parts.stage()
     stage.advance(1_000)
     stage.set("k", 1)
-    stage.join()
+    parts.done(stage)
     stage.advance(50_000)
     assert stage.get("k") is MISSING
     stage.drop()
@@ -448,11 +447,11 @@ def test_expiry_moves_with_turns_that_are_done_only():
     stage.advance(10_999)
     assert stage.get("k") == 1
     assert list(stage.entries(None, None)) == [("k", 1)]
-    stage.join()
+    parts.done(stage)
     stage.advance(11_000)
     assert stage.get("k") is MISSING
     assert list(stage.entries(None, None)) == []
-    stage.join()
+    parts.done(stage)
     assert parts.overlay.stream_time_ms == 11_000
 
 
@@ -462,7 +461,7 @@ def test_a_value_written_again_lives_on():
     for at_ms in (0, 9_000, 18_000):
         stage.advance(at_ms)
         stage.set("k", [*(stage.get("k") if stage.contains("k") else []), at_ms])
-        stage.join()
+        parts.done(stage)
     assert stage.get("k") == [0, 9_000, 18_000]
     parts.seal()
     assert [at_ms for _, _, at_ms in parts.records] == [18_000]
@@ -604,7 +603,7 @@ def test_what_an_unchangeable_value_was_made_of_changes_nothing(kind: Any) -> No
     parts, made_of = Parts(str, kind), [1, 2]
     stage = parts.stage()
     stage.set("k", kind(made_of))
-    stage.join()
+    parts.done(stage)
     made_of.append(3)
     assert stage.get("k") == kind((1, 2))
 
@@ -627,9 +626,9 @@ def test_a_change_that_equality_passes_over_is_written_beside_sets(name: str, ne
     parts = Parts(str, Tagged)
     stage = parts.stage()
     stage.set("k", Tagged({"a"}, 1))
-    stage.join()
+    parts.done(stage)
     setattr(stage.get("k"), name, new)
-    stage.join()
+    parts.done(stage)
     assert repr(getattr(stage.get("k"), name)) == repr(new) or name == "tags"
     assert getattr(stage.get("k"), name) == new
 
