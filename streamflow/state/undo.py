@@ -7,7 +7,7 @@ while a turn is in progress must not hold its writes: they are taken out, and ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ class Undo(list[tuple[Overlay, Any, Any, Any, Any]]):
             overlay.take_out(key, live_before, dirty_before)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> Generator[None]:
         """A block that sees the tables without the turn's writes."""
         writes = [write[:3] for write in self]
         self.take_out()
