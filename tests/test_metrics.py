@@ -2,25 +2,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamflow.metrics import Exposition, Histogram, PrometheusSensors, fleet_metrics, merge
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.status import PartitionStatus, RestoreStatus, TaskStatus, WorkerStatus
-
-
-def status(**changes) -> WorkerStatus:
-    partitions = (PartitionStatus("orders", 0, 7, 10, 3), PartitionStatus("orders", 1, 0, None, None))
-    values = {
-        "app": "shop",
-        "state": "running",
-        "address": "memory://",
-        "guarantee": "exactly_once",
-        "tasks": (TaskStatus("orders-0", "running", partitions, 0.25),),
-        "ready": True,
-        "live": True,
-        "live_reason": "ok",
-        "rebalances": 2,
-        "rebalance_s": 0.5,
-        "last_commit_age_s": 0.1,
-    }
-    return WorkerStatus(**(values | changes))
+from streamflow.runtime.status import RestoreStatus, TaskStatus
+from tests.web.status import status
 
 
 def samples(text: bytes) -> dict[str, float]:

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+
 from streamflow.clock import SystemClock
 from streamflow.log.api import Log, NewTopic
 from streamflow.log.batch import BatchBuilder, LogRecord, SealedBatch
@@ -288,6 +290,20 @@ class System:
     async def create(self, *names: str, partitions: int = 4) -> None:
         """Make topics before any worker does."""
         await (await self.log()).admin.create([NewTopic(self.topic(name), partitions) for name in names])
+
+    async def grow(self, name: str, partitions: int) -> None:
+        """Give a topic on Kafka more partitions, and wait until they are there."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.broker.removeprefix("kafka://"))
+        await admin.start()
+        try:
+            await admin.create_partitions({self.topic(name): NewPartitions(partitions)})
+        finally:
+            await admin.close()
+
+        async def has_grown() -> bool:
+            return len(await self.partitions(name)) == partitions
+
+        await until(has_grown, "the new partitions")
 
     async def write(self, name: str, rows: Iterable[Row]) -> None:
         """Write numbers by key; returns when the log has them."""

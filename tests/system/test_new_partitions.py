@@ -1,9 +1,8 @@
 """A topic on a real broker that gets more partitions under a running worker: the new ones are processed whole."""
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
-from tests.system.harness import System, numbered, until
+from tests.system.harness import System, numbered
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.kafka]
 
@@ -14,18 +13,7 @@ async def test_records_of_new_partitions_are_not_lost_where_workers_start_at_the
     worker = await kafka.started(STREAMFLOW_KAFKA_METADATA_MAX_AGE_MS="1000")
     await kafka.write("numbers", numbered(100))
     await kafka.has("results", 100)
-
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.broker.removeprefix("kafka://"))
-    await admin.start()
-    try:
-        await admin.create_partitions({kafka.topic("numbers"): NewPartitions(4)})
-    finally:
-        await admin.close()
-
-    async def has_grown() -> bool:
-        return len(await kafka.partitions("numbers")) == 4
-
-    await until(has_grown, "the new partitions")
+    await kafka.grow("numbers", 4)
     await kafka.write("numbers", numbered(100, start=100))
     await worker.says("partitions or more, and had 2 when this worker started")
     await kafka.has("results", 200)

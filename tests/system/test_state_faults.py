@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from streamflow.model.record import TopicPartition
 from tests.kafka.broker import Broker
@@ -188,12 +187,7 @@ async def test_a_source_with_tables_that_grows(kafka: System) -> None:
     await kafka.write("numbers", numbered(100))
     worker = await kafka.started(STREAMFLOW_KAFKA_METADATA_MAX_AGE_MS="1000")
     await kafka.has_committed("numbers", 100)
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.broker.removeprefix("kafka://"))
-    await admin.start()
-    try:
-        await admin.create_partitions({kafka.topic("numbers"): NewPartitions(4)})
-    finally:
-        await admin.close()
+    await kafka.grow("numbers", 4)
     again = kafka.start()
     assert await again.ends() == REFUSED, again.said
     assert "4" in again.said
