@@ -77,6 +77,7 @@ def report(outcome: Outcome, watch: Watch, found: Sequence[str]) -> str:
         "workers killed (`kill -9`)": outcome.did.get("kill", 0),
         "workers stopped beyond session and transaction time-out (SIGSTOP)": outcome.did.get("pause", 0),
         "brokers killed and restarted": outcome.did.get("broker", 0),
+        "workers taken for dead though nobody stopped them (a busy machine)": outcome.did.get("loss", 0),
         "outputs that came more than once": outcome.repeated,
         "memory of worker 1, most of 2nd and of last quarter": _both(watch, lambda sample: sample.rss_mib[0], " MiB"),
         "open files of worker 1, likewise": _both(watch, lambda sample: sample.descriptors[0]),
