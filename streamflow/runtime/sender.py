@@ -32,6 +32,7 @@ from streamflow.sensors import Sensors
 logger = logging.getLogger("streamflow.sender")
 
 _CLOSE_S = 5.0
+_LEAST_CLOSE_S = 1.0
 _RECORD_COST_BYTES = 200  # what a record on its way takes beside its own bytes: who waits for it, its time
 
 
@@ -120,6 +121,8 @@ class DirectSender:
         self._room_changed = asyncio.Event()
         self._closed = False
         self.abandoned = False
+        # When sending what waits at the end is to be over, in the event loop's time; None takes `_CLOSE_S`.
+        self.end_by_s: float | None = None
         self._arrived = asyncio.Event()
 
     @property
@@ -135,13 +138,20 @@ class DirectSender:
             try:
                 yield self
             finally:
-                with anyio.CancelScope(shield=True), anyio.move_on_after(0 if self.abandoned else _CLOSE_S) as closing:
+                with anyio.CancelScope(shield=True), anyio.move_on_after(self._patience_s()) as closing:
                     await self._send_all()
                     with suppress(StreamFlowError):  # whoever sent what failed is told
                         await self._producer.flush()
                 self.abandoned = closing.cancelled_caught
                 tasks.cancel_scope.cancel()
                 self._fail_waiting()
+
+    def _patience_s(self) -> float:
+        if self.abandoned:
+            return 0.0
+        if self.end_by_s is None:
+            return _CLOSE_S
+        return min(_CLOSE_S, max(_LEAST_CLOSE_S, self.end_by_s - anyio.current_time()))
 
     async def _run(self) -> None:
         while True:

@@ -78,6 +78,10 @@ class ProcessSender:
         """The log is away: at its end, wait for nothing that is still to be sent."""
         self._direct.abandoned = True
 
+    def end_by(self, time_s: float) -> None:
+        """Send what waits at the end until then, in the event loop's time, but for a second at least."""
+        self._direct.end_by_s = time_s
+
     @property
     def waiting(self) -> int:
         """Records that were sent and are not yet acknowledged."""

@@ -223,8 +223,7 @@ class Task:
                         self.inputs.ask_more(each_input)
         finally:
             self.state = "closed"
-            self.restored.set()
-            self._ended.set()
+            self._is_over()
 
     async def _restored(self) -> bool:
         """Bring the tables level with the log; False where that failed, or a stop came first."""
@@ -282,14 +281,19 @@ class Task:
         """
         self._patience.seconds = patience_s
         if self.state == "created":
-            self.restored.set()
-            self._ended.set()
+            self._is_over()
         self.state = "closing"
         self.is_closing = True
         self.inputs.close()
         for run in self._runs:
             run.feed.cut()
         self._scope.cancel()
+
+    def _is_over(self) -> None:
+        self.restored.set()
+        self._ended.set()
+        for run in self._runs:
+            run.feed.parked.set()  # whoever waits for its records to be done waits no more: they are dropped
 
     async def closed(self) -> None:
         """Wait until the agents are gone, or patience is over."""

@@ -73,6 +73,7 @@ logger = logging.getLogger("streamflow.worker")
 
 _FINAL_COMMIT_S = 3.0
 _ABANDONING_S = 0.1
+_ENDING_S = 0.5  # of the shutdown time, for what comes after the last record was sent
 _CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
 _LAST_LOOK_S = 1.0
@@ -454,6 +455,8 @@ class Worker:
     async def _wind_down(self, manager: TaskManager, delivery: AtLeastOnce | ExactlyOnce) -> None:
         """Finish the records in hand and commit, within the shutdown time."""
         logger.info("stopping: finishing the records in hand")
+        if self._sender is not None:
+            self._sender.end_by(anyio.current_time() + self.settings.shutdown_timeout_s - _ENDING_S)
         finish_s = max(0.1, self.settings.shutdown_timeout_s - _FINAL_COMMIT_S - _CLOSE_S)
         with anyio.move_on_after(finish_s) as finishing:
             await manager.finish_records()

@@ -158,6 +158,16 @@ async def test_nobody_waits_for_a_record_that_found_no_room_in_time(producer, se
     assert sender.waiting == 0
 
 
+async def test_what_waits_is_given_up_when_the_time_to_stop_is_over(producer, sender, monkeypatch):
+    monkeypatch.setattr(sender_module, "_LEAST_CLOSE_S", 0.05)
+    producer.room.clear()
+    with anyio.fail_after(sender_module._CLOSE_S / 2):
+        async with sender.open():
+            sender.send_nowait(outgoing(topic, None, 1))
+            sender.end_by_s = anyio.current_time() - 1
+    assert sender.abandoned
+
+
 async def test_send_nowait_of_a_topic_that_is_not_known_yet_would_block(sender):
     other = app.topic("other", value_type=int)
     async with sender.open():

@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 import streamflow as sf
 from streamflow.errors import LogUnavailableError
-from streamflow.log.api import AtomicCommit
+from streamflow.log.api import AtomicCommit, Lost
 from streamflow.log.sqlite.admin import SqliteAdmin
 from streamflow.log.sqlite.producer import SqliteTransactionalProducer
 from streamflow.runtime import patience
@@ -221,6 +222,31 @@ async def test_lost_partitions_commit_nothing_and_are_processed_by_the_next_owne
         await until(lambda: first.tasks and not before & set(map(id, first.tasks.values())))
         await machine.settle()
         assert sorted(machine.values(out)) == list(range(20))
+
+
+async def test_a_stop_does_not_wait_for_records_of_partitions_that_are_lost_meanwhile() -> None:
+    """A session that ends while the log is away and the worker stops: it would take all the time it has for nothing."""
+    app = sf.App("loses")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    begun = anyio.Event()
+
+    @app.agent(numbers)
+    async def work(stream: sf.Stream[int]) -> None:
+        async for _ in stream:
+            begun.set()
+            await anyio.sleep_forever()
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await machine.send(numbers, 1)
+        await begun.wait()
+        manager = running.worker.manager
+        assert manager is not None
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(manager.finish_records)
+                await anyio.lowlevel.checkpoint()
+                await manager.handle(Lost(frozenset({sf.TopicPartition("numbers", 0)}), "silent for too long"))
 
 
 async def test_status_tells_positions_lag_and_readiness() -> None:
