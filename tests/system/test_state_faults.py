@@ -12,13 +12,15 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from streamflow.model.record import TopicPartition
-from tests.kafka.broker import Broker
+from tests.kafka.broker import HOST, Broker, free_port
+from tests.kafka.proxy import Proxy, Verdict, api_key
 from tests.oracle.reading import number_in, records
 from tests.oracle.stores import stores_of
 from tests.system.harness import STOPPED, System, numbered, until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
+PRODUCE = 0
 REFUSED = 2
 FAILED = 1
 LONG_MS = 600_000
@@ -314,3 +316,58 @@ async def test_a_zombie_that_wakes_up_in_the_middle_of_its_commit(kafka: System)
 
 def _is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
+@pytest.mark.kafka
+async def test_a_changelog_record_of_a_stopped_worker_that_arrives_late_at_least_once(
+    make_broker: Callable[..., Broker], tmp_path: Path
+) -> None:
+    """No broker refuses it. Its successor notices, and whoever restores the table finds what was committed."""
+    port = free_port()
+    broker = make_broker(proxied_port=port)
+    arrives, held = asyncio.Event(), asyncio.Event()
+
+    def hold_changelog(request: bytes) -> Verdict:
+        if api_key(request) != PRODUCE or b"-sums-changelog" not in request:
+            return "pass"
+        held.set()
+        return arrives
+
+    target = int(broker.listener("PROXIED").rpartition(":")[2])
+    async with Proxy(port, target) as proxy, System(tmp_path, f"kafka://{broker.bootstrap}") as system:
+        system.write_app(SUMS, processing_guarantee="at_least_once")
+        path = tmp_path / "app.py"
+        own = f"broker=sf.Kafka(servers=os.environ.get('SERVERS', {broker.bootstrap!r}))"
+        path.write_text(path.read_text().replace(f"broker={system.broker!r}", own))
+        await system.create("numbers", partitions=1)
+        zombie = await system.started(SERVERS=f"{HOST}:{port}")
+        await system.write("numbers", [(b"a", 1), (b"b", 1)])
+        await system.has_committed("numbers", 2)
+        proxy.on_request = hold_changelog
+        await system.write("numbers", [(b"a", 10)])
+        await held.wait()
+        zombie.signal(signal.SIGSTOP)
+        successor = await system.started()
+        await successor.owns(system.topic("numbers"), 1)
+        await system.write("numbers", [(b"a", 100)])
+        await system.has_committed("numbers", 4)
+        arrives.set()
+        changelog = TopicPartition(f"{system.app_id}-sums-changelog", 0)
+        log = await system.log()
+
+        async def has_arrived() -> bool:
+            return [number_in(record.value) async for record in records(log, changelog)][-1] == 11
+
+        await until(has_arrived, "the zombie's record")
+        await system.write("numbers", [(b"b", 1)])
+        await system.has_committed("numbers", 5)
+        await successor.says("another process has written there")
+        zombie.kill()
+        successor.kill()
+        shutil.rmtree(tmp_path / "data")
+        last = await system.started()
+        await system.write("numbers", [(b"a", 1000), (b"b", 1)])
+        await system.has_committed("numbers", 7)
+        results = await system.rows("results")
+        assert results[-2:] == [(b"a", 1111), (b"b", 3)]
+        assert await last.stops() == STOPPED
