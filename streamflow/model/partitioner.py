@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import struct
+from murmurhash2 import murmurhash2
 
-_SEED = 0x9747B28C
-_M = 0x5BD1E995
-_MASK = 0xFFFFFFFF
+SEED = 0x9747B28C
+"""What Kafka gives `murmurhash2` beside the key."""
+POSITIVE = 0x7FFFFFFF
+"""Bits of the hash that count."""
 
 
 def murmur2(data: bytes) -> int:
@@ -21,19 +22,7 @@ def murmur2(data: bytes) -> int:
     Returns:
         The hash, unsigned.
     """
-    length = len(data)
-    h = (_SEED ^ length) & _MASK
-    words = length >> 2
-    for k in struct.unpack_from(f"<{words}I", data):
-        k = (k * _M) & _MASK
-        k ^= k >> 24
-        h = ((h * _M) & _MASK) ^ ((k * _M) & _MASK)
-    tail = data[words << 2 :]
-    if tail:
-        h = ((h ^ int.from_bytes(tail, "little")) * _M) & _MASK
-    h ^= h >> 13
-    h = (h * _M) & _MASK
-    return h ^ (h >> 15)
+    return murmurhash2(data, SEED)
 
 
 def partition_for(key: bytes, partitions: int) -> int:
@@ -46,4 +35,4 @@ def partition_for(key: bytes, partitions: int) -> int:
     Returns:
         0..partitions-1.
     """
-    return (murmur2(key) & 0x7FFFFFFF) % partitions
+    return (murmurhash2(key, SEED) & POSITIVE) % partitions

@@ -24,8 +24,6 @@ _BATCH_BYTES = 512 * 1024
 _RECORD_OVERHEAD_BYTES = 61 + 32
 _LAST_MS = 2**61  # so that the difference of two fits into 64 bits
 _CLOCK = SystemClock()
-_REMEMBERED_KEYS = 50_000
-REMEMBERED_KEY_BYTES = 1024
 _NO_HEADERS: list[tuple[str, bytes | None]] = []
 
 
@@ -293,30 +291,22 @@ class OutputTopic(Destination[OutputPartition]):
         outputs: The task's outputs, of which this is a part.
     """
 
-    __slots__ = ("_null", "by_key", "name", "outputs", "partitions")
+    __slots__ = ("_null", "name", "outputs", "partitions")
 
     def __init__(self, target: Target, outputs: Outputs) -> None:
         super().__init__(target)
         self.name = target.name
         self.outputs = outputs
         self.partitions = [OutputPartition(self, number) for number in range(target.partitions)]
-        self.by_key: dict[bytes, OutputPartition] = {}
         self._null: OutputPartition | None = None
 
     def of_key(self, key: bytes | None) -> OutputPartition:
-        """The partition of a key, remembered; records without key share one until the next seal."""
-        if key is None:
-            if self._null is None:
-                self._null = random.choice(self.partitions)
-            return self._null
-        found = self.by_key.get(key)
-        if found is None:
-            found = self.partitions[self.target.partition_of(key)]
-            if len(key) <= REMEMBERED_KEY_BYTES:
-                if len(self.by_key) >= _REMEMBERED_KEYS:
-                    self.by_key.clear()
-                self.by_key[key] = found
-        return found
+        """The partition of a key; records without key share one until the next seal."""
+        if key is not None:
+            return self.partitions[self.target.partition_of(key)]
+        if self._null is None:
+            self._null = random.choice(self.partitions)
+        return self._null
 
     def of_number(self, partition: int) -> OutputPartition:
         """See `Destination.of_number`."""

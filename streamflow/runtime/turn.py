@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+from murmurhash2 import murmurhash2
 
 from streamflow.errors import ClosedError, ProcessingError, ProductionError, TopologyError
 from streamflow.log.batch import LogRecord
+from streamflow.model.partitioner import POSITIVE, SEED, partition_for
 from streamflow.model.record import TopicPartition
 from streamflow.model.reply import HEADER_ASK_ID, HEADER_ERROR, reply_address, trace_headers
 from streamflow.processing.agent import Agent, same_key
@@ -23,7 +25,7 @@ from streamflow.processing.topic import Topic
 from streamflow.runtime import births
 from streamflow.runtime.births import Unit
 from streamflow.runtime.derived import Copier, Processor
-from streamflow.runtime.outputs import REMEMBERED_KEY_BYTES, OutputPartition, Staged, Target
+from streamflow.runtime.outputs import OutputPartition, Staged, Target
 from streamflow.runtime.task_view import TaskView
 from streamflow.runtime.turn_tables import Touched, Written
 from streamflow.state.stage import PlainStage, Stage
@@ -330,8 +332,8 @@ class Turn:
 
     def _fast_emitter(self, topic: Topic[Any, Any]) -> Callable[[Any], None]:
         output = self.task.outputs.to(topic)
-        remembered, of_key = output.by_key.get, output.of_key
-        safe_bytes = output.target.max_record_bytes - REMEMBERED_KEY_BYTES
+        places, count, max_bytes = output.partitions, output.target.partitions, output.target.max_record_bytes
+        of_key, is_hashed = output.of_key, output.target.partitioner is partition_for
         exact, encode = topic.value_codec.exact_type, topic.value_codec.fast_encode
         stage_append, emit = self.stage.append, self.emit
         if exact is None or encode is None or self._has_time_to_check(output.target):
@@ -341,18 +343,16 @@ class Turn:
             record = self.record
             if type(result) is exact and self.is_plain and record is not None:
                 key = record.key
-                out = remembered(key)  # type: ignore[arg-type]  # a null key is never remembered
-                if out is None:
-                    if key is not None and len(key) > REMEMBERED_KEY_BYTES:
-                        emit(result)  # checks the size of both
-                        return
-                    out = of_key(key)
                 try:
                     data = encode(result)
                 except Exception:
                     emit(result)  # raises what says which topic and type
                     return
-                if len(data) < safe_bytes:
+                if key is not None and is_hashed:  # `partition_for`, in place
+                    out, size = places[(murmurhash2(key, SEED) & POSITIVE) % count], len(key) + len(data)
+                else:
+                    out, size = of_key(key), len(key or b"") + len(data)
+                if size <= max_bytes:
                     stage_append((out, record.timestamp, key, data, NO_HEADERS))
                     return
             emit(result)
