@@ -7,7 +7,6 @@ the group, close. Every task of the event loop belongs to a task group here or b
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
@@ -22,9 +21,7 @@ from streamflow.clock import Clock, SystemClock
 from streamflow.config import Settings
 from streamflow.error_groups import one_error
 from streamflow.errors import (
-    LogUnavailableError,
     RecordError,
-    RetriableError,
     StreamFlowError,
     TopologyError,
 )
@@ -51,7 +48,7 @@ from streamflow.runtime.jobs import Jobs
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.loops import Loops
-from streamflow.runtime.open_log import OpenLog
+from streamflow.runtime.open_log import OpenLog, open_log
 from streamflow.runtime.outputs import Staged
 from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
@@ -63,6 +60,7 @@ from streamflow.runtime.targets import KnownTargets
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.runtime.until_end import UntilEnd
+from streamflow.runtime.wind_down import CLOSE_S, wind_down
 from streamflow.sensors import Sensors
 from streamflow.state.memory import MemoryStores
 from streamflow.state.rocksdb import RocksStores
@@ -71,13 +69,8 @@ from streamflow.state.store import Stores
 
 logger = logging.getLogger("streamflow.worker")
 
-_FINAL_COMMIT_S = 3.0
-_ABANDONING_S = 0.1
 _ENDING_S = 0.5  # of the shutdown time, for what comes after the last record was sent
-_CLOSE_S = 1.0
 _LAST_PURGE_S = 1.0
-_LAST_LOOK_S = 1.0
-_START_RETRY_S = 0.5
 
 _LEAST_UNSENT_BYTES = 1 << 20
 _UNSENT_SHARE = 8  # tasks may hold an eighth of the memory budget before they wait
@@ -136,7 +129,9 @@ class Worker:
         return self._log.address
 
     def _connect(self) -> Log:
-        return connect(self.settings.broker, clock=self.clock, client_id=f"streamflow-{self.app.id}")
+        """A log that is not open yet, which is the worker's from now on."""
+        self._log = connect(self.settings.broker, clock=self.clock, client_id=f"streamflow-{self.app.id}")
+        return self._log
 
     # --- from outside ------------------------------------------------------------------------------------------
 
@@ -218,7 +213,7 @@ class Worker:
             self._check_leader(bool(topology.sub_topologies))
             with noting_births(), one_error():
                 async with AsyncExitStack() as stack:
-                    log = await self._open_log(stack)
+                    log = await open_log(stack, self._log, self._connect, self.settings.start_timeout_s, self._stop)
                     if log is not None:
                         with anyio.CancelScope() as self._open:
                             await self._run_unless_stopped(log, topology)
@@ -235,28 +230,6 @@ class Worker:
                     f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns "
                     "partition 0 of its first source topic"
                 )
-
-    async def _open_log(self, stack: AsyncExitStack) -> Log | None:
-        """Open the log, and wait a while for one that is away; None when a stop is asked for first."""
-        timeout_s = self.settings.start_timeout_s
-        deadline_s = anyio.current_time() + timeout_s
-        told = False
-        while True:
-            try:
-                return await stack.enter_async_context(self._log)
-            except LogUnavailableError as error:
-                if anyio.current_time() + _START_RETRY_S > deadline_s:
-                    raise LogUnavailableError(
-                        f"{error}\nwaited {timeout_s:g} s for it (start_timeout_s): start it, or say where it is with "
-                        "broker= or STREAMFLOW_BROKER"
-                    ) from error
-                if not told:
-                    logger.warning("%s; waiting for it, %g s at most", error, timeout_s)
-                    told = True
-            with anyio.move_on_after(_START_RETRY_S):
-                await self._stop.wait()
-                return None
-            self._log = self._connect()
 
     async def _run_unless_stopped(self, log: Log, topology: Topology) -> None:
         """Run; a stop that comes while the log keeps the start waiting ends the start where it is."""
@@ -409,7 +382,9 @@ class Worker:
                     services.start_soon(self._stop_at_end, ends, manager)
                 await self._stop.wait()
                 self.state = "stopping"
-                await self._wind_down(manager, log.delivery)
+                if self._sender is not None:
+                    self._sender.end_by(anyio.current_time() + self.settings.shutdown_timeout_s - _ENDING_S)
+                self._log_is_away = not await wind_down(manager, log.delivery, ends, self.settings.shutdown_timeout_s)
                 with anyio.move_on_after(_LAST_PURGE_S):
                     await purge.purge()
                 services.cancel_scope.cancel()
@@ -452,29 +427,8 @@ class Worker:
         await ends.wait(manager)
         self._stop.set()
 
-    async def _wind_down(self, manager: TaskManager, delivery: AtLeastOnce | ExactlyOnce) -> None:
-        """Finish the records in hand and commit, within the shutdown time."""
-        logger.info("stopping: finishing the records in hand")
-        if self._sender is not None:
-            self._sender.end_by(anyio.current_time() + self.settings.shutdown_timeout_s - _ENDING_S)
-        finish_s = max(0.1, self.settings.shutdown_timeout_s - _FINAL_COMMIT_S - _CLOSE_S)
-        with anyio.move_on_after(finish_s) as finishing:
-            await manager.finish_records()
-        if finishing.cancelled_caught:
-            logger.warning("records in hand were not done within %g s; they are processed again", finish_s)
-        deadline = asyncio.get_running_loop().call_later(_FINAL_COMMIT_S, delivery.abandon)
-        with anyio.move_on_after(_FINAL_COMMIT_S + _ABANDONING_S) as committing:
-            await delivery.commit(manager.running())
-        deadline.cancel()
-        if committing.cancelled_caught:
-            logger.warning("the log did not answer the last commit; what it held is processed again")
-            self._log_is_away = True
-        elif self._ends is not None:
-            with anyio.move_on_after(_LAST_LOOK_S), contextlib.suppress(RetriableError):
-                await self._ends.look()
-
     async def _closed(self, manager: TaskManager) -> None:
-        with anyio.move_on_after(_CLOSE_S):
+        with anyio.move_on_after(CLOSE_S):
             await manager.close()
         if self._log_is_away and self._sender is not None and self._open is not None:
             # Whatever is open would wait for the log once more, one after the other.
