@@ -294,12 +294,17 @@ class PlainStage(Stage):
 
     def set(self, key: Any, value: Any) -> None:
         overlay = self.overlay
-        if overlay.live.get(key, MISSING) is MISSING:
+        live, dirty = overlay.live, overlay.dirty
+        before = live.get(key, ABSENT)
+        if before is ABSENT or before is MISSING:
             overlay.check_key(key)
         elif type(key) is not overlay.sure_key_type:
             overlay.check_equal_key(key)
         held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
-        self._undo.write(overlay, key, held)
+        self._undo.append((overlay, key, held, before, dirty.get(key, ABSENT)))  # `Undo.write`, in place
+        live[key] = dirty[key] = held
+        if overlay.memory.is_in_use:
+            overlay.index((key,))
 
     def delete(self, key: Any) -> None:
         if type(key) is not self.overlay.sure_key_type:
