@@ -34,4 +34,4 @@ async def test_exactly_once_over_broken_connections(make_broker: Callable[..., B
                 await chaos.pass_time()
                 await chaos.happen(kind)
         await chaos.finish()
-        assert set(chaos.did) == set(FAULTS)
+        assert set(FAULTS) <= set(chaos.did)

@@ -51,13 +51,12 @@ class Client:
     Args:
         options: The cluster.
         client_id: How this process names itself.
-        request_timeout_ms: For one answer, if not the options'; a group's must exceed its rebalance time-out.
     """
 
-    def __init__(self, options: Kafka, client_id: str, *, request_timeout_ms: int | None = None) -> None:
+    def __init__(self, options: Kafka, client_id: str) -> None:
         self.options = options
         self.client_id = client_id
-        self.request_timeout_ms = request_timeout_ms or options.request_timeout_ms
+        self.request_timeout_ms = options.request_timeout_ms
         self.topics: dict[str, TopicMetadata] = {}
         self.unknown_since: dict[str, float] = {}
         self.topic_errors: dict[str, int] = {}

@@ -35,7 +35,6 @@ from streamflow.log.kafka.member import GroupMember, Vitals
 from streamflow.model.record import TopicPartition
 
 _FETCH_TIMEOUT_S = 30.0
-_REQUEST_MARGIN_MS = 10_000
 
 
 class KafkaGroup(Group):
@@ -227,9 +226,7 @@ class KafkaGroup(Group):
 
     async def _take_part(self) -> None:
         """In the control thread."""
-        timeout_ms = max(self._client.options.request_timeout_ms, self._settings.rebalance_timeout_ms)
-        options, client_id = self._client.options, self._client.client_id
-        async with Client(options, client_id, request_timeout_ms=timeout_ms + _REQUEST_MARGIN_MS) as client:
+        async with Client(self._client.options, self._client.client_id) as client:
             self._member = GroupMember(
                 client, self._group_id, self._topics, self._assignor, self._settings, self, self._vitals
             )

@@ -27,6 +27,7 @@ logger = logging.getLogger("streamflow.kafka")
 PROTOCOL = "streamflow-v1"
 _LEAVE_TIMEOUT_S = 2.0
 _METADATA_TIMEOUT_S = 3.0
+_LEAST_JOIN_TIMEOUT_S = 5.0
 _FATAL_JOIN = {
     codes.INCONSISTENT_GROUP_PROTOCOL: "other consumers of this group speak another protocol: give this app its own id",
     codes.INVALID_SESSION_TIMEOUT: "session_timeout_ms is outside the broker's group.min/max.session.timeout.ms",
@@ -171,7 +172,10 @@ class GroupMember:
             "consumer",
             [(PROTOCOL, claim)],
         )
-        joined = await self._client.send(node, call, "join")
+        # A round may take as long as others need to revoke. Its answer may be on a connection that is dead in silence
+        # all the same, so it is asked for again: the broker takes a repeated request of a member for the same one.
+        timeout_s = max(self._settings.session_timeout_ms / 1000, _LEAST_JOIN_TIMEOUT_S)
+        joined = await self._client.send(node, call, "join", timeout_s=timeout_s)
         if joined.error_code == codes.MEMBER_ID_REQUIRED:
             self._member_id = joined.member_id
             return None
@@ -182,7 +186,7 @@ class GroupMember:
         self._is_leader = joined.leader == joined.member_id
         assignments = await self._lead(joined) if self._is_leader else []
         call = wire.SYNC_GROUP(self._group_id, joined.generation, self._member_id, None, assignments)
-        synced = await self._client.send(node, call, "join")
+        synced = await self._client.send(node, call, "join", timeout_s=timeout_s)
         if synced.error_code:
             self._on_error(synced.error_code, "sync with")
             return None

@@ -19,9 +19,12 @@ from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import Watched, spread, until
+from tests.kafka.broker import free_port
+from tests.kafka.proxy import Proxy, api_key
 
 pytestmark = pytest.mark.kafka
 
+JOIN_GROUP, SYNC_GROUP = 11, 14
 SETTINGS = GroupSettings(session_timeout_ms=6000, heartbeat_interval_ms=100)
 SHORT = GroupSettings(session_timeout_ms=1000, heartbeat_interval_ms=100)
 
@@ -384,3 +387,31 @@ async def test_a_commit_never_goes_out_without_a_member_id_or_generation(open_lo
             for bad in (Membership(group_id, "", 1), Membership(group_id, "m", -1), Membership("other", "m", 1)):
                 with pytest.raises(TaskMigratedError):
                     await group.commit({tp: OffsetMark(1)}, bad)
+
+
+@pytest.mark.parametrize("key", [JOIN_GROUP, SYNC_GROUP], ids=["join", "sync"])
+async def test_a_join_on_a_connection_that_is_dead_in_silence_is_asked_again(make_broker, key):
+    """Its answer may take as long as the rebalance may; who waits for it on a dead connection is without work."""
+    port = free_port()
+    broker = make_broker(proxied_port=port)
+    silent = []
+
+    def decide(request):
+        if api_key(request) == key and len(silent) < 1 and armed:
+            silent.append(request)
+            return "fall silent"
+        return "pass"
+
+    armed = False
+    async with (
+        Proxy(port, int(broker.listener("PROXIED").rpartition(":")[2]), on_request=decide),
+        KafkaLog(Kafka(servers=broker.bootstrap), client_id="test") as log,
+        KafkaLog(Kafka(servers=f"127.0.0.1:{port}"), client_id="test") as behind,
+    ):
+        await log.admin.create([NewTopic("t", 4)])
+        async with member(behind, "g", "t", SHORT) as a:
+            await until(lambda: len(a.owned) == 4)
+            armed = True
+            async with member(log, "g", "t", SHORT) as b:
+                await until(lambda: silent)
+                await until(lambda: (len(a.owned), len(b.owned)) == (2, 2))
