@@ -148,4 +148,5 @@ class LocalStates:
             changelog.key_codec.serializer,
             changelog.value_codec.serializer,
             FORMAT,
+            "" if table.ttl_s is None else "stream time",
         )

@@ -24,6 +24,7 @@ class TableIdentity(msgspec.Struct, frozen=True):
         key_serializer: Name of the serializer of its keys in the changelog.
         value_serializer: Name of the serializer of its values.
         format: Number of the value format (`state/format.py`).
+        expiry: What its values expire by; empty where they live for ever.
     """
 
     changelog: str
@@ -32,6 +33,7 @@ class TableIdentity(msgspec.Struct, frozen=True):
     key_serializer: str
     value_serializer: str
     format: int = 1
+    expiry: str = ""
 
 
 class Identity(msgspec.Struct, frozen=True):

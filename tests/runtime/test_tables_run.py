@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
@@ -721,6 +722,27 @@ async def test_expiry_goes_on_after_a_restart(tmp_path, keeps_its_state):
     app, source, table = counting(partitions=1, ttl_s=10)
     async with app.running(**settings("third")):
         assert dict(table.items()) == {"late": 2, "later": 3}  # stream time was not forgotten
+
+
+@pytest.mark.parametrize("keeps_its_state", [True, False])
+async def test_values_from_before_ttl_s_was_added_expire_whatever_became_of_the_local_state(tmp_path, keeps_its_state):
+    def settings(run: str) -> dict[str, Any]:
+        folder = tmp_path / ("state" if keeps_its_state else run)
+        return {"broker": f"sqlite:///{tmp_path}/log.db", "data_dir": str(folder), "commit_interval_ms": 20}
+
+    now_ms = round(time.time() * 1000)
+    app, source, table = counting(partitions=1)
+    async with app.running(**settings("first")):
+        await source.send(key="early", value=1, timestamp_ms=now_ms)
+        await until(lambda: "early" in table, within_s=20)
+    app, source, table = counting(partitions=1, ttl_s=600)
+    async with app.running(**settings("second")):
+        await source.send(key="now", value=2, timestamp_ms=now_ms)
+        await until(lambda: "now" in table, within_s=20)
+        assert dict(table.items()) == {"early": 1, "now": 2}
+        await source.send(key="later", value=3, timestamp_ms=now_ms + 700_000)
+        await until(lambda: "later" in table, within_s=20)
+        assert dict(table.items()) == {"later": 3}
 
 
 async def test_another_loop_is_told_where_to_change_tables():
