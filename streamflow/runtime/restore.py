@@ -11,7 +11,8 @@ A store that the log does not bear out (it reaches further than the log, or miss
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import anyio
@@ -140,11 +141,42 @@ class Restorer:
 
         Cancellation: what was restored so far is kept.
         """
+        with self._counted(task, tables):
+            _refuse_other_changelogs(task, tables, mark)
+            _refuse_other_serializers(task, tables, mark)
+            spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
+            await self._note_beginning(tables, spans)
+            if is_new:
+                _refuse_kept_state(task, tables)
+            for span in spans:
+                tables.restoring.remaining += max(0, span.target - span.position)
+            for span in spans:
+                if span.position < span.target:
+                    await self._read(task, tables, span, is_new=is_new)
+                    self._take_back(tables.overlays[span.table], span)
+                tables.positions[span.table] = span.committed
+                tables.ends[span.table] = span.target
+            for name, time_ms in mark.times.items():
+                overlay = tables.overlays.get(name)
+                if overlay is not None:
+                    overlay.advance(time_ms)
+            for name, overlay in tables.overlays.items():
+                if tables.tables[name].source is None:
+                    await load_schemas(overlay, tables.tables[name].changelog.value_codec)
+            pinned = frozenset[str]() if mark.changelogs is None else mark.changelogs.keys()
+            tables.is_pinned = pinned >= set(tables.changelogs().values())
+            await tables.level()
+            for overlay in tables.overlays.values():
+                overlay.committed_stream_time_ms = overlay.stream_time_ms
+
+    @contextmanager
+    def _counted(self, task: str, tables: TaskTables) -> Generator[None]:
+        """One of the restores that go on together; the last one says what all have read."""
         if not self._going_on:
             self._since_s = self._clock.monotonic()
         self._going_on += 1
         try:
-            await self._restore(task, tables, mark, is_new=is_new, filled=filled, starts=starts)
+            yield
             self._done[task] = tables.restoring.records
         finally:
             self._going_on -= 1
@@ -161,43 +193,6 @@ class Restorer:
         tasks = ", ".join(f"{task} {read}" for task, read in done[:_NAMED])
         more = f" and {len(done) - _NAMED} tasks more" if len(done) > _NAMED else ""
         logger.info("restored %d records in %.1f s (%.0f/s): %s%s", records, seconds, records / seconds, tasks, more)
-
-    async def _restore(
-        self,
-        task: str,
-        tables: TaskTables,
-        mark: CommitMark,
-        *,
-        is_new: bool,
-        filled: Sequence[SourceTable],
-        starts: Mapping[TopicPartition, int],
-    ) -> None:
-        _refuse_other_changelogs(task, tables, mark)
-        _refuse_other_serializers(task, tables, mark)
-        spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
-        await self._note_beginning(tables, spans)
-        if is_new:
-            _refuse_kept_state(task, tables)
-        for span in spans:
-            tables.restoring.remaining += max(0, span.target - span.position)
-        for span in spans:
-            if span.position < span.target:
-                await self._read(task, tables, span, is_new=is_new)
-                self._take_back(tables.overlays[span.table], span)
-            tables.positions[span.table] = span.committed
-            tables.ends[span.table] = span.target
-        for name, time_ms in mark.times.items():
-            overlay = tables.overlays.get(name)
-            if overlay is not None:
-                overlay.advance(time_ms)
-        for name, overlay in tables.overlays.items():
-            if tables.tables[name].source is None:
-                await load_schemas(overlay, tables.tables[name].changelog.value_codec)
-        pinned = frozenset[str]() if mark.changelogs is None else mark.changelogs.keys()
-        tables.is_pinned = pinned >= set(tables.changelogs().values())
-        await tables.level()
-        for overlay in tables.overlays.values():
-            overlay.committed_stream_time_ms = overlay.stream_time_ms
 
     async def _spans(self, tables: TaskTables, mark: CommitMark) -> list[_Span]:
         """What is to be read.
