@@ -8,7 +8,6 @@ would find tables that nobody holds. So those that hold partitions must have bee
 from __future__ import annotations
 
 import logging
-import time
 
 import anyio
 
@@ -33,11 +32,11 @@ async def first_assignment(manager: TaskManager, group: Group, admin: Admin, app
         app: The app's id, which is its group.
         settings: For the session time-out, in a message.
     """
-    since_s, told = time.monotonic(), False
+    since_s, told = anyio.current_time(), False
     while not manager.assigned_once.is_set() and not _is_idle(group):
         with anyio.move_on_after(_POLL_S):
             await manager.assigned_once.wait()
-        if not told and time.monotonic() - since_s > _TOLD_AFTER_S and not manager.assigned_once.is_set():
+        if not told and anyio.current_time() - since_s > _TOLD_AFTER_S and not manager.assigned_once.is_set():
             told = await _tell(group, admin, app, settings)
 
 
