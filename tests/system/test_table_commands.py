@@ -165,3 +165,30 @@ async def test_a_reset_to_the_latest_offset_leaves_what_was_there_unread(system:
     await system.write("numbers", new)
     await worked_off(system, old, new)
     assert await table(system) == sums(new)
+
+
+EARLIER = """
+sums = app.table("sums", key_type=int, value_type=int, default=int)
+
+def third(number: int) -> int:
+    return number % 3
+
+@app.agent(numbers.group_by(third, name="thirds", key_type=int))
+async def add(stream: sf.Stream[int]) -> None:
+    async for key, number in stream.items():
+        sums[key] += number
+"""
+
+
+async def test_a_reset_finds_topics_that_only_an_earlier_version_of_the_app_declares(system: System) -> None:
+    system.write_app(EARLIER)
+    await system.create("numbers")
+    await system.write("numbers", numbered(50))
+    worker = await system.started()
+    await system.has_committed("numbers", 50)
+    assert await worker.stops() == STOPPED
+    system.write_app(TOTALS)
+    told = await _errors(system, "reset", "app.py", "--yes")
+    left = {system.topic("sums-changelog"), system.topic("thirds-repartition")}
+    assert all(f" topic {name}, which the app does not declare, about " in told for name in left)
+    assert not left.intersection(await (await system.log()).admin.topics())
