@@ -206,6 +206,7 @@ _SEVERAL_WRITINGS: dict[type[info.Type], str] = {
     info.AnyType: "values of any type",
 }
 _NUMBERS = (info.IntType, info.BoolType)
+_MADE_IN = ("<string>", "<attrs generated")
 
 
 def equal_in_several_writings(form: Any) -> str:
@@ -223,12 +224,25 @@ def _several_writings(known: info.Type, seen: set[Any]) -> str:
         if known.cls in seen:
             return ""
         seen.add(known.cls)
-        if not all(
-            getattr(field, "compare", True) for field in getattr(known.cls, "__dataclass_fields__", {}).values()
-        ):
-            return "a field with compare=False"
+        if own := _own_equality(known.cls):
+            return own
         return _first_of([field.type for field in known.fields], seen)
     return found or _first_of([part for _, part in _parts(known, "$")], seen)
+
+
+def _own_equality(cls: Any) -> str:
+    """How the equality of a class may pass over some of its fields; empty where it surely does not."""
+    cls = get_origin(cls) or cls
+    if not all(getattr(field, "compare", True) for field in getattr(cls, "__dataclass_fields__", {}).values()):
+        return "a field with compare=False"
+    if not all(getattr(field, "eq", True) for field in getattr(cls, "__attrs_attrs__", ())):
+        return "a field with eq=False"
+    equality = cls.__eq__
+    if equality in (object.__eq__, tuple.__eq__, dict.__eq__, msgspec.Struct.__eq__):
+        return ""
+    # What dataclasses and attrs make is compiled from text, and stands in no file.
+    is_made = getattr(equality, "__code__", None) is not None and equality.__code__.co_filename.startswith(_MADE_IN)
+    return "" if is_made else f"a class with an __eq__ of its own ({type_name(cls)})"
 
 
 def _first_of(parts: Iterable[info.Type], seen: set[Any]) -> str:

@@ -168,8 +168,7 @@ class SharedStage(Stage):
         if versions and versions[-1][0] > self._number():
             return True
         before = self._seen.get(key, _ABSENT)
-        now = before if before is _ABSENT else self._newest(key)
-        return now is not before and bool(now != before)
+        return before is not _ABSENT and not self.overlay.values.are_same(before, self._newest(key))
 
     def _saw(self, key: Any, held: Any) -> None:
         if key not in self._seen and key not in self.writes:

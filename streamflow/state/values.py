@@ -65,7 +65,7 @@ class Values:
         self._decode: Callable[[bytes], Any] = codec.fast_decode or self._decode_with_headers
         self._is_deep = codec.type not in _SHALLOW or codec.load_schema is not None
         self._takes_null_for_float = codec.serializer == "json" and takes_null_for_float(codec.type)
-        self._has_sets = not self.are_objects and holds_sets(codec.type)
+        self._has_sets = holds_sets(codec.type)
         exact = codec.exact_type if self.are_objects else None
         self.sure_type: type | None = exact if exact in _ALWAYS_WRITABLE else None
         encode = codec.fast_encode if self.sure_type is not None else codec.encode
@@ -164,6 +164,18 @@ class Values:
         if data == before or (self._has_sets and self._is_same(before, value)):
             return None
         return self._readable(data, value)
+
+    def are_same(self, one: Any, other: Any) -> bool:
+        """Whether what is held is the same, `MISSING` included; == passes over what a class leaves out.
+
+        Args:
+            one: What is held.
+            other: What is held, too.
+        """
+        if one is other or one is MISSING or other is MISSING:
+            return one is other
+        data = self.payload(one)
+        return data == self.payload(other) or (self._has_sets and self._is_same(data, self.value(other, None)))
 
     def _is_same(self, before: bytes, value: Any) -> bool:
         """Whether a value is what it was, in whatever order its sets are; == passes over what a class leaves out."""

@@ -302,8 +302,32 @@ class Noted:
     note: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True)
+class Likened:
+    name: str
+    note: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Likened) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class Alike(msgspec.Struct, frozen=True):
+    name: str
+    note: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
 @pytest.mark.parametrize(
-    "form", [Decimal, Priced, int | float, int | bool, tuple[Decimal, str], dict[str, float], Any, Noted]
+    "form",
+    [Decimal, Priced, int | float, int | bool, tuple[Decimal, str], dict[str, float], Any, Noted, Likened, Alike],
 )
 def test_keys_that_are_equal_and_written_differently_are_refused(form: Any) -> None:
     codec = bind_codec(form, None, topic="t", part="key")

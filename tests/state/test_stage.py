@@ -224,6 +224,46 @@ def test_a_write_on_what_an_earlier_record_has_changed_since_is_refused():
         stages["second"].set("k", 2)
 
 
+class Measured(NamedTuple):
+    count: int | bool
+
+
+@dataclass(frozen=True)
+class Remarked:
+    count: int
+    remark: str = field(default="", compare=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "first", "second"),
+    [(Remarked, Remarked(1), Remarked(1, "counted")), (Measured, Measured(1), Measured(True))],
+)
+def test_a_change_that_equality_passes_over_is_a_change_to_other_turns(form: Any, first: Any, second: Any) -> None:
+    parts = Parts(str, form)
+    parts.overlay.merge({"k": first})
+    stages = shared(parts, {"first": 1, "second": 2})
+    assert stages["second"].get("k") == first
+    stages["first"].set("k", second)
+    stages["first"].close()
+    with pytest.raises(ProcessingError, match="two records in progress"):
+        stages["second"].set("k", first)
+
+
+def test_what_is_read_from_the_store_again_is_no_change() -> None:
+    forms: list[tuple[Any, Any]] = [(frozenset[str], frozenset("abcdef")), (float, math.nan), (str, "x" * 100)]
+    for form, value in forms:
+        parts = Parts(str, form)
+        parts.overlay.merge({"k": value})
+        parts.seal()
+        parts.overlay.settle()
+        parts.write_store()
+        parts.overlay.live.clear()
+        (stage,) = shared(parts, {"only": 1}).values()
+        stage.get("k")
+        parts.overlay.live.clear()
+        stage.set("k", value)
+
+
 def test_what_iteration_gave_out_counts_as_read():
     parts = Parts(str, int)
     stages = shared(parts, {"first": 1, "second": 2})
