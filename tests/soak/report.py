@@ -18,6 +18,10 @@ DESCRIPTOR_ROOM = 40
 FILES_PER_STORE = 32
 """What a store may have on disk: files wait to be merged until a table has four; each open after a crash adds some."""
 _ROWS = 9
+_RIGHT = {
+    "exactly_once": "every output, table and store is the fold of its input",
+    "at_least_once": "nothing is missing, each fault repeats one commit interval at most, tables and stores are the fold",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def report(outcome: Outcome, watch: Watch, found: Sequence[str]) -> str:
         "workers stopped beyond session and transaction time-out (SIGSTOP)": outcome.did.get("pause", 0),
         "brokers killed and restarted": outcome.did.get("broker", 0),
         "workers taken for dead though nobody stopped them (a busy machine)": outcome.did.get("loss", 0),
-        "outputs that came more than once": outcome.repeated,
+        "outputs that came more than once": f"{outcome.repeated:,}",
         "memory of worker 1, most of 2nd and of last quarter": _both(watch, lambda sample: sample.rss_mib[0], " MiB"),
         "open files of worker 1, likewise": _both(watch, lambda sample: sample.descriptors[0]),
         "files of all stores, likewise": _both(watch, lambda sample: sample.store_files),
@@ -86,7 +90,7 @@ def report(outcome: Outcome, watch: Watch, found: Sequence[str]) -> str:
         "load of the machine (2 cores: 2 is full), mean": f"{_mean([each.machine_load for each in samples]):.1f}",
         "check of every record afterwards": f"{outcome.check_s:.0f} s",
         "seed, Python": f"{outcome.seed}, {platform.python_version()}",
-        "**verdict**": "**" + ("; ".join(found) or "every output, table and store is the fold of its input") + "**",
+        "**verdict**": "**" + ("; ".join(found) or _RIGHT[outcome.guarantee]) + "**",
     }
     lines = ["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     return "\n".join([*lines, *_over_time(watch.spread(_ROWS)), ""])
