@@ -245,9 +245,17 @@ class AtLeastOnce(Commits):
     def _owned(
         self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]
     ) -> list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]:
-        """Those of the tasks whose partitions are all still this member's."""
+        """Those of the tasks whose partitions are all still this member's.
+
+        The others are lost from here on, also where the group's event that says so is still to come: what was sealed of
+        them is in no later commit, so none may be made for them when their partitions are back before that event.
+        """
         assignment = self._group().assignment
-        return [each for each in taken if not each[0].lost and assignment.issuperset(each[0].committed)]
+        for task, _ in taken:
+            if not task.lost and not assignment.issuperset(task.committed):
+                logger.warning("task %s has gone to another worker; what it had is dropped", task.name)
+                self._is_overtaken(task)
+        return [each for each in taken if not each[0].lost]
 
 
 def _is_pinned(task: TaskView) -> bool:

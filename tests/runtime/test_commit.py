@@ -485,6 +485,12 @@ async def test_at_least_once_repeats_only_the_offsets_and_leaves_out_what_is_gon
     assert at.producer.enqueued == [b"5", b"3"]
     assert at.group.commits == [{B: 3}]
     assert at.a.committed == {A: 0}
+    assert at.overtaken == [at.a]
+    at.group.assignment = frozenset({A, B})  # before anybody was told that A had gone
+    at.a.work(6)
+    at.b.work(4)
+    await at.commit()
+    assert at.group.commits[1:] == [{B: 4}]
 
 
 async def test_at_least_once_does_not_fall_back_behind_a_worker_that_had_the_partition_meanwhile() -> None:

@@ -1,12 +1,13 @@
 """At least once, a changelog may end in records of updates whose offsets were never committed: they count once."""
 
+import asyncio
 from typing import Any
 
 import anyio
 import pytest
 
 import streamflow as sf
-from streamflow.errors import RetriableError
+from streamflow.errors import RetriableError, TaskMigratedError
 from streamflow.log.api import Membership, OffsetMark
 from streamflow.log.batch import BatchBuilder, SealedBatch
 from streamflow.log.codec import NONE
@@ -299,6 +300,39 @@ async def test_a_commit_while_tables_are_restored_says_nothing_of_where_they_sta
         assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
         assert counts.second is not None
         assert dict(counts.second) == {"a": 2, "b": 1, "c": 1}
+
+
+async def test_a_partition_that_is_back_before_its_loss_was_told_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commit in between had sealed is in no later one: the offsets would pass updates that no mark counts."""
+    counts = Counts()
+    async with Machine(counts.app, processing_guarantee=AT_LEAST_ONCE) as machine:
+        running = await machine.start()
+        await send(machine, counts, "a", "b")
+        await machine.settle()
+        await send(machine, counts, "a", "c")
+        await processed(running, 4)
+        group = running.worker.group
+        assert group is not None
+        with monkeypatch.context() as patch:
+
+            async def refuse(*_: Any) -> None:
+                patch.setattr(type(group), "assignment", frozenset())
+                raise TaskMigratedError("the session is over")
+
+            patch.setattr(group, "commit", refuse)
+            committing = asyncio.ensure_future(machine.commit(running))
+
+            def is_over() -> bool:
+                machine.clock.advance(0.05)
+                return committing.done()
+
+            await until(is_over)
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
+        await machine.crash(running)
+        await machine.start()
+        await machine.settle()
+        assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
 
 
 CHANGELOG = TopicPartition("counts-totals-changelog", 0)
