@@ -20,7 +20,7 @@ FILES_PER_STORE = 32
 _ROWS = 9
 _RIGHT = {
     "exactly_once": "every output, table and store is the fold of its input",
-    "at_least_once": "nothing is missing, each fault repeats one commit interval at most, tables and stores are the fold",
+    "at_least_once": "nothing is missing, a fault repeats one commit interval at most, tables and stores are the fold",
 }
 
 
