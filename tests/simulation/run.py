@@ -103,9 +103,12 @@ async def _settle(world: World, log: Log) -> None:
         if world.breaks is not None:
             raise world.breaks
         behind = await _behind(world, log)
-        is_awake = all(each.process.state == "running" for each in world.running)  # and has sent what it had to
-        settled_looks = settled_looks + 1 if not behind and not world.under_way and world.running and is_awake else 0
-        if settled_looks == 2:
+        is_settled = not behind and not world.under_way and bool(world.running)
+        if world.plan.guarantee == "at_least_once":  # who is stopped sends what it had to when it goes on
+            is_settled = is_settled and all(each.process.state == "running" for each in world.running)
+            settled_looks = settled_looks + 1 if is_settled else 0
+            is_settled = settled_looks == 2
+        if is_settled:
             return
         if world.loop.time() > until_s:
             status = [(each.process.name, each.process.state) for each in world.running]
