@@ -7,7 +7,7 @@ the send joins the turn's stage; elsewhere it goes through the sender that the r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeAlias
@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 from streamflow.errors import ClosedError
 from streamflow.model.record import Headers, RecordMetadata
+from streamflow.state.stage import PlainStage, Stage
 
 Outgoing: TypeAlias = tuple[Any, Any, Any, int | None, int | None, Headers]
 """A record to send as user code gives it: topic, key, value, partition, timestamp, headers (see `Topic.send`)."""
@@ -27,7 +28,43 @@ class RunningApp(Protocol):
 
 
 class Turn(Protocol):
-    """The turn of one record (or one `take` batch) in one agent."""
+    """The turn of one record (or one `take` batch) in one agent; or what stands for it elsewhere."""
+
+    @property
+    def record(self) -> Any:
+        """The record in hand, the last one of a unit; None between records, and where there is none."""
+
+    @property
+    def owner(self) -> asyncio.Task[Any] | None:
+        """The task that the agent runs in; None where it is no agent's turn."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """That task's loop."""
+
+    @property
+    def stages(self) -> Mapping[str, Stage]:
+        """What the turn sees of the tables that it may touch, by full name."""
+        ...
+
+    @property
+    def at_hand(self) -> Mapping[str, PlainStage]:
+        """Those that may be touched without looking who asks, since the agent's own code runs."""
+        ...
+
+    def may_touch(self) -> bool:
+        """Whether the caller works for the turn: it is the agent, or a task or thread that it waits for."""
+        ...
+
+    def check_alive(self) -> None:
+        """Raise `ClosedError` where the caller does not work for the turn."""
+
+    def refuse_table(self, table: Any) -> None:
+        """Raise what says why a table that is not among `stages` may not be touched; else it is read as elsewhere."""
+
+    def timestamp_ms(self) -> int:
+        """Event time of the record in hand."""
+        ...
 
     def send(self, outgoing: Outgoing) -> None:
         """Add an output to the turn's stage.

@@ -54,6 +54,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     Attributes:
         app: The app that declared it.
         name: Its name.
+        full_name: The same among those of several apps in a process.
         key_type: Type of its keys.
         value_type: Type of its values.
         default: Makes the value that is read where there is none; None raises `KeyError` there.
@@ -86,6 +87,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     ) -> None:
         self.app = app
         self.name = check_name(name, "table")
+        self.full_name = f"{app.id}/{name}"
         self.place = place_of_call()
         self.source = source
         if key_type is None and key_serializer is None:
@@ -211,10 +213,10 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
 
     def stage_in_turn(self) -> Stage | None:
         """The stage of the record's turn that the caller stands in; None elsewhere."""
-        turn: Any = current_turn.get()
+        turn = current_turn.get()
         if turn is None:
             return None
-        stage: Stage | None = turn.stages.get(self.name)
+        stage: Stage | None = turn.stages.get(self.full_name)
         if stage is None:
             turn.refuse_table(self)
             return None
@@ -247,7 +249,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         self.refuse_if_filled()
         stage = self.stage_in_turn()
         if stage is None:
-            turn: Any = current_turn.get()
+            turn = current_turn.get()
             if turn is not None:
                 turn.check_alive()
             raise ClosedError(
@@ -290,9 +292,9 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     # --- reading -----------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: K) -> V:
-        turn: Any = _turn_of_caller()
+        turn = _turn_of_caller()
         if turn is not None and turn.record is not None:  # the hot path, as short as it can be
-            plain = turn.at_hand.get(self.name)
+            plain = turn.at_hand.get(self.full_name)
             if plain is not None:
                 known: V = plain.overlay.live.get(key, MISSING)
                 if known is not MISSING:
@@ -340,9 +342,9 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
     # --- writing -----------------------------------------------------------------------------------------------
 
     def __setitem__(self, key: K, value: V) -> None:
-        turn: Any = _turn_of_caller()
+        turn = _turn_of_caller()
         if turn is not None and turn.record is not None:
-            plain = turn.at_hand.get(self.name)
+            plain = turn.at_hand.get(self.full_name)
             if plain is not None:
                 plain.set(key, value)
                 return
@@ -396,7 +398,7 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
 
     def _refuse_in_turn(self) -> None:
         """Between records, too, an agent would wait for a turn that it keeps from coming."""
-        turn: Any = current_turn.get()
+        turn = current_turn.get()
         if turn is not None and (
             self.stage_in_turn() is not None or (turn.owner is not None and current_task() is turn.owner)
         ):

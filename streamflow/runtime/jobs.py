@@ -9,8 +9,9 @@ worker.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import anyio
@@ -25,7 +26,7 @@ from streamflow.runtime.cancellation import call_user
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.task import Task
 from streamflow.sensors import Sensors
-from streamflow.state.stage import Stage
+from streamflow.state.stage import PlainStage, Stage
 
 logger = logging.getLogger("streamflow.jobs")
 
@@ -45,8 +46,13 @@ class LeaderTurn:
         self._at_once = at_once
         self._stage: list[Staged] = []
         self._open = True
-        # Tables are read here as elsewhere outside of records: what is committed.
-        self.stages: dict[str, Stage] = {}
+
+    # Tables are read here as elsewhere outside of records: what is committed; and changed by `update_async`.
+    record = None
+    owner: asyncio.Task[Any] | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+    stages: Mapping[str, Stage] = {}
+    at_hand: Mapping[str, PlainStage] = {}
 
     def send(self, outgoing: Outgoing) -> None:
         """See `processing.context.Turn.send`."""
@@ -71,6 +77,14 @@ class LeaderTurn:
 
     def refuse_table(self, table: object) -> None:
         """Tables are read as elsewhere; see `stages`."""
+
+    def may_touch(self) -> bool:
+        """No: see `stages`."""
+        return False
+
+    def timestamp_ms(self) -> int:
+        """The clock's time."""
+        return self._task.clock.now_ms()
 
     def check_alive(self) -> None:
         """Nothing to check: tables are not written in this turn."""

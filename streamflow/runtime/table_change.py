@@ -9,13 +9,14 @@ from typing import Any
 from streamflow.errors import ClosedError
 from streamflow.processing.context import Outgoing, current_turn
 from streamflow.state.overlay import Overlay
-from streamflow.state.stage import Stage
+from streamflow.state.stage import PlainStage, Stage
 
 
 class ChangeTurn:
     """What the function of a change stands in: it may touch the table that it changes, and nothing else.
 
     Args:
+        full_name: The table's.
         stage: The table.
         now_ms: The clock's time.
     """
@@ -23,10 +24,10 @@ class ChangeTurn:
     owner: asyncio.Task[Any] | None = None
     record = None
     loop: asyncio.AbstractEventLoop | None = None
-    at_hand: Mapping[str, Any] = {}
+    at_hand: Mapping[str, PlainStage] = {}
 
-    def __init__(self, stage: Stage, now_ms: int) -> None:
-        self.stages = {stage.overlay.name: stage}
+    def __init__(self, full_name: str, stage: Stage, now_ms: int) -> None:
+        self.stages = {full_name: stage}
         self._now_ms = now_ms
         self._is_over = False
 
@@ -48,7 +49,8 @@ class ChangeTurn:
         Raises:
             ClosedError: Always.
         """
-        raise ClosedError(f"table {table.name!r} is touched by a function that changes another one, {[*self.stages]}")
+        (changed,) = (stage.overlay.name for stage in self.stages.values())
+        raise ClosedError(f"table {table.name!r} is touched by a function that changes another one, {changed!r}")
 
     def send(self, outgoing: Outgoing) -> None:
         """Nothing is sent from here.
@@ -96,10 +98,11 @@ class TableChange:
         """What the function returned, once its writes are committed; raises what it raised."""
         return await self._done
 
-    def make(self, overlay: Overlay, now_ms: int) -> bool:
+    def make(self, full_name: str, overlay: Overlay, now_ms: int) -> bool:
         """Run the function.
 
         Args:
+            full_name: The table's.
             overlay: The table in this task.
             now_ms: The clock's time.
 
@@ -109,7 +112,7 @@ class TableChange:
         if self.is_over:
             return False  # whoever asked was cancelled before it began
         stage = Stage(overlay, _nobody_looks)
-        turn = ChangeTurn(stage, now_ms)
+        turn = ChangeTurn(full_name, stage, now_ms)
         if overlay.ttl_ms is not None:
             stage.advance(turn.timestamp_ms())
         token = current_turn.set(turn)

@@ -44,7 +44,7 @@ class TaskChanges:
         has_written = False
         while self._asked:
             change = self._asked.popleft()
-            if change.make(tables.overlays[change.table], now_ms):
+            if change.make(tables.tables[change.table].full_name, tables.overlays[change.table], now_ms):
                 self._made.append(change)
                 self._owed.add(change)
                 has_written = True

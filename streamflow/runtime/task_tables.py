@@ -190,7 +190,7 @@ class TaskTables:
     def stages(
         self, names: Sequence[str], touched: Callable[[Stage], None], number: Callable[[], int], *, shared: bool
     ) -> dict[str, Stage]:
-        """What the turns of one feed see of the tables.
+        """What the turns of one feed see of the tables, by their full names.
 
         Args:
             names: The agent's tables.
@@ -198,7 +198,7 @@ class TaskTables:
             number: See `SharedStage`.
             shared: Whether several turns of the task may be in progress at once.
         """
-        return {name: self._stage_of(name, touched, number, shared=shared) for name in names}
+        return {self.tables[each].full_name: self._stage_of(each, touched, number, shared=shared) for each in names}
 
     def _stage_of(
         self, name: str, touched: Callable[[Stage], None], number: Callable[[], int], *, shared: bool

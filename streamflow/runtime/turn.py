@@ -82,7 +82,7 @@ class Turn:
         self.call: object = None
         self.has_answered = False
         self.thread_id: int | None = None
-        # The asyncio task the agent runs in, and what it sees of the tables it may touch, by name.
+        # The asyncio task the agent runs in, and what it sees of the tables it may touch, by full name.
         self.owner: Any = None
         self.loop: Any = None
         self.stages: dict[str, Stage] = {}
@@ -118,7 +118,7 @@ class Turn:
         """Let it touch tables.
 
         Args:
-            stages: What it sees of them, by name.
+            stages: What it sees of them, by full name.
             undo: Notes what it writes to the plain ones.
         """
         self.stages, self.undo = stages, undo

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import logging
+from typing import Any
 
 import pytest
 
@@ -158,6 +159,35 @@ async def test_the_leader_alone_runs_leader_timers_and_their_sends_join_its_comm
         await until(lambda: "numbers-0" in other.tasks)
         machine.clock.advance(10)
         await until(lambda: len(fired) == 4)
+
+
+async def test_leader_timers_read_what_is_committed_of_tables_and_change_it_like_other_timers() -> None:
+    app = sf.App("leader", partitions=1)
+    numbers = app.topic("numbers", key_type=str, value_type=int)
+    counts = app.table("counts", key_type=str, value_type=int)
+    tags = app.set_table("tags", key_type=str, member_type=str)
+    read: list[Any] = []
+
+    @app.agent(numbers, tables=[counts, tags])
+    def work(number: int) -> None:
+        counts["k"] = number
+        tags["k"].add("one")
+
+    @app.timer(10, on_leader=True)
+    async def tick() -> None:
+        read.append((counts["k"], "k" in counts, dict(counts.items()), set(tags["k"])))
+        for refused in (lambda: counts.update(k=1), lambda: counts.pop("k"), lambda: tags["k"].add("two")):
+            with pytest.raises(sf.ClosedError, match="update_async"):
+                refused()
+        assert await counts.update_async("k", lambda count: (count or 0) + 1) == 6
+        read.append(counts["k"])
+
+    async with TestApp(app) as test:
+        await test.send(numbers, 5, key="k")
+        await test.settle()
+        await test.advance(10)
+        await test.settle()
+        assert read == [(5, True, {"k": 5}, {"one"}), 6]
 
 
 async def test_a_leader_task_that_never_ends_sends_all_the_same() -> None:

@@ -781,6 +781,30 @@ async def test_a_table_that_only_looks_like_the_changed_one_is_refused_within_a_
             await table.update_async("a", change)
 
 
+@pytest.mark.parametrize("value_type", [int, list[int]])
+async def test_a_table_of_another_app_is_not_the_agents_own_of_the_same_name(value_type):
+    app, other = sf.App("one", partitions=1), sf.App("other", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    own = app.table("t", key_type=str, value_type=value_type)
+    foreign = other.table("t", key_type=str, value_type=value_type)
+    refused: list[str] = []
+
+    @app.agent(source, tables=[own])
+    async def run(number: int) -> None:
+        for touch in (lambda: foreign.get("k"), lambda: foreign["k"], lambda: foreign.update(k=own["k"])):
+            own["k"] = 5 if value_type is int else [5]
+            try:
+                touch()
+            except sf.TopologyError as error:
+                refused.append(str(error))
+
+    async with TestApp(app) as test:
+        await test.send(source, 1, key="k")
+        await test.settle()
+    assert len(refused) == 3
+    assert all("touches table 't', which its code does not name" in text for text in refused)
+
+
 async def _ignore(stream: sf.Stream[int]) -> None:
     async for _ in stream:
         pass
