@@ -2,15 +2,15 @@
 
 From the newest to the oldest:
 
-- `dirty`: written by turns that are done, and in no commit yet;
+- `dirty`: written, and in no commit yet: by turns that are done, and by the plain stages of the one in progress, whose
+  writes are taken out while a commit is sealed (`state/undo.py`);
 - sealed: in a commit that the log has not confirmed yet, one layer per commit;
 - settled: committed, and waiting in memory for the next write of the store (or being written);
 - the store.
 
-`live` is a cache over all of them, of what a turn sees that has written nothing itself. It may be emptied at any
-moment. Committed reads look at the settled layers and the store only. Above the store all layers are by key, with what
-is held of it; store keys and packed values are made where the store is written, since most values are written again
-before that.
+`live` is a cache over all of them, which may be emptied at any moment. Committed reads look at the settled layers and
+the store only. Above the store all layers are by key, with what is held of it; store keys and packed values are made
+where the store is written, since most values are written again before that.
 
 Invariants: a key's newest value is in `live` or found in the layers below; nothing enters the store that the log has
 not committed; a layer moves down whole.

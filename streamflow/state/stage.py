@@ -1,8 +1,9 @@
 """What one turn sees of a table: its own writes over the task's values.
 
-A turn's writes join the task's only when the turn is done, in the order of its records; a turn that fails is dropped.
-Values that can be changed in place are handed out as copies and compared when the turn is done: what user code did to
-them counts as a write.
+A turn's writes wait in its stage until the turn is done and join the task's values in the order of the records; those
+of a `PlainStage` join them at once, and are undone. Either way a turn that fails has written nothing. Values that can
+be changed in place are handed out as copies and compared when the turn is done: what user code did to them counts as a
+write.
 """
 
 from __future__ import annotations
