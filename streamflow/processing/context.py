@@ -53,7 +53,11 @@ class Turn(Protocol):
         ...
 
     def may_touch(self) -> bool:
-        """Whether the caller works for the turn: it is the agent, or a task or thread that it waits for."""
+        """Whether the caller works for the turn: it is the agent, or a task that it waits for.
+
+        Raises:
+            ClosedError: It is a thread of the agent's, which would read neither this turn's writes nor the last ones.
+        """
         ...
 
     def check_alive(self) -> None:

@@ -82,6 +82,7 @@ class Turn:
         self.call: object = None
         self.has_answered = False
         self.thread_id: int | None = None
+        self._loop_thread_id = threading.get_ident()
         # The asyncio task the agent runs in, and what it sees of the tables it may touch, by full name.
         self.owner: Any = None
         self.loop: Any = None
@@ -199,7 +200,17 @@ class Turn:
         return self.call, self.unit if self.unit is not None else self.record
 
     def may_touch(self) -> bool:
-        """Whether the caller works for the unit in hand: it is the agent, or a task or thread that it waits for."""
+        """Whether the caller works for the unit in hand: it is the agent, or a task that it waits for.
+
+        Raises:
+            ClosedError: It is a thread that the agent has started: it would read what is committed, and miss what the
+                turn and those before it have written.
+        """
+        if threading.get_ident() not in (self.thread_id, self._loop_thread_id):
+            raise ClosedError(
+                f"agent {self.agent.name!r}: a table is touched from a thread that the agent has started; read it in "
+                "the agent and give the thread the value, or declare the agent as a plain function with thread=True"
+            )
         try:
             self.check_alive()
         except ClosedError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,41 @@ async def test_a_turn_that_fails_after_commits_leaves_what_its_tasks_wrote_out(t
         await job.source.send(key="b", value=0)
         await until(lambda: "deleted" in job.committed())
         assert job.committed() == {"a": 11, "both": 1, "after": 1, "deleted": 0}
+
+
+@pytest.mark.parametrize("value_type", [int, list[int]])
+async def test_a_thread_of_an_agent_reads_nothing_older_than_what_the_turn_has_written(value_type):
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("t", key_type=str, value_type=value_type)
+    found: list[str] = []
+
+    @app.agent(source, tables=[table])
+    async def run(stream: sf.Stream[int]) -> None:
+        async for number in stream:
+            table["n"] = number if value_type is int else [number]
+            suspended = threading.Event()
+
+            def read(suspended: threading.Event = suspended) -> Any:
+                suspended.wait()
+                return table["n"]
+
+            reading = asyncio.create_task(asyncio.to_thread(read))
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(suspended.set)
+            try:
+                found.append(str(await reading))
+            except sf.ClosedError as error:
+                found.append(str(error))
+
+    async with TestApp(app) as test:
+        await test.send(source, 1, key="a")
+        await test.settle()
+        await test.send(source, 2, key="a")
+        await test.settle()
+        assert await asyncio.to_thread(lambda: table["n"]) == (2 if value_type is int else [2])
+    assert [text.split(":")[0] for text in found] == ["agent 'run'"] * 2
+    assert all("give the thread the value" in text for text in found)
 
 
 async def test_a_task_that_outlives_its_turn_does_not_touch_the_table():
