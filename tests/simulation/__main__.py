@@ -45,7 +45,7 @@ def _show(seed: int) -> int:
 
 
 def _many(seeds: range, *, digests: bool, stop: bool = False) -> int:
-    started_s, failed, kills, starts = perf_counter(), [], 0, 0
+    started_s, failed, kills, starts, number = perf_counter(), [], 0, 0, 0
     for number, verdict in enumerate((simulate(Plan.of(seed)) for seed in seeds), start=1):
         kills += verdict.kills
         starts += verdict.starts
@@ -59,7 +59,7 @@ def _many(seeds: range, *, digests: bool, stop: bool = False) -> int:
         if number % 500 == 0:
             print(f"{number} of {len(seeds)} in {perf_counter() - started_s:.0f} s", file=sys.stderr, flush=True)
     print(
-        f"{len(seeds)} simulations in {perf_counter() - started_s:.1f} s, {starts} workers started, {kills} killed: "
+        f"{number} simulations in {perf_counter() - started_s:.1f} s, {starts} workers started, {kills} killed: "
         + (f"{len(failed)} failed: {failed}" if failed else "all as it must be")
     )
     return int(bool(failed))

@@ -34,7 +34,7 @@ class Seen:
 
     def fails(self, work: "Work") -> bool:
         """Whether the agent can make nothing of it; a unit of take() would go as a whole, so that none fails."""
-        return self.value is None or (work.kind != "take" and self.value % 11 == 10)
+        return self.value is None or (work.kind != "take" and fails(self.value))
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int
     # Drawn anew in each process: how long things take is nobody's promise.
     pace = random.Random(random.random())
 
-    async def takes_time() -> None:
-        if work.is_slow and pace.random() < 0.3:
+    async def takes_time(value: int = 0) -> None:
+        if work.is_slow and (pace.random() < 0.3 or fails(value)):  # what fails does so late
             await asyncio.sleep(pace.uniform(0, 0.3))
 
     if work.kind == "echo":
@@ -110,7 +110,7 @@ def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int
         @app.agent(source, **options)
         async def echo(stream: sf.Stream[int]) -> AsyncIterator[str]:
             async for value in stream:
-                await takes_time()
+                await takes_time(value)
                 yield echoed(value)
 
     elif work.kind == "take":
@@ -130,7 +130,7 @@ def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int
         async def add(stream: sf.Stream[int]) -> AsyncIterator[str]:
             async for event in stream.events():
                 sums[event.key] += event.value
-                await takes_time()
+                await takes_time(event.value)
                 check(event.value)
                 yield f"{event.value}:{sums[event.key]}"
 
@@ -145,13 +145,17 @@ def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int
                 kept = seen[event.key]
                 if event.value not in kept:
                     seen[event.key] = [*kept, event.value]
-                await takes_time()
+                await takes_time(event.value)
                 check(event.value)
                 yield f"{event.value}:{len(seen[event.key])}"
 
 
+def fails(value: int) -> bool:
+    return value % 11 == 10
+
+
 def check(value: int) -> None:
-    if value % 11 == 10:
+    if fails(value):
         raise ValueError(f"simulated: {value}")
 
 

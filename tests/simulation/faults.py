@@ -49,6 +49,8 @@ class Rates:
     """A fetch brings the first of the batches there are."""
     full: float = 0.0
     """A store has no room."""
+    late_loss: float = 0.0
+    """What is lost is heard of seconds later, and may be back by then."""
 
     @classmethod
     def drawn(cls, draw: random.Random) -> "Rates":
@@ -67,6 +69,7 @@ class Rates:
             "late_request": (0.02, 0.1),
             "short_fetch": (0.2, 0.5),
             "full": (0.1, 0.5),
+            "late_loss": (0.2, 0.5),
         }
         rates = cls()
         for each in fields(cls):

@@ -17,6 +17,7 @@ from streamflow.log.api import (
     GroupStatistics,
     Isolation,
     Log,
+    Lost,
     Membership,
     NewTopic,
     OffsetMark,
@@ -223,6 +224,8 @@ class FaultyGroup(Group):
             if isinstance(self._event, Assigned):
                 self._wire.world.assigned(self._wire.process, self._event)
         await self._wire.hop(f"group says {type(self._event).__name__}")
+        if isinstance(self._event, Lost) and self._wire.chance("late_loss"):
+            await asyncio.sleep(self._wire.world.draw.uniform(1.0, 6.0))
         event, self._event = self._event, None
         return event
 

@@ -1,6 +1,6 @@
 """Bugs that are put into the runtime on purpose: a simulation that does not find them proves nothing."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -9,6 +9,7 @@ from streamflow.runtime.commit import Commits
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.ledger import Ledger
 from streamflow.state.overlay import Overlay
+from streamflow.state.undo import Undo
 
 
 async def _send_again(self: ExactlyOnce) -> None:
@@ -30,12 +31,18 @@ def _behind_all(self: Ledger) -> dict[TopicPartition, int]:
     return {**self._positions, **{entry.tp: entry.record.offset + 1 for entry in self._entries}}
 
 
+def _in_sight(_: Undo) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 BUGS: dict[str, tuple[type, str, Any]] = {
     "a commit of unknown outcome is sent again unseen": (ExactlyOnce, "_settle_unknown", _send_again),
     "a commit of unknown outcome is taken for stored": (ExactlyOnce, "_settle_unknown", _forget),
     "a task is kept that another worker has had": (Commits, "_keep_owned", _look_at_nothing),
     "a commit passes records in flight": (Ledger, "positions", _behind_all),
     "what a full store refused is forgotten": (Overlay, "not_stored", Overlay.stored),
+    "a commit holds what the turn in progress has written": (Undo, "aside", _in_sight),
+    "a failed turn leaves its writes": (Undo, "take_out", Undo.clear),
 }
 
 

@@ -78,7 +78,8 @@ async def _run(world: World) -> None:
         for _ in range(plan.workers):
             world.start(world.new_seat())
         world.faulty = True
-        nobodies = [world.loop.run_as_nobody(work) for work in (world.feed(log), world.tend(), world.upset(log))]
+        works = world.feed(log), world.tend(), world.upset(log), world.send_away()
+        nobodies = [world.loop.run_as_nobody(work) for work in works]
         await asyncio.sleep(plan.horizon_s)
         world.trace("no more faults")
         world.faulty = False

@@ -14,6 +14,9 @@ from tests.simulation.world import Plan
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 200
 CHUNK = 20
+# A hundred seeds take ten seconds of a core; this is for a machine on which ten others want it, too.
+TIMEOUT_S = 600
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 30)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +27,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=TIMEOUT_S,
         check=False,
     )
 

@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -82,6 +82,8 @@ class Plan:
     rates: Rates
     keys: int
     """Few, that are written over and over, or so many that most are written once."""
+    is_one_away: bool = False
+    """Whether `World.send_away` does what it is for."""
 
     @classmethod
     def of(cls, seed: int) -> "Plan":
@@ -91,7 +93,7 @@ class Plan:
             Work.drawn(draw, number, "numbers" if shares else f"numbers-{number}")
             for number in range(draw.choice([1, 1, 2]))
         ]
-        return cls(
+        plan = cls(
             seed,
             draw.choice(["exactly_once", "exactly_once", "at_least_once"]),
             tuple(works),
@@ -106,7 +108,18 @@ class Plan:
             commit_interval_ms=draw.choice([20, 100, 400]),
             store_every_s=draw.choice([0.1, 0.5, 5.0]),
             rates=Rates.drawn(draw),
-            keys=draw.choice([5, 5, 60]),
+            keys=draw.choice([5, 60]),
+        )
+        return plan.away() if draw.random() < 0.2 else plan
+
+    def away(self) -> "Plan":
+        """The same, where a worker is stopped until others have its work, and hears late of what is its own again."""
+        return replace(
+            self,
+            workers=max(2, self.workers),
+            horizon_s=6.0,
+            rates=replace(self.rates, late_loss=1.0),
+            is_one_away=True,
         )
 
 
@@ -280,7 +293,9 @@ class World:
         if not self.stops_left or process.state != "running":
             return
         self.stops_left -= 1
-        seconds = self.draw.choice([0.5, 1.2, 2.0, 4.0]) * SESSION_S
+        self._stop_for(process, self.draw.choice([0.5, 1.2, 2.0, 4.0]) * SESSION_S, where)
+
+    def _stop_for(self, process: Process, seconds: float, where: str) -> None:
         self.trace(f"{process.name} is stopped for {seconds:g} s at {where}")
         process.state = "stopped"
         self.loop.run_as_nobody(self._go_on_after(process, seconds))
@@ -311,6 +326,24 @@ class World:
                 self.fenced.add(chosen.process.name)
                 async with log.transactional_producer(f"{APP_ID}-{chosen.seat.id}"):
                     pass
+
+    async def send_away(self) -> None:
+        """Stop a worker until others have its work, and let these leave when it is back: all of it is its own again.
+
+        If it has not heard by then that it was lost, it still has its tasks as they were.
+        """
+        await asyncio.sleep(self.draw.uniform(0.2, 1.2))
+        live = [each for each in self.running if each.process.state == "running"]
+        if not self.plan.is_one_away or len(live) < 2:
+            return
+        chosen, seconds = self.draw.choice(live), self.draw.uniform(1.5, 2.2) * SESSION_S
+        self._stop_for(chosen.process, seconds, "a moment")
+        await asyncio.sleep(seconds + self.draw.uniform(0.0, 0.5))
+        for each in self.running:
+            if each is not chosen and each.worker is not None and not self.is_over:
+                self.trace(f"{each.process.name} is asked to stop")
+                each.worker.request_stop()
+                self.loop.run_as_nobody(self._start_when_ended(each))
 
     async def _start_when_ended(self, running: Running) -> None:
         await asyncio.wait([running.task])
