@@ -48,6 +48,9 @@ class Codec(Protocol[T]):
     One that raises `NeedSchema` also has `async def load_schema(self, id)`, which makes that schema known for as long
     as the codec lives: it is awaited outside the record's turn, then `decode` is called again. For values of tables it
     is awaited while a partition is opened, and what `encode` writes `decode` has to know.
+
+    `encode` and `decode` are called by several threads, also at once: stores are restored and written in threads beside
+    the event loop. So they share nothing between calls that a call changes, as a buffer that is used again.
     """
 
     def encode(self, value: T, headers: Headers) -> bytes | None:

@@ -44,9 +44,11 @@ async def wind_down(
     if finishing.cancelled_caught:
         logger.warning("records in hand were not done within %g s; they are processed again", finish_s)
     deadline = asyncio.get_running_loop().call_later(_FINAL_COMMIT_S, delivery.abandon)
-    with anyio.move_on_after(_FINAL_COMMIT_S + _ABANDONING_S) as committing:
-        await delivery.commit(manager.running())
-    deadline.cancel()
+    try:
+        with anyio.move_on_after(_FINAL_COMMIT_S + _ABANDONING_S) as committing:
+            await delivery.commit(manager.running())
+    finally:
+        deadline.cancel()
     if committing.cancelled_caught:
         logger.warning("the log did not answer the last commit; what it held is processed again")
         return False
