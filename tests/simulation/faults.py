@@ -100,7 +100,9 @@ class Wire:
         world.trace(f"{self.process.name} {point}")
         if self.process.state != "running":
             return
-        if self.chance("commit_crash" if commit else "crash"):
+        if commit and world.next_away is self.process:
+            world.go_away(self.process, point)
+        elif self.chance("commit_crash" if commit else "crash"):
             world.kill(self.process, point)
         elif self.chance("commit_stop" if commit else "stop"):
             world.stop(self.process, point)

@@ -336,14 +336,31 @@ class World:
         live = [each for each in self.running if each.process.state == "running"]
         if not self.plan.is_one_away or len(live) < 2:
             return
-        chosen, seconds = self.draw.choice(live), self.draw.uniform(1.5, 2.2) * SESSION_S
-        self._stop_for(chosen.process, seconds, "a moment")
-        await asyncio.sleep(seconds + self.draw.uniform(0.0, 0.5))
+        chosen = self.draw.choice(live)
+        if self.draw.random() < 0.5:
+            self.next_away = chosen.process
+            await asyncio.sleep(1.0)
+        if self.back_s == 0.0:
+            self.go_away(chosen.process, "a moment")
+        await asyncio.sleep(max(0.0, self.back_s - self.loop.time()) + self.draw.uniform(0.0, 0.5))
         for each in self.running:
             if each is not chosen and each.worker is not None and not self.is_over:
                 self.trace(f"{each.process.name} is asked to stop")
                 each.worker.request_stop()
                 self.loop.run_as_nobody(self._start_when_ended(each))
+
+    next_away: Process | None = None
+    """Who goes away at the next point of a commit."""
+    back_s = 0.0
+    """When it goes on, in seconds of the loop; 0 before it has gone."""
+
+    def go_away(self, process: Process, where: str) -> None:
+        """Stop a process for longer than its session."""
+        self.next_away = None
+        if process.state == "running":
+            seconds = self.draw.uniform(1.5, 2.2) * SESSION_S
+            self.back_s = self.loop.time() + seconds
+            self._stop_for(process, seconds, where)
 
     async def _start_when_ended(self, running: Running) -> None:
         await asyncio.wait([running.task])
