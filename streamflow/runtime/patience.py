@@ -7,6 +7,7 @@ import logging
 
 import anyio
 
+from streamflow.errors import FatalError
 from streamflow.runtime.run import AgentRun
 
 logger = logging.getLogger("streamflow.tasks")
@@ -34,6 +35,9 @@ class Patience:
     async def run(self, run: AgentRun) -> None:
         """Run one agent until it is over.
 
+        Raises:
+            FatalError: It was cancelled by somebody else, and its task would stand still without a word.
+
         It is no child of the task group, which would wait for an agent that swallows its cancellation as long as that
         goes on: worker, host and all. The scope is cancelled as a task group's would be.
         """
@@ -55,6 +59,11 @@ class Patience:
             else:
                 self._leave(run.agent.name, agent)
             raise
+        if agent.cancelled():
+            raise FatalError(
+                f"agent {run.agent.name!r} of task {self._task} was cancelled, and not by its worker: code in it, or a "
+                "library that it calls, cancels the task it runs in (`asyncio.current_task().cancel()`)"
+            )
         agent.result()
 
     def _leave(self, name: str, agent: asyncio.Task[None]) -> None:

@@ -115,3 +115,23 @@ async def test_a_hook_that_lets_a_cancellation_escape_refuses_the_start() -> Non
     with pytest.raises(sf.StreamFlowError, match=r"on_start.*something it awaited was cancelled"):
         async with TestApp(app):
             pass
+
+
+async def test_an_agent_that_cancels_the_task_it_runs_in_stops_the_worker_and_says_so() -> None:
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+
+    @app.agent(source, on_error=sf.Skip())
+    async def work(number: int) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    async def process_one() -> None:
+        async with TestApp(app) as test:
+            await test.send(source, 1, key="a")
+            await test.settle()
+
+    with pytest.raises(sf.StreamFlowError, match="agent 'work' of task source-0 was cancelled, and not by its worker"):
+        await process_one()
