@@ -283,7 +283,12 @@ class World:
 
     async def _start_after(self, seconds: float, seat: Seat) -> None:
         await asyncio.sleep(seconds)
-        if not self.is_over and all(each.seat is not seat or each.task.done() for each in self.running):
+        if not self.is_over:
+            self._start_where_free(seat)
+
+    def _start_where_free(self, seat: Seat) -> None:
+        """Who was fenced and asked to stop is started again by either, once."""
+        if all(each.seat is not seat or each.task.done() for each in self.running):
             self.start(seat)
 
     is_over = False
@@ -377,7 +382,7 @@ class World:
                 if running.error is None:
                     continue
                 if isinstance(running.error, ConfigurationError) and running.process.name in self.fenced:
-                    self.start(running.seat)
+                    self._start_where_free(running.seat)
                 else:
                     self.breaks = Broken(f"{running.process.name} ended with {running.error!r}")
                     self.breaks.__cause__ = running.error
