@@ -43,6 +43,7 @@ logger = logging.getLogger("streamflow.kafka")
 
 _SLOTS = 5
 _FLUSH_AT_CLOSE_S = 5.0
+_TOLD_AT_FAILURES = 3
 _LATE_ANSWER_S = 0.5
 _UNKNOWN_TOPIC_S = 10.0
 _SEQUENCE_MASK = 0x7FFFFFFF
@@ -433,8 +434,9 @@ class KafkaProducer(Producer):
         self.errors[what] += 1
         self._last = what
         partition.failures += 1
-        level = logging.WARNING if self.errors[what] == 1 else logging.DEBUG
-        logger.log(level, "%s: %s", partition.tp, what)
+        # Once or twice is nothing: a topic that was just made, a leader that moved.
+        level = logging.WARNING if partition.failures == _TOLD_AT_FAILURES else logging.DEBUG
+        logger.log(level, "%s: %s, %d times in a row; trying on", partition.tp, what, partition.failures)
 
     # --- leaders -------------------------------------------------------------------------------------------------
 
