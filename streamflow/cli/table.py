@@ -126,12 +126,16 @@ async def read(
         name: The table.
         choose: Says which partitions.
         wanted: See `TableLog.fold`.
+
+    Raises:
+        TopologyError: Other serializers wrote it than those of its types of today.
     """
     broker = session.settings.broker
     async with connect(broker, clock=SystemClock(), client_id=f"{session.app.id}-table") as log:
         found = await TableLog.find(session.app, name, log.admin)
         numbers = choose(found)
         marks = found.marks(await log.admin.group_offsets(session.app.id))
+        found.refuse_other_serializers(marks)
         with progress("reading the changelog") as report:
             chosen = {number: marks[number] for number in numbers}
             return found, await found.fold(log, chosen, wanted=wanted, on_progress=report)

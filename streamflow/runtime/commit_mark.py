@@ -122,6 +122,27 @@ def other_serializer(before: str, now: str) -> str | None:
     return None
 
 
+def refuse_other_serializers(where: str, serializers: Mapping[str, str], mark: CommitMark) -> None:
+    """The bytes of one type may well decode as another one, and are another value then.
+
+    Args:
+        where: What reads them, for the error.
+        serializers: By table: `letters_of` its types of today.
+        mark: The last commit's; one without letters refuses nothing.
+
+    Raises:
+        TopologyError: A table was written by other serializers.
+    """
+    for name, letters in serializers.items():
+        difference = other_serializer(mark.serializers.get(name, letters), letters)
+        if difference is not None:
+            raise TopologyError(
+                f"{where}: table {name!r}: {difference}: read so they would be others. Give the type back; or let "
+                "the new type have a table of its own; or, while no worker runs, `streamflow table export` under the "
+                "old type, change the lines, and `streamflow table import --replace` under the new one"
+            )
+
+
 def new_commit_id() -> str:
     """An id that no other commit has."""
     return uuid4().hex

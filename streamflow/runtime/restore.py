@@ -32,7 +32,7 @@ from streamflow.log.api import Admin, Fetched, Reader
 from streamflow.log.batch import RecordBatch
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
-from streamflow.runtime.commit_mark import CommitMark, other_serializer
+from streamflow.runtime.commit_mark import CommitMark, refuse_other_serializers
 from streamflow.runtime.source_records import SourceRecords
 from streamflow.runtime.source_tables import SourceTable
 from streamflow.runtime.stored_schemas import load_schemas
@@ -143,7 +143,7 @@ class Restorer:
         """
         with self._counted(task, tables):
             _refuse_other_changelogs(task, tables, mark)
-            _refuse_other_serializers(task, tables, mark)
+            refuse_other_serializers(f"task {task}", tables.serializers, mark)
             spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
             await self._note_beginning(tables, spans)
             if is_new:
@@ -459,16 +459,4 @@ def _refuse_other_changelogs(task: str, tables: TaskTables, mark: CommitMark) ->
                 f"commit (topic id {before}..., now {topic_id}...), so the values that the committed offsets stand for "
                 "are gone. Start over with `streamflow reset APP`, or restore the topic's records from a backup and "
                 "import them: `streamflow reset APP`, then `streamflow table import`"
-            )
-
-
-def _refuse_other_serializers(task: str, tables: TaskTables, mark: CommitMark) -> None:
-    """The bytes of one type may well decode as another one, and are another value then."""
-    for name, letters in tables.serializers.items():
-        difference = other_serializer(mark.serializers.get(name, letters), letters)
-        if difference is not None:
-            raise TopologyError(
-                f"task {task}: table {name!r}: {difference}: read so they would be others. Give the type back; or let "
-                "the new type have a table of its own; or, while no worker runs, `streamflow table export` under the "
-                "old type, change the lines, and `streamflow table import --replace` under the new one"
             )

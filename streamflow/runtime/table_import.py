@@ -22,7 +22,7 @@ from streamflow.log.codec import compression_number
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.runtime.beginnings import beginnings
-from streamflow.runtime.commit_mark import CommitMark, anchor_of, letters_of, new_commit_id, other_serializer
+from streamflow.runtime.commit_mark import CommitMark, anchor_of, new_commit_id, other_serializer
 from streamflow.runtime.group_hold import HeldGroup, held_group, refuse_live_members
 from streamflow.runtime.internal_topics import prepare_topics
 from streamflow.runtime.layout import Layout
@@ -130,8 +130,7 @@ class _Import:
         self._layout = layout
         self._found = found
         self._name = found.table.name
-        changelog = found.table.changelog
-        self._letters = letters_of(changelog.value_codec.serializer, changelog.key_codec.serializer)
+        self._letters = found.letters
         known = KnownTargets(log.admin, compression_number(settings.compression))
         self._target: Target = known.add(found.table.changelog, found.changelog)
         self._changes: list[dict[bytes, bytes | None]] = [{} for _ in range(found.changelog.partitions)]
@@ -198,7 +197,8 @@ class _Import:
             if difference is not None and not replace:
                 raise TopologyError(
                     f"table {self._name!r}: {difference}, so what the file does not have could not be read any more: "
-                    "give it all lines, and --replace"
+                    "give it all lines, those of `streamflow table export` under the old type with what has to change, "
+                    "and --replace"
                 )
 
     def _letters_before(self, part: _Part) -> str:
@@ -281,7 +281,7 @@ class _Import:
 
     def _new_mark(self, before: CommitMark | None, positions: Mapping[str, int]) -> CommitMark:
         if before is None:
-            return CommitMark(new_commit_id(), positions)
+            return CommitMark(new_commit_id(), positions, serializers={self._name: self._letters})
         serializers = {**before.serializers, self._name: self._letters}
         after = msgspec.structs.replace(before, id=new_commit_id(), serializers=serializers)
         if before.changelogs is None:

@@ -20,7 +20,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
-from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.commit_mark import CommitMark, letters_of, refuse_other_serializers
 from streamflow.runtime.homes import Homes
 from streamflow.sensors import Sensors
 
@@ -131,6 +131,23 @@ class TableLog:
             tps = [TopicPartition(self.changelog.name, number) for number in range(self.changelog.partitions)]
             return [CommitMark("", {self.table.name: offsets[tp].offset if tp in offsets else 0}) for tp in tps]
         return [CommitMark.of_task({tp: offsets.get(tp) for tp in each}) or CommitMark() for each in self.sources]
+
+    @property
+    def letters(self) -> str:
+        """How its changelog is written under its types of today, see `letters_of`."""
+        return letters_of(self.table.changelog.value_codec.serializer, self.table.key_codec.serializer)
+
+    def refuse_other_serializers(self, marks: Sequence[CommitMark]) -> None:
+        """Refuse to read what other serializers wrote, as a worker's start does; one partition of it refuses all.
+
+        Args:
+            marks: Of `marks`.
+
+        Raises:
+            TopologyError: A partition was written so.
+        """
+        for number, mark in enumerate(marks):
+            refuse_other_serializers(f"partition {number}", {self.table.name: self.letters}, mark)
 
     async def fold(
         self,

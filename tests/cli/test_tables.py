@@ -509,3 +509,33 @@ def test_a_table_that_its_source_fills_shows_what_was_processed_and_is_spared(sh
     moved(shell, app="filled.py")
     assert scanned(shell, app="filled.py", table="newest") == ["a 9", "b 2"]
     assert scanned(shell, app="filled.py", table="counts") == ["a 13", "b 1"]
+
+
+def test_a_table_that_another_type_wrote_is_not_read_as_other_values(bank):
+    moved(bank, ("a", 1), ("b", 2))
+    exported = bank("table", "export", "bank.py", "balances")
+    bank.write("bank.py", BANK.replace('"balances", key_type=str, value_type=int, default=int', FLOATS))
+    for arguments in (("get", "bank.py", "balances", "a"), ("scan", "bank.py", "balances"), EXPORT):
+        result = bank("table", *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert "its values were written by int, and its type of today is written by float" in result.err
+        assert "`streamflow table export` under the old type" in result.err
+    assert not (bank.folder / "wrong.jsonl").exists()
+    lines = exported.out.replace('"value":1', '"value":1.5')
+    refused = bank("table", "import", "bank.py", "balances", stdin=lines)
+    assert (refused.code, "written by int" in refused.err, "--replace" in refused.err) == (2, True, True)
+    assert bank("table", "import", "bank.py", "balances", "--replace", stdin=lines).code == 0
+    assert scanned(bank) == ["a 1.5", "b 2.0"]
+    bank.write("bank.py", BANK)
+    assert bank("table", "scan", "bank.py", "balances").code == 2
+
+
+def test_what_was_imported_into_a_fresh_app_is_not_read_by_another_type(bank):
+    assert bank("table", "import", "bank.py", "balances", stdin=as_lines([{"key": "a", "value": 1}])).code == 0
+    bank.write("bank.py", BANK.replace('"balances", key_type=str, value_type=int, default=int', FLOATS))
+    result = bank("table", "get", "bank.py", "balances", "a")
+    assert (result.code, result.out, "written by int" in result.err) == (2, "", True)
+
+
+FLOATS = '"balances", key_type=str, value_type=float, default=float'
+EXPORT = ("export", "bank.py", "balances", "wrong.jsonl")
