@@ -47,9 +47,9 @@ def get(
     key: Annotated[str, typer.Argument(metavar="KEY", help="JSON, or plain text for str and bytes.")],
     json: Annotated[bool, typer.Option("--json", help="Key, value and partition as one JSON object.")] = False,
 ) -> None:
-    """Print the committed value of a key; exit with 1 where there is none."""
+    """Print the committed value of a key; exit with 1 where there is none, or none that its type can read."""
     table = checked_table(session, table_name)
-    asked = reader_of(table.key_codec)(key)
+    asked = reader_of(table.key_codec, owner=f"table {table.name!r}")(key)
     key_bytes = changelog_key(table, asked)
     introduce(session)
 
@@ -63,7 +63,10 @@ def get(
             expired = " (its last value has expired)" if key_bytes in fold.values else ""
             raise StreamFlowError(f"table {table.name!r} has no key {key!r} in partition {fold.partition}{expired}")
         line = await _line(found.table, Row(fold.partition, key_bytes, value, None))
-        write([as_json(line) if json else _with_error(_text(line["value"]), line)])
+        if "error" in line:
+            shows = f"`streamflow table scan --partition {fold.partition}` shows what is stored"
+            raise StreamFlowError(f"table {table.name!r}, key {key!r}: {line['error']}; {shows}")
+        write([as_json(line) if json else _text(line["value"])])
 
     run_async(run)
 
@@ -201,7 +204,7 @@ def _holds(span: ByteRange, place: bytes) -> bool:
 def _range_of(table: Table[Any, Any], prefix: str | None, start: str | None, stop: str | None) -> ByteRange | None:
     if prefix is None and start is None and stop is None:
         return None
-    read_key = reader_of(table.key_codec)
+    read_key = reader_of(table.key_codec, owner=f"table {table.name!r}")
     try:
         if prefix is None:
             keys = [None if text is None else read_key(text) for text in (start, stop)]
@@ -263,12 +266,9 @@ async def _line(table: Table[Any, Any], row: Row) -> dict[str, Any]:
 
 
 def _for_people(line: dict[str, Any]) -> str:
-    return _with_error(f"{_text(line['key'])} {_text(line['value'])}", line)
+    text = f"{_text(line['key'])} {_text(line['value'])}"
+    return f"{text} !! {line['error']}" if "error" in line else text
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else as_json(value)
-
-
-def _with_error(text: str, line: dict[str, Any]) -> str:
-    return f"{text} !! {line['error']}" if "error" in line else text

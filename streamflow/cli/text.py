@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import msgspec
 
 from streamflow.errors import ConfigurationError, RecordError
 from streamflow.model.record import Headers
+from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec
 
 
-def reader_of(codec: BoundCodec[Any]) -> Callable[[str], Any]:
+def reader_of(codec: BoundCodec[Any], *, owner: str | None = None) -> Callable[[str], Any]:
     """How a topic's key or value is read from text: strings and bytes as they stand, numbers, and JSON for the rest.
 
     Args:
         codec: The topic's.
+        owner: What it is of, for errors; None is the topic.
 
     Returns:
         A function from text to a checked value; it raises `ConfigurationError`, which names the field path.
     """
     read = _READERS.get(codec.serializer) or _json_reader(codec.type)
+    of = owner or f"topic {codec.topic!r}"
 
     def value_of(text: str) -> Any:
         try:
@@ -34,7 +37,7 @@ def reader_of(codec: BoundCodec[Any]) -> Callable[[str], Any]:
             raise ConfigurationError(exc.message) from exc
         except (msgspec.DecodeError, ValueError) as exc:
             what = f"{exc}; it is {_shortened(text)}{_hint(codec, text)}"
-            raise ConfigurationError(f"the {codec.part} for topic {codec.topic!r} does not fit: {what}") from exc
+            raise ConfigurationError(f"the {codec.part} for {of} does not fit: {what}") from exc
 
     return value_of
 
@@ -50,9 +53,25 @@ _READERS: dict[str, Callable[[str], Any]] = {"str": str, "raw": str.encode, "int
 
 
 def _hint(codec: BoundCodec[Any], text: str) -> str:
-    if codec.serializer in _READERS or text.lstrip()[:1] in {"{", "[", '"'}:
+    if codec.serializer in _READERS:
+        return ""
+    if get_origin(codec.type) is tuple:
+        return f"; {type_name(codec.type)} is read as a JSON list{_like(get_args(codec.type))}"
+    if text.lstrip()[:1] in {"{", "[", '"'}:
         return ""
     return "; it is read as JSON, so text stands in quotes: '\"like this\"'"
+
+
+_EXAMPLES = {str: '"like this"', int: "1", float: "1.5", bool: "true"}
+
+
+def _like(types: tuple[Any, ...]) -> str:
+    """How long the list of a tuple is, with an example where its types are plain."""
+    if Ellipsis in types:
+        return ""
+    known = [_EXAMPLES[each] for each in types if each in _EXAMPLES]
+    example = f", such as '[{', '.join(known)}]'" if len(known) == len(types) else ""
+    return f" of {len(types)}{example}"
 
 
 def _shortened(text: str) -> str:

@@ -185,6 +185,15 @@ def test_keys_of_tuples_and_numbers_on_the_command_line(shell):
     assert (refused.code, "it has 3 elements, and a key has 2" in refused.err) == (2, True)
 
 
+def test_a_key_of_a_tuple_is_asked_for_as_a_list(shell):
+    shell.write("typed.py", TYPED)
+    for key in ("a", '"a"', '["a"]', '{"a": 1}'):
+        result = shell("table", "get", "typed.py", "by_pair", key)
+        assert (result.code, result.out) == (2, "")
+        assert "the key for table 'by_pair' does not fit" in result.err
+        assert "tuple[str, int] is read as a JSON list of 2, such as '[\"like this\", 1]'" in result.err
+
+
 def test_a_value_of_an_older_type_is_shown_with_its_error_and_not_exported(shell):
     shell.write("typed.py", TYPED)
     assert shell("table", "import", "typed.py", "by_pair", stdin=as_lines(PAIRS[:1])).code == 0
@@ -194,7 +203,11 @@ def test_a_value_of_an_older_type_is_shown_with_its_error_and_not_exported(shell
     assert row["key"] == ["a", -5]
     assert json.loads(row["value"])["row"] == 1
     assert "missing required field `must`" in row["error"]
-    assert " !! " in shell("table", "get", "typed.py", "by_pair", '["a",-5]').out
+    assert " !! " in shell("table", "scan", "typed.py", "by_pair").out
+    for option in ((), ("--json",)):
+        got = shell("table", "get", "typed.py", "by_pair", '["a",-5]', *option)
+        assert (got.code, got.out) == (1, "")
+        assert "missing required field `must`" in got.err
     exported = shell("table", "export", "typed.py", "by_pair", "out.jsonl")
     assert (exported.code, "not exported" in exported.err, "must" in exported.err) == (1, True, True)
     assert not list(shell.folder.glob("out.jsonl*"))
