@@ -6,7 +6,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Mu
 from collections.abc import Set as AbstractSet
 from typing import Any, Generic, TypeVar, cast, overload
 
-from streamflow.errors import SchemaError
+from streamflow.errors import ProductionError, SchemaError
 from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.table import Table, TableOwner
@@ -206,6 +206,13 @@ class SetTable(Mapping[K, Members[M]], Generic[K, M]):
         mine = self[key]
         if isinstance(members, Members) and members.is_of(self.pairs, key):
             return  # `tags[key] |= ...` has changed it already
+        given: Any = members
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise ProductionError(
+                f"set table {self.name!r}: what stands under a key is a set of {type_name(self.member_type)}, not "
+                f"{type_name(type(given))} {given!r}; its key is {key!r}. To add one member, write "
+                f"`{self.name}[key].add(member)`"
+            )
         wanted = set(members)
         for member in tuple(mine):
             if member not in wanted:
@@ -273,12 +280,21 @@ class SetTable(Mapping[K, Members[M]], Generic[K, M]):
         Raises:
             NotHeld: Another worker has the partition, or took it before the commit.
             ClosedError: The caller is an agent.
+            ProductionError: Key or member do not fit; the function is async, or returned another set, which would be
+                lost.
 
         Cancellation: the change may have been made.
         """
 
         def work(stage: Stage) -> None:
-            change(Members(self.pairs, key, stage))
+            returned = change(Members(self.pairs, key, stage))
+            self.pairs.refuse_awaitable(returned)
+            is_same = isinstance(returned, Members) and returned.is_of(self.pairs, key)
+            if isinstance(returned, AbstractSet) and not is_same:
+                raise ProductionError(
+                    f"set table {self.name!r}: update_async of the key {key!r}: its function returned a set, which "
+                    "would be lost: change the set that it is given, by `members.add(...)`, `members |= ...`"
+                )
 
         await self.pairs.change_of(cast(Any, (key, None)), work)
 

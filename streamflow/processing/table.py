@@ -195,7 +195,11 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
             ProductionError: It is not of the table's key type, or `partition_by` gives no key of the source.
         """
         part = self.home_part(key)
-        own = self.home_codec.encode(part)
+        try:
+            own = self.home_codec.encode(part)
+        except ProductionError as exc:
+            what = exc.message.replace(f"the key of topic {self.changelog.name!r}", "its key")
+            raise ProductionError(f"table {self.name!r}: {what}") from exc
         if own is None:
             raise ProductionError(f"table {self.name!r}: a key cannot be None")
         return own if self.partition_by is None else record_key(self.partition_by, part, sent_as, table=self.name)
@@ -438,25 +442,52 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         Args:
             key: The key.
             change: Takes the value there is (the table's default, or None, where there is none) and returns the new
-                one, None to delete. It is called once, must not wait, and may change the value in place.
+                one, None to delete. It is called once, must not wait, and may change the value in place, which it
+                then returns.
 
         Returns:
             The new value, once it is committed.
 
         Raises:
             NotHeld: Another worker has the partition, or took it before the commit.
+            ProductionError: Key or value do not fit; the function is async, or has changed the value in place and
+                returned None.
 
         Cancellation: the change may have been made.
         """
 
         def work(stage: Stage) -> V | None:
             value = stage.get(key)
-            old = (None if self.default is None else self.default()) if value is MISSING else value
+            is_there = value is not MISSING
+            old = value if is_there else None if self.default is None else stage.default(key, self.default)
             new = change(old)
+            self.refuse_awaitable(new)
             if new is not None:
                 stage.set(key, new)
-            elif value is not MISSING:
+                return new
+            if stage.is_changed_in_place(key):
+                raise ProductionError(
+                    f"table {self.name!r}: update_async of the key {key!r}: its function has changed the value in "
+                    "place and returned None, which deletes the key: return the value. To delete it, return None and "
+                    "leave the value as it was"
+                )
+            if is_there:
                 stage.delete(key)
-            return new
+            return None
 
         return await self.change_of(key, work)
+
+    def refuse_awaitable(self, returned: Any) -> None:
+        """Refuse what the function of `update_async` returned, where it was async: nothing of it has run.
+
+        Raises:
+            ProductionError: It was.
+        """
+        if not inspect.isawaitable(returned):
+            return
+        if inspect.iscoroutine(returned):
+            returned.close()
+        raise ProductionError(
+            f"table {self.name!r}: the function of update_async is async: give a plain function. It is called between "
+            "two records and cannot wait; wait for what it needs before"
+        )

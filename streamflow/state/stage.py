@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from streamflow.errors import ClosedError, ProcessingError
+from streamflow.errors import ClosedError, ProcessingError, ProductionError
 from streamflow.state.overlay import ABSENT, Overlay
 from streamflow.state.undo import Undo
-from streamflow.state.values import MISSING
+from streamflow.state.values import MISSING, named
 
 _LAST_MS = 253_402_300_799_999  # the end of the year 9999
 
@@ -99,6 +99,18 @@ class Stage:
             known = self._defaults[key] = value, self.overlay.values.encoded(value)
         return known[0]
 
+    def is_changed_in_place(self, key: Any) -> bool:
+        """Whether user code has changed the value of a key that it was given, default or not, and not yet written it.
+
+        Raises:
+            ProductionError: So that it cannot be written any more.
+        """
+        known = self._copies.get(key) or self._defaults.get(key)
+        try:
+            return known is not None and self.overlay.values.is_changed(*known, key)
+        except ProductionError as exc:
+            raise named(exc, key) from exc
+
     def _copy(self, key: Any, held: Any) -> Any:
         known = self._copies.get(key)
         if known is not None:
@@ -113,8 +125,11 @@ class Stage:
     def _changed_default(self, key: Any) -> Any:
         """A default that was handed out, once user code has changed it; it is a value from then on."""
         default = self._defaults.get(key)
-        if default is None or self.overlay.values.changed(*default) is None:
-            return MISSING
+        try:
+            if default is None or self.overlay.values.changed(*default) is None:
+                return MISSING
+        except ProductionError as exc:
+            raise named(exc, key) from exc
         self.set(key, default[0])
         return default[0]
 
@@ -144,13 +159,16 @@ class Stage:
                 overlay.check_key(key)
             elif type(key) is not overlay.sure_key_type:
                 overlay.check_equal_key(key)
-        if overlay.values.are_objects:
-            held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
-        else:
-            held = overlay.values.encoded(value)  # refuses what cannot be written, while the line is known
-            self._copies[key] = value, held
-            self._defaults.pop(key, None)
-            self._touched(self)
+        try:
+            if overlay.values.are_objects:
+                held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
+            else:
+                held = overlay.values.encoded(value)  # refuses what cannot be written, while the line is known
+                self._copies[key] = value, held
+                self._defaults.pop(key, None)
+                self._touched(self)
+        except ProductionError as exc:
+            raise named(exc, key) from exc
         if not writes:
             self._touched(self)
         writes[key] = held
@@ -213,7 +231,10 @@ class Stage:
         if self._copies:
             changed = self.overlay.values.changed
             for key, (value, before) in self._copies.items():
-                data = changed(value, before)
+                try:
+                    data = changed(value, before)
+                except ProductionError as exc:
+                    raise named(exc, key) from exc
                 if data is not None:
                     self._write(key, data)
                     self._copies[key] = value, data
@@ -301,7 +322,10 @@ class PlainStage(Stage):
             overlay.check_key(key)
         elif type(key) is not overlay.sure_key_type:
             overlay.check_equal_key(key)
-        held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
+        try:
+            held = value if type(value) is overlay.values.sure_type else overlay.values.held(value)
+        except ProductionError as exc:
+            raise named(exc, key) from exc
         self._undo.append((overlay, key, held, before, dirty.get(key, ABSENT)))  # `Undo.write`, in place
         live[key] = dirty[key] = held
         if overlay.memory.is_in_use:

@@ -165,6 +165,25 @@ class Values:
             return None
         return self._readable(data, value)
 
+    def is_changed(self, value: Any, held: Any, key: Any) -> bool:
+        """Whether user code has changed a copy, whatever its type makes of bytes that an older one wrote.
+
+        Args:
+            value: The copy.
+            held: What it was made of.
+            key: Its key, for errors.
+
+        Raises:
+            ProductionError: It cannot be written any more.
+        """
+        if self.are_objects:
+            return False
+        try:
+            unchanged = self._encoded(self.value(held, key))
+        except ProductionError:
+            return False  # what cannot be written anew as it is may still be deleted
+        return self.changed(value, unchanged) is not None
+
     def are_same(self, one: Any, other: Any) -> bool:
         """Whether what is held is the same, `MISSING` included; == passes over what a class leaves out.
 
@@ -216,6 +235,11 @@ class Values:
                 f"{self._explained(data, exc)}. Give the type back what old values need (defaults for new fields), or "
                 "migrate them with app.visit(...) under the old type first"
             ) from exc
+
+
+def named(error: ProductionError, key: Any) -> ProductionError:
+    """An error of a value, with the key that it was to stand under."""
+    return ProductionError(f"{error.message}; its key is {key!r}")
 
 
 def _as_it_is(held: bytes) -> bytes:

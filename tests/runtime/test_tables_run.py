@@ -104,6 +104,106 @@ async def test_update_async_is_committed_when_it_returns():
         assert fold(test, table) == {}
 
 
+def holding(value_type: Any, **options: Any) -> tuple[sf.App, Any]:
+    """An app with a table of values that can be changed in place."""
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("held", key_type=str, value_type=value_type, **options)
+
+    @app.agent(source, tables=[table])
+    async def look(stream: sf.Stream[int, str]) -> None:
+        async for _ in stream:
+            pass
+
+    return app, table
+
+
+async def test_update_async_that_changes_a_value_in_place_has_to_return_it():
+    app, table = holding(list[int])
+    async with TestApp(app) as test:
+        assert await table.update_async("a", lambda _: [1]) == [1]
+        with pytest.raises(sf.ProductionError, match=r"of the key 'a': .* in place .* return the value"):
+            await table.update_async("a", lambda value: value.append(2))
+        assert table["a"] == [1]
+
+        def both(value: list[int]) -> list[int]:
+            value.append(2)
+            return value
+
+        assert await table.update_async("a", both) == [1, 2]
+        assert await table.update_async("a", lambda value: None) is None
+        assert "a" not in table
+        assert await table.update_async("a", lambda value: None) is None
+        await test.settle()
+        assert fold(test, table) == {}
+
+
+async def test_update_async_that_changes_a_default_in_place_has_to_return_it():
+    app, table = holding(list[int], default=list)
+    async with TestApp(app):
+        with pytest.raises(sf.ProductionError, match="return the value"):
+            await table.update_async("a", lambda value: value.append(2))
+        assert await table.update_async("a", lambda value: None) is None
+        assert "a" not in table
+        assert await table.update_async("a", lambda value: [*value, 3]) == [3]
+
+
+async def test_update_async_deletes_an_unchanged_value_that_an_older_type_wrote(tmp_path):
+    class Old(msgspec.Struct):
+        a: int
+
+    class New(msgspec.Struct):
+        a: int
+        b: int = 0
+
+    for value_type, change in ((Old, lambda _: Old(1)), (New, lambda value: None if value == New(1) else value)):
+        app, table = holding(value_type)
+        async with app.running(data_dir=str(tmp_path), web=False):
+            await table.update_async("a", change)
+            assert ("a" in table) == (value_type is Old)
+
+
+async def test_update_async_says_what_does_not_fit():
+    app, table = holding(list[int])
+    awaited = []
+
+    async def slow(value: Any) -> Any:
+        awaited.append(value)
+
+    async with TestApp(app):
+        with pytest.raises(sf.ProductionError, match=r"^table 'held': its key takes str, not int 5$"):
+            await table.update_async(5, lambda _: [])
+        with pytest.raises(sf.ProductionError, match=r"table 'held': a value .*; its key is 'a'$"):
+            await table.update_async("a", lambda _: ["no"])
+        with pytest.raises(sf.ProductionError, match=r"table 'held': .* give a plain function"):
+            await table.update_async("a", slow)
+    assert awaited == []
+
+
+@pytest.mark.parametrize(
+    ("value_type", "write"),
+    [
+        (int, lambda table, key: table.update({key: "no"})),
+        (list[int], lambda table, key: table.update({key: ["no"]})),
+        (list[int], lambda table, key: table.update({key: []}) or table[key].append("no")),
+        (list[int], lambda table, key: table[key].append("no")),
+    ],
+    ids=["written", "written as bytes", "changed in place", "default changed in place"],
+)
+async def test_a_wrong_value_in_a_turn_names_its_key(value_type, write):
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=int)
+    table = app.table("held", key_type=str, value_type=value_type, default=value_type)
+
+    @app.agent(source, tables=[table])
+    async def write_wrong(stream: sf.Stream[int, str]) -> None:
+        async for event in stream.events():
+            write(table, event.key)
+
+    with pytest.raises((sf.ProcessingError, sf.ProductionError), match=r"table 'held': .*; its key is 'a'"):
+        await process_one(app, source)
+
+
 @pytest.mark.parametrize(
     "wait",
     [lambda change: change, lambda change: asyncio.wait_for(change, 15), asyncio.gather, asyncio.create_task],
@@ -404,6 +504,39 @@ async def test_a_set_is_changed_from_elsewhere():
         await tags.update_async("a", lambda members: members.update([1, 2]))
         await tags.update_async("a", lambda members: members.discard(1))
         assert set(tags["a"]) == {2}
+
+
+async def test_a_function_that_returns_a_set_which_would_be_lost_is_refused():
+    app, _, tags = tagging()
+
+    async def slow(members: Any) -> None:
+        members.add(5)
+
+    def or_in_place(members: Any) -> Any:
+        members |= {3}
+        return members
+
+    async with TestApp(app):
+        await tags.update_async("a", lambda members: members.add(1))
+        with pytest.raises(
+            sf.ProductionError, match=r"set table 'tags': update_async of the key 'a': .* would be lost"
+        ):
+            await tags.update_async("a", lambda members: members | {2})
+        with pytest.raises(sf.ProductionError, match="give a plain function"):
+            await tags.update_async("a", slow)
+        with pytest.raises(sf.ProductionError, match="table 'tags': its key takes str, not int 5"):
+            await tags.update_async(5, lambda members: members.add(1))
+        await tags.update_async("a", or_in_place)
+        assert set(tags["a"]) == {1, 3}
+
+
+@pytest.mark.parametrize("given", [5, "ab"])
+def test_what_is_no_set_is_refused_with_the_tables_name(given):
+    _, _, tags = tagging()
+    with pytest.raises(
+        sf.ProductionError, match=r"set table 'tags': .*; its key is 'a'. .* `tags\[key\].add\(member\)`"
+    ):
+        tags["a"] = given
 
 
 def test_members_need_an_order():
