@@ -16,7 +16,8 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.changelogs import stale_after_ms
-from streamflow.runtime.commit_mark import check_mark
+from streamflow.runtime.commit_mark import CommitMark, check_mark
+from streamflow.runtime.mark_check import check_mark_of
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.restore import Restorer
 from streamflow.runtime.task_tables import CheckHome, SetAside, TaskTables
@@ -109,15 +110,24 @@ class LocalStates:
         entries = memory_budget_bytes // (_LIVE_SHARE * _LIVE_ENTRY_BYTES * max(1, partitions * len(app.tables)))
         self._live_entries = max(_LEAST_LIVE_ENTRIES, entries)
 
-    async def open(self, sub: SubTopology, partition: int) -> LocalState | None:
+    async def open(self, sub: SubTopology, partition: int, mark: CommitMark | None) -> LocalState | None:
         """Open what a task keeps; None where it has no tables.
 
+        Args:
+            sub: Its sub-topology.
+            partition: Its partition.
+            mark: What its last commit says; None where there was none.
+
         Raises:
+            TopologyError: The last commit stands for other tables than these; nothing was opened.
             StateError: It cannot be opened.
         """
         if not sub.tables:
             return None
         tables = [self._app.tables[name] for name in sub.tables]
+        if mark is not None:
+            kept = {table.name: self._described(table) for table in tables if table.source is None}
+            check_mark_of(f"{sub.name}-{partition}", mark, kept)
         store = await anyio.to_thread.run_sync(self._open, sub, partition, tables)
         return LocalState(
             tables,

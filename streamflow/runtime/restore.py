@@ -32,7 +32,7 @@ from streamflow.log.api import Admin, Fetched, Reader
 from streamflow.log.batch import RecordBatch
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
-from streamflow.runtime.commit_mark import CommitMark, refuse_other_serializers
+from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.source_records import SourceRecords
 from streamflow.runtime.source_tables import SourceTable
 from streamflow.runtime.stored_schemas import load_schemas
@@ -135,15 +135,13 @@ class Restorer:
             starts: Where the task starts in its sources.
 
         Raises:
-            TopologyError: It has state, and no committed offset that goes with it; or the other way round.
+            TopologyError: It has state, and no committed offset that goes with it.
             StateCorruptedError: The store is damaged, or does not go with the log.
             StateError: The store cannot be read or written, or a schema that its values need cannot be loaded.
 
         Cancellation: what was restored so far is kept.
         """
         with self._counted(task, tables):
-            _refuse_other_changelogs(task, tables, mark)
-            refuse_other_serializers(f"task {task}", tables.serializers, mark)
             spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
             await self._note_beginning(tables, spans)
             if is_new:
@@ -446,17 +444,3 @@ def _add(overlay: Overlay, span: _Span, batch: RecordBatch, changes: dict[bytes,
             overlay.advance(record.timestamp)
             changes[key] = None if value is None else pack(value, record.timestamp + ttl_ms)
     return count
-
-
-def _refuse_other_changelogs(task: str, tables: TaskTables, mark: CommitMark) -> None:
-    """The committed offset stands for values that are gone: to go on would count from nothing in the middle."""
-    for name, topic_id in tables.incarnations.items():
-        before = mark.incarnations.get(name, topic_id)
-        if before != topic_id:
-            changelog = tables.tables[name].changelog.name
-            raise TopologyError(
-                f"task {task}: the changelog {changelog!r} of table {name!r} was deleted and made anew since the last "
-                f"commit (topic id {before}..., now {topic_id}...), so the values that the committed offsets stand for "
-                "are gone. Start over with `streamflow reset APP`, or restore the topic's records from a backup and "
-                "import them: `streamflow reset APP`, then `streamflow table import`"
-            )

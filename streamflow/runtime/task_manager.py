@@ -271,7 +271,7 @@ class TaskManager:
         topics = [self._topics[name] for name in sub.topics]
         positions = {tp: start.position for tp, start in starts.items()}
         mark = CommitMark.of_task({tp: start.mark for tp, start in starts.items()})
-        local = await self._local.open(sub, key[1])
+        local = await self._local.open(sub, key[1], mark)
         task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared, mark, local)
         task.commit_id = CommitMark.of(starts[task.anchor].mark).id
         for tp, start in starts.items():

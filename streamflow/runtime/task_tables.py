@@ -23,7 +23,7 @@ from streamflow.errors import StateCorruptedError, StateFullError
 from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
-from streamflow.runtime.commit_mark import letters_of
+from streamflow.runtime.mark_check import incarnation_of, serializer_of
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
 from streamflow.state.overlay import Append, Overlay, Record
@@ -40,7 +40,6 @@ logger = logging.getLogger("streamflow.tables")
 CheckHome = Callable[[Table[Any, Any], Any, bytes], None]
 SetAside = Callable[[str, str], object]
 
-_SHOWN_ID = 8
 _STORE_EVERY_S = 5.0
 _STORE_FROM_ENTRIES = 50_000
 _MAX_UNSTORED = 400_000
@@ -141,10 +140,8 @@ class TaskTables:
             TopicPartition(table.changelog.name, partition): table.name for table in tables if table.source is None
         }
         ids = store.identity.tables
-        self.incarnations = {name: ids[name].topic_id[:_SHOWN_ID] for name in self._by_changelog.values()}
-        self.serializers = {
-            name: letters_of(ids[name].value_serializer, ids[name].key_serializer) for name in self.incarnations
-        }
+        self.incarnations = {name: incarnation_of(ids[name]) for name in self._by_changelog.values()}
+        self.serializers = {name: serializer_of(ids[name]) for name in self.incarnations}
         self._by_source: dict[TopicPartition, list[str]] = {}
         for table in tables:
             if table.source is not None:

@@ -145,7 +145,7 @@ class Task:
         restorer = Restorer(reader, self.log.admin, self.clock, self.sensors)
         group.start_soon(restorer.run)
         states = LocalStates(self.app, described, self.stores, self.slot, restorer, 16 << 20, 1)
-        local = await states.open(self.sub, 0)
+        local = await states.open(self.sub, 0, None)
         tables = TaskTables(
             local.tables,
             0,
