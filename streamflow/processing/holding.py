@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -16,6 +16,10 @@ class Holder(Protocol):
 
     def overlays(self, table: str) -> Mapping[int, Overlay]:
         """The partitions of a table that are held here and restored, by number."""
+        ...
+
+    def assigned(self, table: str) -> Iterable[int]:
+        """The partitions of a table that are assigned here, restored or not; all where a stop came before any was."""
         ...
 
     def awaits(self, table: str) -> bool:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
-from streamflow.errors import NotHeld, ProcessingError, ProductionError, StateError
+from streamflow.errors import NotHeld, ProcessingError, ProductionError, StateError, TopologyError
+from streamflow.processing.context import RunningApp
+from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.holding import Holder, holders_of
+from streamflow.processing.set_table import SetTable
 from streamflow.processing.table import Table
 from streamflow.state.stage import Stage
 
@@ -27,7 +32,9 @@ class Visited:
 
     Attributes:
         partitions: Partitions visited to their end in this process.
-        left: Partitions that went to another worker before their end; what was visited of them is committed.
+        left: Partitions that were assigned to this process and not visited to their end, since they went to another
+            worker or the worker stopped; what was visited of them is committed. All of the table where the worker
+            stopped before it was assigned any.
         keys: How many keys were visited.
         written: How many of them got a new value, or one that was changed in place.
         deleted: How many of them were deleted.
@@ -63,9 +70,49 @@ class _Slice:
     next: bytes | None = None
 
 
+_under_way: WeakKeyDictionary[RunningApp, list[object]] = WeakKeyDictionary()
+
+
+def is_visited(app: RunningApp) -> bool:
+    """Whether visits of an app's tables are in progress in this process."""
+    return bool(_under_way.get(app))
+
+
+@contextmanager
+def _announced(app: RunningApp) -> Generator[None]:
+    """A visit is in progress while the block runs: a run to the end waits for it."""
+    visits, this = _under_way.setdefault(app, []), object()
+    visits.append(this)
+    try:
+        yield
+    finally:
+        visits.remove(this)
+
+
 async def visit(table: Table[K, V], fn: Callable[[K, V], V | None]) -> Visited:
     """See `App.visit`."""
+    _refuse_unfit(table)
     table.refuse_if_filled()
+    with _announced(table.app):
+        return await _visit(table, fn)
+
+
+def _refuse_unfit(table: object) -> None:
+    if isinstance(table, SetTable):
+        name = table.pairs.name
+        raise TopologyError(
+            f"app.visit: set table {name!r} is visited by its pairs: `app.visit({name}.pairs, fn)`, where fn takes "
+            "(key, member) and b''"
+        )
+    if isinstance(table, GlobalTable):
+        raise TopologyError(
+            f"app.visit: global table {table.name!r} is what its source {table.source.name!r} says, and is not "
+            f"written: go through it with `{table.name}.items()`, and send to the topic, "
+            f"`await {table.name}.source.send(key=..., value=...)`"
+        )
+
+
+async def _visit(table: Table[K, V], fn: Callable[[K, V], V | None]) -> Visited:
     courses: dict[int, _Course] = {}
     counts = _Counts()
     while True:
@@ -75,6 +122,9 @@ async def visit(table: Table[K, V], fn: Callable[[K, V], V | None]) -> Visited:
                 f"table {table.name!r}: app {table.app.id!r} is not running in this process: visit it from a task, or "
                 "within `async with app.running():`"
             )
+        for holder in holders:
+            for number in holder.assigned(table.name):
+                courses.setdefault(number, _Course())
         held = {number: holder for holder in holders for number in holder.overlays(table.name)}
         open_ones = [number for number in sorted(held) if not courses.setdefault(number, _Course()).is_over]
         for number in open_ones:

@@ -33,14 +33,14 @@ async def first_assignment(manager: TaskManager, group: Group, admin: Admin, app
         settings: For the session time-out, in a message.
     """
     since_s, told = anyio.current_time(), False
-    while not manager.assigned_once.is_set() and not _is_idle(group):
+    while not manager.assigned_once.is_set() and not is_idle(group):
         with anyio.move_on_after(_POLL_S):
             await manager.assigned_once.wait()
         if not told and anyio.current_time() - since_s > _TOLD_AFTER_S and not manager.assigned_once.is_set():
             told = await _tell(group, admin, app, settings)
 
 
-def _is_idle(group: Group) -> bool:
+def is_idle(group: Group) -> bool:
     """Whether it is a member that has, at present, nothing to do: a group tells no empty assignments."""
     is_member = group.membership is not None and group.statistics().rebalances > 0
     return is_member and not group.assignment and not group.unheard()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from streamflow.errors import ClosedError, NotHeld
 from streamflow.processing.table import Table
+from streamflow.processing.topology import SubTopology
 from streamflow.runtime.homes import Homes
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.task_manager import TaskManager
@@ -38,10 +39,17 @@ class HeldTables:
             if task.is_readable and task.tables is not None and table in task.tables.overlays
         }
 
+    def assigned(self, table: str) -> Iterable[int]:
+        """The partitions of a table that are assigned here, restored or not; all where a stop came before any was."""
+        manager, sub = self._manager, self._sub_topology(table)
+        if manager.is_finishing and not manager.assigned_once.is_set():
+            return range(max(self._layout.counts[topic] for topic in sub.topics))
+        return manager.assigned_to(sub)
+
     def awaits(self, table: str) -> bool:
         """Whether partitions of a table may still come up here: none was assigned yet, or some are being restored."""
         manager = self._manager
-        if not manager.assigned_once.is_set() or manager.changing:
+        if not manager.assigned_once.is_set() or not manager.has_opened:
             return not manager.is_finishing
         return any(
             task.tables is not None and table in task.tables.overlays and task.state in ("created", "restoring")
@@ -50,8 +58,10 @@ class HeldTables:
 
     def partition_of(self, table: Table[Any, Any], key: Any) -> int:
         """The partition of a key; see `processing.holding.Holder`."""
-        sub = next(sub for sub in self._layout.sub_topologies if table.name in sub.tables)
-        return self._homes.of(sub, table, key)
+        return self._homes.of(self._sub_topology(table.name), table, key)
+
+    def _sub_topology(self, table: str) -> SubTopology:
+        return next(sub for sub in self._layout.sub_topologies if table in sub.tables)
 
     async def change(self, table: str, partition: int, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the partition's task, between records; see `processing.holding.Holder`."""

@@ -125,7 +125,14 @@ class Jobs:
         self._sensors = sensors
         self._leader_task = leader_task
         self._failed = failed
+        self._not_begun = {id(task): task for task in app.tasks}
         self.firing = 0
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether tasks that run here have not come to their first wait yet."""
+        leads = self._leader_task() is not None
+        return any(leads or not task.on_leader for task in self._not_begun.values())
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -187,12 +194,17 @@ class Jobs:
                 await self._run_leading(task)
             else:
                 current_turn.set(None)
+                self._begins(task)
                 await call_user(task.fn)
         except Exception as exc:
             error = FatalError(f"task {task.name!r} raised {type(exc).__name__}: {exc}")
             error.__cause__ = exc
             logger.exception("%s", error)
             self._failed(error)
+
+    def _begins(self, task: BackgroundTask) -> None:
+        """Note that it has begun, as soon as it waits for the first time."""
+        asyncio.get_running_loop().call_soon(self._not_begun.pop, id(task), None)
 
     async def _run_leading(self, task: BackgroundTask) -> None:
         """Run the task while this worker leads; when leadership comes back, it starts anew."""
@@ -206,6 +218,7 @@ class Jobs:
 
                 async def lead(leader: Task = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
                     nonlocal finished
+                    self._begins(task)
                     await self._turn(task.fn, leader, at_once=True)
                     finished = True
                     scope.cancel()

@@ -29,6 +29,7 @@ from streamflow.errors import (
 from streamflow.log.api import Assigned, GroupEvent, Lost, Revoked
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
+from streamflow.processing.topology import SubTopology
 from streamflow.runtime.arrivals import Arrivals
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
@@ -117,6 +118,20 @@ class TaskManager:
     def task_of(self, tp: TopicPartition) -> Task | None:
         """The task that owns a source partition."""
         return self._by_tp.get(tp)
+
+    def assigned_to(self, sub: SubTopology) -> set[int]:
+        """The partitions of a sub-topology that the group gives this worker, whether their tasks are open or not."""
+        return {tp.partition for tp in self._group.assignment if tp.topic in sub.topics}
+
+    @property
+    def has_opened(self) -> bool:
+        """Whether the tasks of all that is assigned are open, restored or not."""
+        return not self.changing and self._group.assignment <= self._by_tp.keys()
+
+    @property
+    def has_restored(self) -> bool:
+        """Whether they are restored, too."""
+        return self.has_opened and all(task.restored.is_set() for task in self.running())
 
     # --- events ------------------------------------------------------------------------------------------------
 

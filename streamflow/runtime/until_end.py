@@ -2,7 +2,8 @@
 
 External topics are processed up to the end they had at the start. Topics the app itself writes are processed until
 they are drained: their sources are done, and what was committed is their end. Both are read from the log, so the
-answer is the same whichever worker has a partition.
+answer is the same whichever worker has a partition. A worker also waits for what only it knows: that its tasks are open
+and restored, and that the visits it has begun are over.
 
 Why the drain test holds: committed offsets are read before end offsets. When every offset committed then equals the end
 found afterwards, everything had been processed, and its outputs written, before the ends were looked at.
@@ -75,12 +76,17 @@ class UntilEnd:
         for tp in every:
             self._starts[tp] = max(committed[tp].offset, starts[tp]) if tp in committed else min(begin[tp], ends[tp])
 
-    async def wait(self, manager: TaskManager) -> None:
-        """Return when the run is over; tells tasks where written topics end as it learns it."""
+    async def wait(self, manager: TaskManager, may_end: Callable[[], bool]) -> None:
+        """Return when the run is over; tells tasks where written topics end as it learns it.
+
+        Args:
+            manager: The worker's tasks.
+            may_end: Whether nothing else than records keeps the run.
+        """
         external = list(self.limits)
         while True:
             try:
-                if await self._step(manager, external):
+                if await self._step(manager, external) and may_end():
                     self._finished = True
                     return
             except RetriableError:

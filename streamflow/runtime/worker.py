@@ -32,13 +32,14 @@ from streamflow.processing.context import registered_sender
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.holding import registered_holder
 from streamflow.processing.topology import Topology
+from streamflow.processing.visit import is_visited
 from streamflow.runtime.assignor import TaskAssignor
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
-from streamflow.runtime.first_assignment import first_assignment
+from streamflow.runtime.first_assignment import first_assignment, is_idle
 from streamflow.runtime.global_tables import GlobalTables
 from streamflow.runtime.held_tables import HeldTables
 from streamflow.runtime.homes import Homes
@@ -424,8 +425,19 @@ class Worker:
         self._started.set()
 
     async def _stop_at_end(self, ends: UntilEnd, manager: TaskManager) -> None:
-        await ends.wait(manager)
+        await ends.wait(manager, self._may_end)
         self._stop.set()
+
+    def _may_end(self) -> bool:
+        """Whether nothing keeps a bounded run whose records are done.
+
+        Tasks are opened, so that a start that has to be refused is, and visits run to their end; where no partition is,
+        they have nothing to do.
+        """
+        manager, jobs, group = self.manager, self._jobs, self.group
+        if manager is None or jobs is None or group is None or not self._started.is_set() or not manager.has_restored:
+            return False
+        return is_idle(group) or not (jobs.is_beginning or is_visited(self.app))
 
     async def _closed(self, manager: TaskManager) -> None:
         with anyio.move_on_after(CLOSE_S):

@@ -11,6 +11,7 @@ from streamflow.clock import SystemClock
 from streamflow.errors import TopologyError
 from streamflow.log.connect import connect
 from streamflow.runtime.table_import import import_table
+from streamflow.runtime.worker import Worker
 
 
 class Version:
@@ -79,3 +80,25 @@ async def test_an_empty_part_changes_its_type_by_an_import(tmp_path: Path) -> No
     async with connect(settings.broker, clock=SystemClock(), client_id="test") as log:
         await import_table(log, new.app, settings, "counts", {}, replace=True)
     assert await new.run(1) == 1.0
+
+
+def kept(folder: Path) -> list[str]:
+    """The local stores of all slots, those that were set aside among them."""
+    found = sorted(str(path.relative_to(folder)) for path in folder.glob("versions/*/*") if path.is_dir())
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_a_start_that_is_refused_leaves_the_store_and_is_so_in_a_run_to_the_end_too(
+    tmp_path: Path, guarantee: str
+) -> None:
+    assert await Version(tmp_path, guarantee, int).run(1) == 1
+    stores = kept(tmp_path)
+    for _ in range(3):
+        refused = Version(tmp_path, guarantee, float).app
+        with pytest.raises(TopologyError, match="its type of today is written by float"):
+            await Worker(refused, refused.settings({}), until_end=True).run()
+    assert kept(tmp_path) == stores
+    assert await Version(tmp_path, guarantee, int).run(1) == 2
+    assert kept(tmp_path) == stores

@@ -784,6 +784,32 @@ async def test_a_visit_notices_what_is_changed_in_place():
         assert dict(table.items()) == {"a": [1, 9], "b": [2]}
 
 
+async def test_a_set_table_is_visited_by_its_pairs_and_a_global_one_not_at_all():
+    app = sf.App("t", partitions=1)
+    source = app.topic("source", key_type=str, value_type=str)
+    tags = app.set_table("tags", key_type=str, member_type=str)
+    names = app.global_table("names", source=app.topic("named", key_type=str, value_type=str, compacting=True))
+
+    @app.agent(source, tables=[tags.pairs])
+    async def write(stream: sf.Stream[str, str]) -> None:
+        async for key, value in stream.items():
+            tags[key].add(value)
+
+    async with TestApp(app) as test:
+        for tag in ("x", "y"):
+            await test.send(source, tag, key="a")
+        await test.settle()
+        for unfit, said in (
+            (tags, r"app\.visit\(tags\.pairs, fn\)"),
+            (names, r"its source 'named'.*names\.source\.send"),
+        ):
+            with pytest.raises(sf.TopologyError, match=said):
+                await app.visit(unfit, lambda key, value: None)  # type: ignore[arg-type]
+        done = await app.visit(tags.pairs, lambda pair, _: tags.pairs.pop(pair) and None if pair[1] == "x" else None)
+        assert (done.keys, done.deleted) == (2, 1)
+        assert tags["a"] == {"y"}
+
+
 async def test_a_visit_that_raises_says_where_and_drops_its_slice():
     app, source, table = counting(partitions=1)
     async with TestApp(app) as test:
@@ -824,6 +850,26 @@ async def test_a_partition_that_leaves_is_named():
         tasks[1].lost = False
         assert done.partitions == frozenset({0})
         assert done.left <= frozenset({1})
+
+
+async def test_a_visit_that_a_stop_ends_names_the_partitions_that_were_not_restored_yet():
+    app, source, table = counting(partitions=3)
+    async with TestApp(app) as test:
+        for number in range(50):
+            await test.send(source, 1, key=f"k{number}")
+        await test.settle()
+        manager = test.worker.manager
+        assert manager is not None
+        late = next(task for task in manager.running() if task.partition == 1)
+        assert late.tables is not None
+        late.tables.is_level, late.state = False, "restoring"
+
+        def fn(key: str, value: int) -> None:
+            manager.is_finishing, late.state = True, "finishing"  # as when a stop comes while partition 0 is visited
+
+        done = await app.visit(table, fn)
+        manager.is_finishing, late.tables.is_level, late.state = False, True, "running"
+    assert (done.partitions, done.left) == (frozenset({0, 2}), frozenset({1}))
 
 
 async def test_without_a_running_app_there_is_nothing_to_visit():

@@ -294,3 +294,42 @@ async def test_two_workers_share_a_bounded_run() -> None:
             await ended(machine, running)
         await machine.look()
         assert sorted(machine.values("sums")) == [number * number for number in range(50)]
+
+
+# --- visits ----------------------------------------------------------------------------------------------------------
+
+
+def visited(*, on_leader: bool = False) -> tuple[sf.App, Any, list[Any]]:
+    """An app whose task visits its table at once."""
+    app = sf.App("visited")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=3)
+    sums = app.table("sums", key_type=str, value_type=int, default=int)
+    found: list[Any] = []
+
+    @app.agent(numbers, tables=[sums])
+    async def add(stream: sf.Stream[int, str]) -> None:
+        async for key, number in stream.items():
+            sums[key] += number
+
+    @app.task(on_leader=on_leader)
+    async def migrate() -> None:
+        found.append(await app.visit(sums, lambda key, value: value + 100))
+        found.append(await app.visit(sums, lambda key, value: None))
+
+    return app, sums, found
+
+
+@pytest.mark.parametrize("on_leader", [False, True])
+async def test_a_run_to_the_end_waits_for_the_visits_of_its_tasks(on_leader: bool):
+    app, sums, found = visited(on_leader=on_leader)
+    async with Machine(app, commit_interval_ms=100) as machine:
+        for number in range(1200):
+            await machine.send(app.topics["numbers"], number, key=f"k{number}")
+        await ended(machine, await machine.start(until_end=True))
+        await ended(machine, await machine.start(until_end=True))  # nothing to process
+        await machine.look()
+        kept = {event.key: event.value for event in machine.records(sums.changelog)}
+    assert [done.partitions for done in found] == [frozenset(range(3))] * 4
+    assert not any(done.left for done in found)
+    assert found[2].keys == found[2].written == found[3].keys == 1200
+    assert all(value >= 100 for value in kept.values())
