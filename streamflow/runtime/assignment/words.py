@@ -1,0 +1,207 @@
+"""What members say when they join, and what they are told: the words of assignment as bytes.
+
+A version byte, then msgpack by field name. Within one version fields may come and go: those that are not known are
+passed over, and those that are missing have their defaults. Only what could be misread gets a new version, and is then
+to others as if nothing had been said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+
+from streamflow.runtime.assignment.cluster import TaskId
+
+VERSION = 1
+
+_Partition: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+_Tasks: TypeAlias = dict[str, list[_Partition]]
+"""Tasks by sub-topology: its name, the longest part, stands once."""
+_Lags: TypeAlias = dict[str, dict[_Partition, Annotated[int, msgspec.Meta(ge=0)]]]
+_Word = TypeVar("_Word", bound=msgspec.Struct)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Says:
+    """What a worker says of itself when it joins. The defaults are those of one that says nothing.
+
+    Attributes:
+        url: Where its HTTP server is reached by other workers; empty where it is not.
+        rack: Setting `rack`.
+        capacity: Setting `capacity`.
+        follows: Whether it takes standbys and warm-ups. If not, a task with state is moved to it at once, and is
+            restored there.
+        standby: Tasks it was told to be a standby of, as it was told last: they stay where they are if they can.
+        lags: By task whose state is here, active or not: how many records it is behind. A running active task has none
+            to say; one that is restored says what is left.
+    """
+
+    url: str = ""
+    rack: str = ""
+    capacity: int = 1
+    follows: bool = False
+    standby: frozenset[TaskId] = frozenset()
+    lags: Mapping[TaskId, int] = field(default_factory=dict[TaskId, int])
+
+    def encode(self) -> bytes:
+        """As bytes, for `log.api.Group.say`."""
+        lags: _Lags = {}
+        for (sub_topology, partition), lag in sorted(self.lags.items()):
+            lags.setdefault(sub_topology, {})[partition] = lag
+        word = _Says(self.url, self.rack, self.capacity, self.follows, _nested(self.standby), lags)
+        return _write(word)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Says:
+        """Read what a worker of any version said; what cannot be read counts as nothing.
+
+        Args:
+            data: The bytes; empty for nothing.
+        """
+        word = _read(data, _read_says, "a worker says")
+        if word is None:
+            return cls()
+        lags = {TaskId(name, partition): lag for name, by in word.lags.items() for partition, lag in by.items()}
+        return cls(word.url, word.rack, word.capacity, word.follows, _flat(word.standby), lags)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where one worker is reached, and what is asked of it there.
+
+    Attributes:
+        url: Its HTTP server's; empty where it has none.
+        active: Tasks it is the owner of, or about to be.
+        standby: Tasks it is a standby of.
+    """
+
+    url: str = ""
+    active: frozenset[TaskId] = frozenset()
+    standby: frozenset[TaskId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a worker is told beside its partitions. The defaults are for one that is told nothing.
+
+    Attributes:
+        standby: Tasks it is to keep a copy of.
+        warm_up: Tasks it is to catch up with, and to ask for a new round (`log.api.Group.rejoin`) once it has with all
+            of them. Some may be its own in this plan already: they come once their owner has given them up, and are
+            to be followed until then.
+        routes: By member id, this worker's own among them.
+    """
+
+    standby: frozenset[TaskId] = frozenset()
+    warm_up: frozenset[TaskId] = frozenset()
+    routes: Mapping[str, Route] = field(default_factory=dict[str, Route])
+
+    @classmethod
+    def decode(cls, data: bytes) -> Told:
+        """Read what a leader of any version tells; what cannot be read counts as nothing.
+
+        Args:
+            data: The bytes; empty for nothing.
+        """
+        word = _read(data, _read_told, "this worker is told")
+        if word is None:
+            return cls()
+        routes = {
+            member_id: Route(each.url, _flat(each.active), _flat(each.standby))
+            for member_id, each in word.routes.items()
+        }
+        return cls(_flat(word.standby), _flat(word.warm_up), routes)
+
+
+class Teller:
+    """Writes what each worker of one plan is told; the routes, which all share, are written once.
+
+    Args:
+        routes: By member id.
+    """
+
+    def __init__(self, routes: Mapping[str, Route]) -> None:
+        word = {
+            member_id: _Route(route.url, _nested(route.active), _nested(route.standby))
+            for member_id, route in sorted(routes.items())
+        }
+        self._routes = msgspec.Raw(msgspec.msgpack.encode(word))
+
+    def tell(self, standby: Iterable[TaskId], warm_up: Iterable[TaskId]) -> bytes:
+        """What one worker is told, as bytes: see `Told`.
+
+        Args:
+            standby: Its standbys.
+            warm_up: Its warm-ups.
+        """
+        return _write(_Telling(_nested(standby), _nested(warm_up), self._routes))
+
+
+# --- on the wire -------------------------------------------------------------------------------------------------
+
+
+class _Says(msgspec.Struct, omit_defaults=True):
+    url: str = ""
+    rack: str = ""
+    capacity: Annotated[int, msgspec.Meta(ge=1)] = 1
+    follows: bool = False
+    standby: _Tasks = {}
+    lags: _Lags = {}
+
+
+class _Route(msgspec.Struct, omit_defaults=True):
+    url: str = ""
+    active: _Tasks = {}
+    standby: _Tasks = {}
+
+
+class _Told(msgspec.Struct):
+    standby: _Tasks = {}
+    warm_up: _Tasks = {}
+    routes: dict[str, _Route] = {}
+
+
+class _Telling(msgspec.Struct, omit_defaults=True):
+    """`_Told` with its routes in bytes."""
+
+    standby: _Tasks
+    warm_up: _Tasks
+    routes: msgspec.Raw
+
+
+_read_says = msgspec.msgpack.Decoder(_Says)
+_read_told = msgspec.msgpack.Decoder(_Told)
+
+
+def _write(word: msgspec.Struct) -> bytes:
+    return bytes([VERSION]) + msgspec.msgpack.encode(word)
+
+
+def _read(data: bytes, decoder: msgspec.msgpack.Decoder[_Word], whose: str) -> _Word | None:
+    if not data:
+        return None
+    if data[0] != VERSION:
+        logger.warning("what %s is of version %d; version %d is read here: taken for nothing", whose, data[0], VERSION)
+        return None
+    try:
+        return decoder.decode(data[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        logger.warning("what %s cannot be read (%s): taken for nothing", whose, exc)
+        return None
+
+
+def _nested(tasks: Iterable[TaskId]) -> _Tasks:
+    nested: _Tasks = {}
+    for sub_topology, partition in sorted(tasks):
+        nested.setdefault(sub_topology, []).append(partition)
+    return nested
+
+
+def _flat(tasks: _Tasks) -> frozenset[TaskId]:
+    return frozenset(TaskId(name, partition) for name, partitions in tasks.items() for partition in partitions)

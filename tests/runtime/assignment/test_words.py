@@ -1,0 +1,95 @@
+"""What workers of several versions understand of one another."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.words import VERSION, Route, Says, Teller, Told
+
+TASKS = st.builds(TaskId, st.text(max_size=5), st.integers(0, 2_000))
+SETS = st.frozensets(TASKS, max_size=20)
+SAYS = st.builds(
+    Says,
+    url=st.text(max_size=9),
+    rack=st.text(max_size=9),
+    capacity=st.integers(1, 99),
+    follows=st.booleans(),
+    standby=SETS,
+    lags=st.dictionaries(TASKS, st.integers(0, 2**62), max_size=20),
+)
+ROUTES = st.dictionaries(st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS), max_size=9)
+
+
+def packed(version: int = VERSION, **fields: object) -> bytes:
+    return bytes([version]) + msgspec.msgpack.encode(fields)
+
+
+@given(SAYS)
+def test_what_is_said_is_heard(says: Says) -> None:
+    assert Says.decode(says.encode()) == says
+
+
+@given(SETS, SETS, ROUTES)
+def test_what_is_told_is_heard(
+    standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
+) -> None:
+    assert Told.decode(Teller(routes).tell(standby, warm_up)) == Told(standby, warm_up, routes)
+
+
+def test_who_says_nothing_takes_part_without_state_rack_or_address() -> None:
+    assert Says.decode(b"") == Says("", "", 1, follows=False, standby=frozenset(), lags={})
+    assert Told.decode(b"") == Told(frozenset(), frozenset(), {})
+
+
+def test_what_a_newer_version_adds_is_passed_over() -> None:
+    says = packed(rack="a", capacity=3, lags={"s": {1: 5}}, cpus=4, zones={"a": [1]})
+    assert Says.decode(says) == Says(rack="a", capacity=3, lags={TaskId("s", 1): 5})
+    told = packed(standby={"s": [0]}, routes={"m": {"url": "u", "load": 3}}, epoch=7)
+    assert Told.decode(told) == Told(frozenset({TaskId("s", 0)}), routes={"m": Route("u")})
+
+
+def test_what_an_older_version_does_not_say_has_its_default() -> None:
+    assert Says.decode(packed()) == Says()
+    assert Says.decode(packed(url="http://a")) == Says(url="http://a")
+    assert Told.decode(packed()) == Told()
+    assert Told.decode(packed(routes={"m": {}})) == Told(routes={"m": Route()})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        packed(VERSION + 1, rack="a", standby={"s": [1]}),
+        bytes([VERSION]),
+        bytes([VERSION, 0xC1]),
+        packed(capacity=0, standby={"s": [-1]}),
+        packed(lags={"s": {1: -5}}, routes=3),
+        packed(rack=b"\xff", warm_up="all"),
+        packed(url=1, standby=2),
+        b"\xff" * 9,
+    ],
+)
+def test_what_cannot_be_read_is_as_if_it_were_not_said_and_is_logged(
+    data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Says.decode(data) == Says()
+    assert "a worker says" in caplog.text
+    caplog.clear()
+    assert Told.decode(data) == Told()
+    assert "this worker is told" in caplog.text
+
+
+def test_words_are_short() -> None:
+    """About three bytes a task, so that a thousand tasks fit into a group's metadata many times."""
+    names = ["orders", "payments"]
+    routes = {
+        f"worker-{number}": Route(
+            f"http://10.0.0.{number}:6066",
+            frozenset(TaskId(name, number * 10 + k) for name in names for k in range(10)),
+        )
+        for number in range(50)
+    }
+    told = Teller(routes).tell([], [])
+    assert len(told) < 50 * (20 * 3 + 80)
+    assert len(Says().encode()) < 10
