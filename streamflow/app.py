@@ -41,6 +41,11 @@ class App(Declarations):
         partitions: Partitions of topics that StreamFlow creates.
         replication: Replicas of topics that StreamFlow creates; -1 leaves it to the broker.
         standby_replicas: Warm copies of each table partition in other workers.
+        max_warmup_replicas: Copies at a time that are made only so that a task with tables can move.
+        acceptable_lag_records: Records a copy may be behind and still take the task over at once.
+        rack: Where the worker runs: warm copies lie in other racks where they can.
+        capacity: The worker's share of the tasks beside the others'.
+        instance_id: A name of the worker's own that outlives it.
         memory_budget_bytes: Memory for output that is not yet sent or committed.
         web: Whether the worker serves HTTP.
         web_host: Address the web server listens on.
@@ -73,6 +78,11 @@ class App(Declarations):
         partitions: int | None = None,
         replication: int | None = None,
         standby_replicas: int | None = None,
+        max_warmup_replicas: int | None = None,
+        acceptable_lag_records: int | None = None,
+        rack: str | None = None,
+        capacity: int | None = None,
+        instance_id: str | None = None,
         memory_budget_bytes: int | None = None,
         web: bool | None = None,
         web_host: str | None = None,

@@ -11,6 +11,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -36,6 +37,8 @@ DEFAULT_WEB_PORT = 6066
 DAY_MS = 86_400_000
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
+# What Kafka takes for `group.instance.id`: the names a topic may have.
+_INSTANCE_ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,249}")
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,33 @@ class Settings:
     standby_replicas: Annotated[
         int, About("Warm copies of each table partition in other workers; an app without tables has none.", 0, 100)
     ] = 0
+    max_warmup_replicas: Annotated[
+        int,
+        About("Copies at a time, over all workers, that are made only so that a task with tables can move.", 1, 1000),
+    ] = 2
+    acceptable_lag_records: Annotated[
+        int,
+        About("Records a copy of a task's tables may be behind and still take the task over at once.", 0),
+    ] = 10_000
+    rack: Annotated[
+        str,
+        About(
+            "Where the worker runs (a zone, a machine): warm copies lie in other racks where they can.",
+            shown_default="not said",
+        ),
+    ] = ""
+    capacity: Annotated[
+        int,
+        About("The worker's share of the tasks beside the others': with 2 it gets twice as many as with 1.", 1, 1000),
+    ] = 1
+    instance_id: Annotated[
+        str | None,
+        About(
+            "A name of the worker's own that outlives it (`shop-0`): started anew within `session_timeout_ms` under the "
+            "same name it has its partitions back and the others notice nothing. Letters, digits, `.`, `_` and `-`.",
+            shown_default="none",
+        ),
+    ] = None
     memory_budget_bytes: Annotated[
         int,
         About(
@@ -383,8 +413,12 @@ def _boolean(value: object, place: str) -> bool:
 def _text(row: Setting, value: object, place: str) -> str:
     if isinstance(value, Path):
         value = str(value)
+    if value == row.default == "":
+        return value
     if not isinstance(value, str) or not value.strip():
         raise ConfigurationError(f"{place} is to be text, not {value!r}")
+    if row.name == "instance_id" and not _INSTANCE_ID.fullmatch(value):
+        raise ConfigurationError(f"{place} is to be at most 249 letters, digits, '.', '_' and '-', not {value!r}")
     if not row.choices or value in row.choices:
         return value
     for choice in row.choices:

@@ -53,6 +53,11 @@ def test_the_documented_defaults():
         partitions=4,
         replication=-1,
         standby_replicas=0,
+        max_warmup_replicas=2,
+        acceptable_lag_records=10_000,
+        rack="",
+        capacity=1,
+        instance_id=None,
         memory_budget_bytes=256 * 1024 * 1024,
         web=True,
         web_host="127.0.0.1",
@@ -137,6 +142,8 @@ def test_an_unknown_variable_is_a_warning():
         ("REPLICATION", "-1", -1),
         ("MEMORY_BUDGET_BYTES", "1_048_576", 1_048_576),
         ("COMPRESSION", "lz4", "lz4"),
+        ("INSTANCE_ID", "shop-0", "shop-0"),
+        ("CAPACITY", "2", 2),
     ],
 )
 def test_text_becomes_a_value(name, text, value):
@@ -161,10 +168,25 @@ def test_text_becomes_a_value(name, text, value):
         ("log_level", 3, "is to be text"),
         ("data_dir", " ", "is to be text"),
         ("heartbeat_interval_ms", 10_000, "well below session_timeout_ms"),
+        ("capacity", 0, "from 1 to 1000"),
+        ("max_warmup_replicas", 0, "from 1 to 1000"),
+        ("acceptable_lag_records", -1, "of at least 0"),
+        ("rack", " ", "is to be text"),
+        ("instance_id", "", "is to be text"),
+        ("instance_id", "shop 0", "at most 249 letters, digits, '.', '_' and '-', not 'shop 0'"),
+        ("instance_id", "shop-0\n", "at most 249 letters"),
+        ("instance_id", "..", "at most 249 letters"),
+        ("instance_id", "s" * 250, "at most 249 letters"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(name, value, message):
     assert message in refused(app={name: value})
+
+
+def test_a_rack_may_be_taken_back_where_it_is_given_more_strongly(pyproject):
+    given_there = pyproject('[tool.streamflow]\nrack = "a"\n')
+    assert settings(pyproject=given_there).rack == "a"
+    assert settings({"rack": ""}, pyproject=given_there).rack == ""
 
 
 def test_the_message_says_where_the_value_was_given(pyproject):
