@@ -119,8 +119,8 @@ class Settings:
     instance_id: Annotated[
         str | None,
         About(
-            "A name of the worker's own that outlives it (`shop-0`): started anew within `session_timeout_ms` under the "
-            "same name it has its partitions back and the others notice nothing. Letters, digits, `.`, `_` and `-`.",
+            "A name of the worker's own that outlives it (`shop-0`): started anew under it within `session_timeout_ms` "
+            "it has its partitions back, and the others notice nothing. Letters, digits, `.`, `_` and `-`.",
             shown_default="none",
         ),
     ] = None
