@@ -175,6 +175,7 @@ class WorkerCollector(Collector):
         yield from self._work()
         status = self._status()
         yield from self._state(status)
+        yield from self._alarms(status)
         yield from self._restores(status)
 
     def _traffic(self) -> Iterator[Metric]:
@@ -248,9 +249,16 @@ class WorkerCollector(Collector):
             "Records of its source that have not arrived in a global table.",
             labels=["table"],
         )
+        unreadable = CounterMetricFamily(
+            "streamflow_global_table_passed_over_records",
+            "Records of its source that a global table could not read.",
+            labels=["table"],
+        )
         for table in status.global_tables:
             global_lag.add_metric([table.table], table.lag)
+            unreadable.add_metric([table.table], table.passed_over)
         yield global_lag
+        yield unreadable
         yield GaugeMetricFamily("streamflow_assigned_partitions", "Partitions assigned now.", value=len(partitions))
         yield GaugeMetricFamily(
             "streamflow_oldest_in_flight_seconds",
@@ -259,10 +267,6 @@ class WorkerCollector(Collector):
         )
         yield CounterMetricFamily("streamflow_rebalances", "Rebalances.", value=status.rebalances)
         yield CounterMetricFamily("streamflow_rebalance_seconds", "Time spent in rebalances.", value=status.rebalance_s)
-        if status.last_commit_age_s is not None:
-            yield GaugeMetricFamily(
-                "streamflow_last_commit_age_seconds", "Age of the last commit.", value=status.last_commit_age_s
-            )
         yield GaugeMetricFamily("streamflow_ready", "1 when assigned and caught up.", value=int(status.ready))
         yield GaugeMetricFamily("streamflow_live", "1 when progress is being made.", value=int(status.live))
         yield InfoMetricFamily(
@@ -272,6 +276,30 @@ class WorkerCollector(Collector):
         )
         yield InfoMetricFamily(
             "streamflow_app", "Which app runs.", value={"app": status.app, "guarantee": status.guarantee}
+        )
+
+    def _alarms(self, status: WorkerStatus) -> Iterator[Metric]:
+        """What the alert rules in `docker/prometheus` compare."""
+        if status.last_commit_age_s is not None:
+            yield GaugeMetricFamily(
+                "streamflow_last_commit_age_seconds", "Age of the last commit.", value=status.last_commit_age_s
+            )
+        yield GaugeMetricFamily(
+            "streamflow_uncommitted_seconds", "Time the commit under way has taken.", value=status.uncommitted_s
+        )
+        if status.heartbeat_age_s is not None:
+            yield GaugeMetricFamily(
+                "streamflow_heartbeat_age_seconds",
+                "Time since the group answered a heartbeat.",
+                value=status.heartbeat_age_s,
+            )
+        yield GaugeMetricFamily(
+            "streamflow_session_timeout_seconds",
+            "Silence after which the others take the partitions over.",
+            value=status.session_timeout_s,
+        )
+        yield GaugeMetricFamily(
+            "streamflow_memory_budget_bytes", "What tables and outputs may take.", value=status.memory_budget_bytes
         )
 
     def _restores(self, status: WorkerStatus) -> Iterator[Metric]:

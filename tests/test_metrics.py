@@ -2,7 +2,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamflow.metrics import Exposition, Histogram, PrometheusSensors, fleet_metrics, merge
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.status import RestoreStatus, TaskStatus
+from streamflow.runtime.status import GlobalTableStatus, RestoreStatus, TaskStatus
 from tests.web.status import status
 
 
@@ -35,7 +35,14 @@ def used() -> PrometheusSensors:
 
 
 def test_everything_is_told():
-    found = samples(Exposition(used(), status).text())
+    told = status(
+        global_tables=(GlobalTableStatus("rates", "rates", True, 4, 1),),
+        heartbeat_age_s=0.2,
+        session_timeout_s=10.0,
+        uncommitted_s=1.5,
+        memory_budget_bytes=1 << 28,
+    )
+    found = samples(Exposition(used(), lambda: told).text())
     expected = {
         "streamflow_records_in_total|orders": 1001,
         "streamflow_records_processed_total|total|orders": 1001,
@@ -67,6 +74,12 @@ def test_everything_is_told():
         "streamflow_rebalances_total": 2,
         "streamflow_rebalance_seconds_total": 0.5,
         "streamflow_last_commit_age_seconds": 0.1,
+        "streamflow_uncommitted_seconds": 1.5,
+        "streamflow_heartbeat_age_seconds": 0.2,
+        "streamflow_session_timeout_seconds": 10,
+        "streamflow_memory_budget_bytes": 1 << 28,
+        "streamflow_global_table_lag_records|rates": 4,
+        "streamflow_global_table_passed_over_records_total|rates": 1,
         "streamflow_ready": 1,
         "streamflow_live": 1,
         "streamflow_app_info|shop|exactly_once": 1,
@@ -78,12 +91,13 @@ def test_everything_is_told():
 
 
 def test_gauges_are_asked_for_at_each_scrape():
-    states = iter([status(), status(ready=False, last_commit_age_s=None)])
+    states = iter([status(heartbeat_age_s=0.1), status(ready=False, last_commit_age_s=None)])
     exposition = Exposition(PrometheusSensors(), lambda: next(states))
-    assert samples(exposition.text())["streamflow_ready"] == 1
+    found = samples(exposition.text())
+    assert (found["streamflow_ready"], found["streamflow_heartbeat_age_seconds"]) == (1, 0.1)
     later = samples(exposition.text())
     assert later["streamflow_ready"] == 0
-    assert "streamflow_last_commit_age_seconds" not in later
+    assert not {"streamflow_last_commit_age_seconds", "streamflow_heartbeat_age_seconds"} & set(later)
 
 
 def test_restores_are_told_while_they_last():

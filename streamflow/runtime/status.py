@@ -99,6 +99,10 @@ class WorkerStatus:
         rebalance_s: Seconds spent in them.
         last_commit_age_s: Seconds since the last commit; None before the first.
         global_tables: Its global tables, sorted by name.
+        heartbeat_age_s: Seconds since the group answered a heartbeat; None before the first.
+        session_timeout_s: Seconds of silence after which the others take its partitions over.
+        uncommitted_s: Seconds that the commit under way has been trying; 0 while none is.
+        memory_budget_bytes: What its tables and outputs may take.
     """
 
     app: str
@@ -113,6 +117,10 @@ class WorkerStatus:
     rebalance_s: float
     last_commit_age_s: float | None
     global_tables: tuple[GlobalTableStatus, ...] = ()
+    heartbeat_age_s: float | None = None
+    session_timeout_s: float = 0.0
+    uncommitted_s: float = 0.0
+    memory_budget_bytes: int = 0
 
     @property
     def busy(self) -> str:

@@ -47,8 +47,8 @@ def snapshot(worker: Observed) -> WorkerStatus:
         tuple(sorted((_task_status(task) for task in manager.running()), key=lambda each: each.task)) if manager else ()
     )
     statistics = group.statistics() if group is not None else None
-    commit_age_s = worker.last_commit_age_s()
-    reason = _why_not_live(worker, tasks, statistics.last_heartbeat_age_s if statistics else None)
+    heartbeat_age_s = statistics.last_heartbeat_age_s if statistics else None
+    reason = _why_not_live(worker, tasks, heartbeat_age_s)
     state = "rebalancing" if worker.state == "running" and manager is not None and manager.changing else worker.state
     return WorkerStatus(
         app=worker.app.id,
@@ -61,8 +61,12 @@ def snapshot(worker: Observed) -> WorkerStatus:
         live_reason=reason,
         rebalances=statistics.rebalances if statistics else 0,
         rebalance_s=statistics.rebalance_s if statistics else 0.0,
-        last_commit_age_s=commit_age_s,
+        last_commit_age_s=worker.last_commit_age_s(),
         global_tables=worker.global_tables.status() if worker.global_tables is not None else (),
+        heartbeat_age_s=heartbeat_age_s,
+        session_timeout_s=worker.settings.session_timeout_ms / 1000,
+        uncommitted_s=worker.uncommitted_for_s(),
+        memory_budget_bytes=worker.settings.memory_budget_bytes,
     )
 
 
