@@ -414,7 +414,7 @@ def _text(row: Setting, value: object, place: str) -> str:
     if isinstance(value, Path):
         value = str(value)
     if value == row.default == "":
-        return value
+        return ""
     if not isinstance(value, str) or not value.strip():
         raise ConfigurationError(f"{place} is to be text, not {value!r}")
     if row.name == "instance_id" and not _INSTANCE_ID.fullmatch(value):
