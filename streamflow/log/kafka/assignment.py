@@ -44,6 +44,9 @@ def assign(
 ) -> Mapping[str, frozenset[TopicPartition]]:
     """Hand out what is free, leave with its owner what stays, and keep back what has to move first.
 
+    Partitions of a topic that does not exist stay where they are: whoever reads them says so, which stops the worker.
+    Taken away, they would leave a worker behind that has nothing to do and says nothing.
+
     Args:
         assignor: The app's.
         claims: What every member said.
@@ -65,10 +68,16 @@ def assign(
     _check(target, {member.member_id for member in members})
     return {
         member.member_id: frozenset(
-            tp for tp in target.get(member.member_id, frozenset()) if not claimed_by.get(tp, set()) - {member.member_id}
+            tp
+            for tp in target.get(member.member_id, frozenset()) | _of_no_topic(member, counts)
+            if not claimed_by.get(tp, set()) - {member.member_id}
         )
         for member in members
     }
+
+
+def _of_no_topic(member: Member, counts: Mapping[str, int]) -> frozenset[TopicPartition]:
+    return frozenset(tp for tp in member.owned if tp.topic not in counts)
 
 
 def unread_topics(

@@ -36,6 +36,11 @@ def test_of_two_claims_the_younger_counts_and_nobody_gets_it_until_the_other_giv
     assert {member.member_id: member.owned for member in seen} == {"a": tps(), "b": tps(0)}
 
 
+def test_what_is_of_a_topic_that_does_not_exist_stays_with_its_owner():
+    claims = [Claim("a", T, tps(0), 4), Claim("b", T, tps(1, 2), 4), Claim("c", T, tps(2), 3)]
+    assert assign(spread, claims, {}) == {"a": tps(0), "b": tps(1), "c": tps()}
+
+
 @pytest.mark.parametrize("target", [{"a": tps(0), "b": tps(0)}, {"nobody": tps(0)}])
 def test_a_wrong_assignor_is_noticed(target):
     claims = [Claim("a", T, tps(), -1), Claim("b", T, tps(), -1)]
