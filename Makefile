@@ -23,8 +23,8 @@ demo: $(READY)  ## Stream real flight departures through agents on the embedded 
 test: $(READY)  ## Run the whole test suite (ARGS="-k name" narrows it)
 	@$(BIN)/python -m pytest $(ARGS)
 
-soak: $(READY)  ## Workers with tables under faults, 30 minutes and 10 M records (ARGS="--seconds 120 --records 100000")
-	@$(BIN)/python -m tests.soak $(ARGS)
+soak: $(READY)  ## Workers with tables under faults, 30 minutes and 10 M records; CHAOS=all or kill,cut,...: the chaos suite
+	@$(BIN)/python -m tests.soak $(if $(CHAOS),--chaos $(CHAOS)) $(ARGS)
 
 simulate: $(READY)  ## Simulate 10,000 runs with faults (COUNT=, JOBS=), or SEED=n once more, told step by step
 	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--count $(COUNT) --jobs $(JOBS))

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from base64 import urlsafe_b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -98,13 +98,21 @@ JAVA_OPTIONS = (
 )
 
 
+_handed_out: set[int] = set()
+
+
 def free_port() -> int:
-    """A port nobody listens on, below those that outgoing connections get: one that is free now stays free."""
+    """A port nobody listens on, below those that outgoing connections get: one that is free now stays free.
+
+    This process gets each only once: a cluster with many listeners asks for dozens before the first is opened.
+    """
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind((HOST, port))
-            return port
+            if port not in _handed_out:
+                _handed_out.add(port)
+                return port
 
 
 def random_id() -> str:
@@ -121,8 +129,8 @@ class Broker:
 
     `certificates` opens three more listeners: SSL, SASL_SSL and SASL_PLAINTEXT, with users for SCRAM-SHA-256/512 and
     PLAIN, OAUTHBEARER with unsecured tokens, and an authorizer. `controllers` ({node id: port}) makes it one node of a
-    `Cluster`. `pom` names the version. `proxied_port` opens one more listener, PROXIED, whose clients are sent to that
-    port of this machine for everything: a test puts a `Proxy` there.
+    `Cluster`. `pom` names the version. Each of `proxied_ports` opens one more listener (`proxied`), whose clients are
+    sent to that port of this machine for everything: a test puts a `Proxy` there.
     """
 
     def __init__(
@@ -136,9 +144,9 @@ class Broker:
         controllers: Mapping[int, int] | None = None,
         cluster_id: str | None = None,
         pom: Path = jars.POM,
-        proxied_port: int = 0,
+        proxied_ports: Sequence[int] = (),
     ) -> None:
-        self._proxied_port = proxied_port
+        self._proxied_ports = {f"PROXIED_{number}": port for number, port in enumerate(proxied_ports)}
         self.directory = directory
         self.node_id = node_id
         self._given = (port, dict(controllers or {}))
@@ -157,6 +165,14 @@ class Broker:
         """host:port of one listener; TLS ones answer to the name in their certificate."""
         return f"{'localhost' if protocol.endswith('SSL') else HOST}:{self._ports[protocol]}"
 
+    def proxied(self, number: int = 0) -> int:
+        """The port behind one of `proxied_ports`: what a `Proxy` there forwards to."""
+        return self._ports[f"PROXIED_{number}"]
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
     @property
     def pid(self) -> int:
         if self._process is None:
@@ -169,8 +185,7 @@ class Broker:
         protocols = ["PLAINTEXT"]
         if self._certificates is not None:
             protocols += ["SSL", "SASL_SSL", "SASL_PLAINTEXT"]
-        if self._proxied_port:
-            protocols.append("PROXIED")
+        protocols += self._proxied_ports
         self._ports = {protocol: free_port() for protocol in protocols}
         if port:
             self._ports["PLAINTEXT"] = port
@@ -310,9 +325,9 @@ class Broker:
         listeners = {name: f"{HOST}:{port}" for name, port in self._ports.items()}
         protocols = {name: name for name in listeners} | {"CONTROLLER": "PLAINTEXT"}
         advertised = {name: self.listener(name) for name in listeners}
-        if self._proxied_port:
-            protocols["PROXIED"] = "PLAINTEXT"
-            advertised["PROXIED"] = f"{HOST}:{self._proxied_port}"
+        for name, port in self._proxied_ports.items():
+            protocols[name] = "PLAINTEXT"
+            advertised[name] = f"{HOST}:{port}"
         return {
             "process.roles": "broker,controller",
             "node.id": str(self.node_id),
@@ -361,9 +376,16 @@ class Broker:
 
 
 class Cluster:
-    """Several brokers that are one cluster: for changes of leader."""
+    """Several brokers that are one cluster: for changes of leader. `proxied_ports` are those of each node."""
 
-    def __init__(self, directory: Path, *, nodes: int = 3, config: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        nodes: int = 3,
+        config: Mapping[str, str] | None = None,
+        proxied_ports: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
         controllers = {node: free_port() for node in range(1, nodes + 1)}
         cluster_id = random_id()
         replicated = {
@@ -379,6 +401,7 @@ class Cluster:
                 controllers=controllers,
                 cluster_id=cluster_id,
                 config=replicated,
+                proxied_ports=(proxied_ports or {}).get(node, ()),
             )
             for node in controllers
         }

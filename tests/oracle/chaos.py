@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from streamflow.error_groups import one_error
+from streamflow.errors import RetriableError
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.commit_mark import CommitMark
 from tests.kafka.broker import Broker
@@ -19,6 +20,7 @@ from tests.oracle.checks import Oracle, Verdict
 from tests.oracle.links import Links
 from tests.oracle.load import Load
 from tests.oracle.repeats import Rewind, Tail, Window, check_repeats, check_tail
+from tests.oracle.stacks import TELL_STACKS, telling_stacks
 from tests.system.harness import STOPPED, System, Worker, until
 
 SESSION_S = 2.0
@@ -67,6 +69,7 @@ class Chaos:
         self._patience_s = patience_s
         self._load: Load | None = None
         self.workers: list[Worker] = []
+        self.place: dict[Worker, int] = {}
         # What may be repeated, and the changelogs as they were left.
         self.windows: list[Window] = []
         self.tails: list[Tail] = []
@@ -82,7 +85,7 @@ class Chaos:
         """Write the app, make its source, start the workers."""
         system = self.system
         system.write_app(
-            BODY,
+            TELL_STACKS + BODY,
             session_timeout_ms=round(SESSION_S * 1000),
             processing_guarantee=self.guarantee,
             partitions=self.partitions,
@@ -90,7 +93,7 @@ class Chaos:
         if system.is_kafka:
             self._set_options()
         await system.create("numbers", partitions=self.partitions)
-        self.workers = [self._start(number) for number in range(workers)]
+        self.workers = [self.start(place) for place in range(workers)]
         for worker in self.workers:
             await worker.ready()
 
@@ -105,10 +108,14 @@ class Chaos:
         assert after != before
         path.write_text(after)
 
-    def _start(self, number: int) -> Worker:
-        if number or self._links is None:
-            return self.system.start()
-        return self.system.start(SERVERS=self._links.servers)
+    def start(self, place: int) -> Worker:
+        """Start a worker: who is started in a place has the connections of who was there before."""
+        worker = self.system.start(**self._environment(place))
+        self.place[worker] = place
+        return worker
+
+    def _environment(self, place: int) -> dict[str, str]:
+        return {} if place or self._links is None else {"SERVERS": self._links.servers}
 
     @property
     def sent(self) -> int:
@@ -140,6 +147,10 @@ class Chaos:
 
     async def finish(self) -> Verdict:
         """Let everything be processed, and check it."""
+        with telling_stacks(self.system.workers):
+            return await self._finish()
+
+    async def _finish(self) -> Verdict:
         system = self.system
         await system.has_committed("numbers", self.sent, within_s=60)
         for worker in self.workers:
@@ -172,17 +183,25 @@ class Chaos:
     async def happen(self, kind: str) -> None:
         """One fault, and the work that goes on after it."""
         self.did[kind] += 1
-        committed = await self.system.committed("numbers")
+        with telling_stacks(self.system.workers):
+            committed = await self.system.committed("numbers")
+            await self._inflict(kind, committed)
+            await self._goes_on(kind)
+            if times := self._repeats(kind):
+                self.windows.append(Window(kind, committed, await self._made(), times))
+            await self._note_losses(committed)
+
+    async def _inflict(self, kind: str, committed: dict[int, int]) -> None:
         own = {"kill": self._kill, "pause": self._pause, "broker": self._lose_broker}
         if kind in own:
             await own[kind](committed)
         else:
             assert self._links is not None
             await self._links.happen(kind)
-        await self._goes_on(kind)
-        if kind == "broker":
-            self.windows.append(Window(kind, committed, await self._made()))
-        await self._note_losses(committed)
+
+    def _repeats(self, kind: str) -> int:
+        """How often records are repeated, at most, that were under way when it happened; 0 where it is looked at."""
+        return 1 if kind == "broker" else 0
 
     async def _note_losses(self, committed: dict[int, int]) -> None:
         """A machine that is busy elsewhere may not let a worker run for a session: that is a fault, too."""
@@ -204,7 +223,7 @@ class Chaos:
             committed = await self._left_by(time.monotonic()) or committed
             await asyncio.sleep(SESSION_S / 4)  # what was on its way arrives
             self.windows.append(Window("kill", committed, await self._made()))
-        self.workers[number] = self._start(number)
+        self.workers[number] = self.start(self.place[self.workers[number]])
 
     async def _pause(self, committed: dict[int, int]) -> None:
         worker = self.dice.choice(self.workers)
@@ -247,14 +266,14 @@ class Chaos:
 
     async def _goes_on(self, kind: str) -> None:
         """Every partition is committed for again: nothing hangs."""
-        ends = await self._ends()
-        left = ends
+        left = ends = await self._ends()
 
         async def caught_up() -> bool:
             nonlocal left
             self._check_run()
-            committed = await self.system.committed("numbers")
-            left = {partition: end for partition, end in ends.items() if committed.get(partition, 0) < end}
+            with contextlib.suppress(RetriableError):  # brokers may be away
+                committed = await self.system.committed("numbers")
+                left = {partition: end for partition, end in ends.items() if committed.get(partition, 0) < end}
             return not left
 
         told = self.system.told

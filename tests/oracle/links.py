@@ -46,7 +46,7 @@ class Links:
 
     async def happen(self, kind: str) -> None:
         """One of `FAULTS`; returns once it has met a request, or is over."""
-        assert self._proxy.connections, "the worker is not connected"
+        await until(lambda: self._proxy.connections, "the worker connected again, if the last fault has cut it off")
         if kind in IN_A_COMMIT:
             await self._meet(*IN_A_COMMIT[kind])
         elif kind in CUT_OFF:

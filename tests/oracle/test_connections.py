@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.kafka, pytest.ma
 async def test_exactly_once_over_broken_connections(make_broker: Callable[..., Broker], tmp_path: Path) -> None:
     """One worker of two is behind a bad network; the other one takes over and gives back."""
     port = free_port()
-    broker = make_broker(proxied_port=port)
-    target = int(broker.listener("PROXIED").rpartition(":")[2])
+    broker = make_broker(proxied_ports=[port])
+    target = broker.proxied()
     async with Proxy(port, target) as proxy, System(tmp_path, f"kafka://{broker.bootstrap}") as system:
         links = Links(proxy, f"{HOST}:{port}", PAUSE_S)
         chaos = Chaos(system, SEED, "exactly_once", kafka={"request_timeout_ms": 2000}, links=links)

@@ -3,7 +3,7 @@
 Prints a line of JSON every few seconds, and at the end the figures as markdown. One worker is never killed, so that
 there is one in which something could pile up; it is stopped (SIGSTOP) like the others, gets and gives away tasks with
 every fault, and loses its broker. Memory and files that grow make the run fail, as does anything that is not the fold
-of its input. What failed is kept: logs of the workers, stores, the log itself.
+of its input. What failed is kept: logs of the workers, stores, the log itself. `--chaos`: see `matrix.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.kafka.broker import Broker
 from tests.oracle.chaos import Chaos, repeats
 from tests.oracle.load import Load
+from tests.soak.matrix import add_options, run_matrix
 from tests.soak.report import Outcome, objections, report
 from tests.soak.watch import Watch
 from tests.system.harness import System
@@ -150,12 +151,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where everything is (default: a new one); kept if the run fails")
     parser.add_argument("--report", type=Path, default=REPORT, help=f"where the figures go (default: {REPORT})")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    add_options(parser)
     arguments = parser.parse_args()
     folder: Path = arguments.folder or Path(tempfile.mkdtemp(prefix="streamflow-soak-"))
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"everything is in {folder}", flush=True)
-    if found := asyncio.run(soak(arguments, folder)):
+    work = run_matrix if arguments.chaos else soak
+    if found := asyncio.run(work(arguments, folder)):
         raise SystemExit("; ".join(found) + f"\nall of it is kept in {folder}")
     if arguments.folder is None:
         shutil.rmtree(folder)

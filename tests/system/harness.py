@@ -125,9 +125,14 @@ class Worker:
         return self._out.read_text(errors="replace")
 
     @property
+    def said_as_errors(self) -> str:
+        """Its standard error so far: log lines, in order."""
+        return self._err.read_text(errors="replace")
+
+    @property
     def said(self) -> str:
         """Everything so far."""
-        return self._err.read_text(errors="replace") + self.out
+        return self.said_as_errors + self.out
 
     @property
     def runs(self) -> bool:

@@ -324,7 +324,7 @@ async def test_a_changelog_record_of_a_stopped_worker_that_arrives_late_at_least
 ) -> None:
     """No broker refuses it. Its successor notices, and whoever restores the table finds what was committed."""
     port = free_port()
-    broker = make_broker(proxied_port=port)
+    broker = make_broker(proxied_ports=[port])
     arrives, held = asyncio.Event(), asyncio.Event()
 
     def hold_changelog(request: bytes) -> Verdict:
@@ -333,7 +333,7 @@ async def test_a_changelog_record_of_a_stopped_worker_that_arrives_late_at_least
         held.set()
         return arrives
 
-    target = int(broker.listener("PROXIED").rpartition(":")[2])
+    target = broker.proxied()
     async with Proxy(port, target) as proxy, System(tmp_path, f"kafka://{broker.bootstrap}") as system:
         system.write_app(SUMS, processing_guarantee="at_least_once")
         path = tmp_path / "app.py"

@@ -393,7 +393,7 @@ async def test_a_commit_never_goes_out_without_a_member_id_or_generation(open_lo
 async def test_a_join_on_a_connection_that_is_dead_in_silence_is_asked_again(make_broker, key):
     """Its answer may take as long as the rebalance may; who waits for it on a dead connection is without work."""
     port = free_port()
-    broker = make_broker(proxied_port=port)
+    broker = make_broker(proxied_ports=[port])
     silent = []
 
     def decide(request):
@@ -404,7 +404,7 @@ async def test_a_join_on_a_connection_that_is_dead_in_silence_is_asked_again(mak
 
     armed = False
     async with (
-        Proxy(port, int(broker.listener("PROXIED").rpartition(":")[2]), on_request=decide),
+        Proxy(port, broker.proxied(), on_request=decide),
         KafkaLog(Kafka(servers=broker.bootstrap), client_id="test") as log,
         KafkaLog(Kafka(servers=f"127.0.0.1:{port}"), client_id="test") as behind,
     ):
