@@ -102,6 +102,7 @@ class PrometheusSensors(Sensors):
         """By agent and policy."""
         self.moved: Counter[str] = Counter({"assigned": 0, "revoked": 0, "lost": 0})
         self.restored_count: Counter[str] = Counter()
+        self.standby_count: Counter[str] = Counter()
         self.foreign_keys: Counter[str] = Counter()
         self.stalls = 0
         self.stall_s = 0.0
@@ -136,6 +137,9 @@ class PrometheusSensors(Sensors):
 
     def restored(self, table: str, records: int) -> None:
         self.restored_count[table] += records
+
+    def standby_applied(self, table: str, records: int) -> None:
+        self.standby_count[table] += records
 
     def foreign_key(self, table: str) -> None:
         self.foreign_keys[table] += 1
@@ -177,6 +181,7 @@ class WorkerCollector(Collector):
         yield from self._state(status)
         yield from self._alarms(status)
         yield from self._restores(status)
+        yield from self._standbys(status)
 
     def _traffic(self) -> Iterator[Metric]:
         sensors = self._sensors
@@ -226,6 +231,12 @@ class WorkerCollector(Collector):
             "Changelog records read to restore tables.",
             ["table"],
             sensors.restored_count,
+        )
+        yield _counter(
+            "streamflow_standby_records",
+            "Changelog records that standbys and warm-ups have applied.",
+            ["table"],
+            sensors.standby_count,
         )
         yield _counter(
             "streamflow_foreign_keys",
@@ -317,6 +328,21 @@ class WorkerCollector(Collector):
                 rate.add_metric([task.task], task.restoring.per_s)
         yield remaining
         yield rate
+
+    def _standbys(self, status: WorkerStatus) -> Iterator[Metric]:
+        kept = GaugeMetricFamily("streamflow_standbys", "Standbys and warm-ups kept here.", labels=["kind"])
+        for kind, is_warm_up in (("standby", False), ("warm_up", True)):
+            kept.add_metric([kind], sum(each.warm_up is is_warm_up for each in status.standbys))
+        yield kept
+        lag = GaugeMetricFamily(
+            "streamflow_standby_lag_records",
+            "Changelog offsets between a standby and what its task has committed.",
+            labels=["task"],
+        )
+        for each in status.standbys:
+            if each.lag is not None:
+                lag.add_metric([each.task], each.lag)
+        yield lag
 
 
 def _counter(

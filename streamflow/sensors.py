@@ -42,6 +42,9 @@ class Sensors:
     def restored(self, table: str, records: int) -> None:
         """A fetch of a table's changelog was restored."""
 
+    def standby_applied(self, table: str, records: int) -> None:
+        """A standby took records of a table's changelog into its store."""
+
     def foreign_key(self, table: str) -> None:
         """A sampled key of a table was written in a partition that is not its own."""
 

@@ -2,7 +2,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamflow.metrics import Exposition, Histogram, PrometheusSensors, fleet_metrics, merge
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.status import GlobalTableStatus, RestoreStatus, TaskStatus
+from streamflow.runtime.status import GlobalTableStatus, RestoreStatus, StandbyStatus, TaskStatus
 from tests.web.status import status
 
 
@@ -28,6 +28,7 @@ def used() -> PrometheusSensors:
     sensors.rebalanced(4, 1, 0)
     sensors.restored("totals", 1000)
     sensors.restored("totals", 24)
+    sensors.standby_applied("totals", 7)
     sensors.foreign_key("totals")
     sensors.loop_stalled(0.02)
     sensors.loop_stalled(0.5)
@@ -67,6 +68,7 @@ def test_everything_is_told():
         "streamflow_partitions_moved_total|assigned": 4,
         "streamflow_partitions_moved_total|lost": 0,
         "streamflow_restored_records_total|totals": 1024,
+        "streamflow_standby_records_total|totals": 7,
         "streamflow_foreign_keys_total|totals": 1,
         "streamflow_lag_records|0|orders": 3,
         "streamflow_assigned_partitions": 2,
@@ -88,6 +90,20 @@ def test_everything_is_told():
     assert "streamflow_lag_records|1|orders" not in found
     assert found["process_resident_memory_bytes"] > 0
     assert any(name.startswith("streamflow_build_info|") for name in found)
+
+
+def test_standbys_are_counted_by_kind_and_a_lag_that_is_not_known_is_not_told():
+    kept = (
+        StandbyStatus("orders-0", warm_up=False, lag=3, records=10),
+        StandbyStatus("orders-1", warm_up=True, lag=None, records=0),
+        StandbyStatus("orders-2", warm_up=False, lag=None, records=4, given_up="damaged"),
+    )
+    found = samples(Exposition(PrometheusSensors(), lambda: status(standbys=kept)).text())
+    assert found["streamflow_standbys|standby"] == 2
+    assert found["streamflow_standbys|warm_up"] == 1
+    assert {name: lag for name, lag in found.items() if name.startswith("streamflow_standby_lag_records")} == {
+        "streamflow_standby_lag_records|orders-0": 3
+    }
 
 
 def test_gauges_are_asked_for_at_each_scrape():

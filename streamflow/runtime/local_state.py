@@ -11,6 +11,7 @@ from typing import Any
 import anyio.to_thread
 
 from streamflow.clock import Clock
+from streamflow.errors import TopologyError
 from streamflow.log.api import TopicDescription
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.table import Table
@@ -24,7 +25,7 @@ from streamflow.runtime.task_tables import CheckHome, SetAside, TaskTables
 from streamflow.state.format import FORMAT
 from streamflow.state.identity import Identity, TableIdentity
 from streamflow.state.slots import Slot
-from streamflow.state.store import Store, Stores
+from streamflow.state.store import Checkpoint, Store, Stores
 
 logger = logging.getLogger("streamflow.tables")
 
@@ -110,13 +111,16 @@ class LocalStates:
         entries = memory_budget_bytes // (_LIVE_SHARE * _LIVE_ENTRY_BYTES * max(1, partitions * len(app.tables)))
         self._live_entries = max(_LEAST_LIVE_ENTRIES, entries)
 
-    async def open(self, sub: SubTopology, partition: int, mark: CommitMark | None) -> LocalState | None:
+    async def open(
+        self, sub: SubTopology, partition: int, mark: CommitMark | None, held: LocalState | None = None
+    ) -> LocalState | None:
         """Open what a task keeps; None where it has no tables.
 
         Args:
             sub: Its sub-topology.
             partition: Its partition.
             mark: What its last commit says; None where there was none.
+            held: It, where it is open already; closed where this raises.
 
         Raises:
             TopologyError: The last commit stands for other tables than these; nothing was opened.
@@ -124,10 +128,15 @@ class LocalStates:
         """
         if not sub.tables:
             return None
-        tables = [self._app.tables[name] for name in sub.tables]
-        if mark is not None:
-            kept = {table.name: self._described(table) for table in tables if table.source is None}
-            check_mark_of(f"{sub.name}-{partition}", mark, kept)
+        try:
+            self.check(sub, partition, mark)
+        except TopologyError:
+            if held is not None:
+                await anyio.to_thread.run_sync(held.store.close)
+            raise
+        if held is not None:
+            return held
+        tables = self.tables_of(sub)
         store = await anyio.to_thread.run_sync(self._open, sub, partition, tables)
         return LocalState(
             tables,
@@ -135,9 +144,32 @@ class LocalStates:
             store,
             self._restorer,
             self._live_entries,
-            {table.name: stale_after_ms(self._descriptions[table.changelog.name]) for table in tables},
+            {table.name: self.stale_after_ms(table) for table in tables},
             partial(self._stores.set_aside, store.path),
         )
+
+    def check(self, sub: SubTopology, partition: int, mark: CommitMark | None) -> None:
+        """Make sure that a task's last commit stands for the tables of today.
+
+        Raises:
+            TopologyError: It does not.
+        """
+        if mark is not None:
+            kept = {table.name: self._described(table) for table in self.tables_of(sub) if table.source is None}
+            check_mark_of(f"{sub.name}-{partition}", mark, kept)
+
+    def tables_of(self, sub: SubTopology) -> list[Table[Any, Any]]:
+        """The tables of a sub-topology."""
+        return [self._app.tables[name] for name in sub.tables]
+
+    def stale_after_ms(self, table: Table[Any, Any]) -> int:
+        """How long a store may have been away from the table's changelog, milliseconds."""
+        return stale_after_ms(self._descriptions[table.changelog.name])
+
+    def peek(self, sub: SubTopology, partition: int) -> Checkpoint | None:
+        """How far a task's store in this slot is, which nobody may have open; None where there is none; blocks."""
+        task = f"{sub.name}-{partition}"
+        return self._stores.peek(task if self._slot is None else self._slot.store_path(task))
 
     def _open(self, sub: SubTopology, partition: int, tables: Sequence[Table[Any, Any]]) -> Store:
         task = f"{sub.name}-{partition}"

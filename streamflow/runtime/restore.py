@@ -11,9 +11,9 @@ A store that the log does not bear out (it reaches further than the log, or miss
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
@@ -29,8 +29,8 @@ from streamflow.errors import (
     TopologyError,
 )
 from streamflow.log.api import Admin, Fetched, Reader
-from streamflow.log.batch import RecordBatch
 from streamflow.model.record import TopicPartition
+from streamflow.runtime.changelog_records import ChangelogRecords, check_position, pieces
 from streamflow.runtime.changelogs import MIN_COMPACTION_LAG_MS
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.source_records import SourceRecords
@@ -48,7 +48,6 @@ _RETRY_S = 0.2
 _RETRY_FULL_S = 1.0
 _TOLD_EVERY_S = 5.0
 _NAMED = 16
-_PIECE_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
@@ -62,7 +61,7 @@ class _Span:
         position: Next offset to read.
         acknowledged: Where what is committed ends.
         target: Where reading ends.
-        source: Reads a source's records; None for a changelog.
+        reads: Reads its records: a changelog's, or a source's.
         records: How many were read.
         uncommitted: By store key: value and timestamp of the newest record that is not committed.
     """
@@ -73,7 +72,7 @@ class _Span:
     position: int
     acknowledged: int
     target: int
-    source: SourceRecords | None = None
+    reads: ChangelogRecords | SourceRecords
     records: int = 0
     uncommitted: dict[bytes, tuple[bytes | None, int]] = field(default_factory=dict)
 
@@ -199,13 +198,16 @@ class Restorer:
             StateCorruptedError: The store cannot go on from its checkpoint.
         """
         starts, targets = await self._offsets(list(tables.changelogs()))
-        self._check_store(tables, starts, targets)
+        checkpoint = tables.store.checkpoint
+        away_ms = self._clock.now_ms() - checkpoint.caught_up_at_ms
         spans = []
         for tp, name in tables.changelogs().items():
             target = targets[tp]
             acknowledged = target if mark.changelogs is None else min(target, mark.changelogs.get(name, target))
-            position = max(tables.store.checkpoint.changelogs.get(name, 0), starts[tp])
-            spans.append(_Span(tp, name, starts[tp], position, acknowledged, target))
+            position, stale_after_ms = checkpoint.changelogs.get(name, 0), tables.stale_after_ms[name]
+            check_position(tp, position, starts[tp], target, away_ms, stale_after_ms, committed=acknowledged)
+            reads = ChangelogRecords(tables.tables[name])
+            spans.append(_Span(tp, name, starts[tp], max(position, starts[tp]), acknowledged, target, reads))
         return spans
 
     async def _source_spans(
@@ -257,26 +259,6 @@ class Restorer:
                 logger.warning("looking for the ends of changelogs: %s; trying again", error)
                 await self._clock.sleep(_RETRY_S)
 
-    def _check_store(
-        self, tables: TaskTables, starts: Mapping[TopicPartition, int], targets: Mapping[TopicPartition, int]
-    ) -> None:
-        checkpoint = tables.store.checkpoint
-        away_ms = self._clock.now_ms() - checkpoint.caught_up_at_ms
-        for tp, name in tables.changelogs().items():
-            position, start, target = checkpoint.changelogs.get(name, 0), starts[tp], targets[tp]
-            where = f"it reaches offset {position} of changelog {tp}"
-            if position > target:
-                raise StateCorruptedError(f"{where}, which ends at {target}: the log has lost records", reason="ahead")
-            if 0 < position < start:
-                raise StateCorruptedError(f"{where}, which begins at {start} now", reason="behind")
-            if 0 < position < target and away_ms > tables.stale_after_ms[name]:
-                days = away_ms / 86_400_000
-                raise StateCorruptedError(
-                    f"{where}, was last level with it {days:.1f} days ago, and may have missed deletions that are "
-                    "gone from it",
-                    reason="stale",
-                )
-
     async def _note_beginning(self, tables: TaskTables, spans: list[_Span]) -> None:
         """A store that has nothing to catch up on but what it begins with now cannot miss a deletion from now on."""
         checkpoint = tables.store.checkpoint
@@ -296,9 +278,9 @@ class Restorer:
                 if fetched.error is not None:
                     raise _unreadable(span, fetched.error)
                 self._reader.ask(span.tp)
-                for piece in _pieces(fetched):
+                for piece in pieces(fetched):
                     await self._take(tables, span, piece)
-                if is_new and span.records and span.source is None:
+                if is_new and span.records and isinstance(span.reads, ChangelogRecords):
                     raise _without_offsets(task, f"changelog records in {span.tp}")
                 if self._clock.monotonic() - told_s > _TOLD_EVERY_S:
                     told_s = self._clock.monotonic()
@@ -312,10 +294,10 @@ class Restorer:
     async def _take(self, tables: TaskTables, span: _Span, fetched: Fetched) -> None:
         """Put fetched records into the store, with the position they reach."""
         position, records = span.position, span.records
-        if span.source is None:
-            changes = await anyio.to_thread.run_sync(_collect, tables, span, fetched)
+        if isinstance(span.reads, ChangelogRecords):
+            changes = await anyio.to_thread.run_sync(_collect, tables, span, span.reads, fetched)
         else:
-            changes = await _collect_of_source(tables, span, span.source, fetched)
+            changes = await _collect_of_source(tables, span, span.reads, fetched)
         await self._write(tables, changes)
         tables.restoring.moved(span.position - position, span.records - records)
         self._sensors.restored(span.table, span.records - records)
@@ -359,25 +341,6 @@ class Restorer:
             )
 
 
-def _pieces(fetched: Fetched) -> Iterator[Fetched]:
-    """A fetch bit by bit: compressed it is small, and opened as a whole it would be memory that no budget knows.
-
-    Small batches are taken together: each piece waits for the event loop, where running tasks may be at work.
-    """
-    batches = fetched.batches
-    end = 0
-    while True:
-        start, size_bytes = end, 0
-        while end < len(batches) and (end == start or size_bytes + batches[end].size_bytes <= _PIECE_BYTES):
-            size_bytes += batches[end].size_bytes
-            end += 1
-        some = batches[start:end]
-        if end == len(batches):
-            yield replace(fetched, batches=some)
-            return
-        yield replace(fetched, batches=some, next_offset=some[-1].next_offset)
-
-
 def _unreadable(span: _Span, error: Exception) -> Exception:
     if isinstance(error, OffsetOutOfRangeError):
         return StateCorruptedError(f"while it was restored, {error}", reason="behind")
@@ -399,17 +362,17 @@ def _without_offsets(task: str, what: str) -> TopologyError:
     )
 
 
-def _collect(tables: TaskTables, span: _Span, fetched: Fetched) -> StoreBatch:
+def _collect(tables: TaskTables, span: _Span, reads: ChangelogRecords, fetched: Fetched) -> StoreBatch:
     """What fetched records change in the store, with the position they reach; runs in a thread."""
-    changes: dict[bytes, bytes | None] = {}
-    overlay = tables.overlays[span.table]
-    for batch in fetched.batches:
-        span.records += _add(overlay, span, batch, changes)
+    changes = reads.read(fetched.batches, below=span.acknowledged)
+    tables.overlays[span.table].advance(changes.newest_ms)
+    span.records += changes.records
+    span.uncommitted.update(changes.beyond)
     span.position = fetched.next_offset
     checkpoint = tables.store.checkpoint
     reached = {**checkpoint.changelogs, span.table: min(span.position, span.acknowledged)}
     batch_of = StoreBatch(msgspec.structs.replace(checkpoint, changelogs=reached))
-    batch_of.changes[span.table] = changes
+    batch_of.changes[span.table] = changes.by_key
     return batch_of
 
 
@@ -424,23 +387,3 @@ async def _collect_of_source(tables: TaskTables, span: _Span, source: SourceReco
     )
     batch_of.changes[span.table] = changes.by_key
     return batch_of
-
-
-def _add(overlay: Overlay, span: _Span, batch: RecordBatch, changes: dict[bytes, bytes | None]) -> int:
-    store_key = None if overlay.keys.same_as_serialized else overlay.store_key_of
-    ttl_ms, acknowledged = overlay.ttl_ms, span.acknowledged
-    count = 0
-    for record in batch.open():
-        count += 1
-        raw, value = record.key, record.value
-        if raw is None:
-            continue
-        key = raw if store_key is None else store_key(raw)
-        if record.offset >= acknowledged:
-            span.uncommitted[key] = value, record.timestamp
-        elif ttl_ms is None:
-            changes[key] = None if value is None else pack(value, None)
-        else:
-            overlay.advance(record.timestamp)
-            changes[key] = None if value is None else pack(value, record.timestamp + ttl_ms)
-    return count

@@ -64,6 +64,25 @@ class TaskStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class StandbyStatus:
+    """One store that follows the changelogs of a task of another worker.
+
+    Attributes:
+        task: The task's name.
+        warm_up: Whether the task is to move here as soon as the store is level.
+        lag: Offsets between what is here and what the task has committed; None while that is not known.
+        records: Records applied since the following began.
+        given_up: Why it is not followed any more; empty while it is.
+    """
+
+    task: str
+    warm_up: bool
+    lag: int | None
+    records: int
+    given_up: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GlobalTableStatus:
     """One global table.
 
@@ -103,6 +122,7 @@ class WorkerStatus:
         session_timeout_s: Seconds of silence after which the others take its partitions over.
         uncommitted_s: Seconds that the commit under way has been trying; 0 while none is.
         memory_budget_bytes: What its tables and outputs may take.
+        standbys: Its standbys and warm-ups, sorted by task.
     """
 
     app: str
@@ -121,6 +141,7 @@ class WorkerStatus:
     session_timeout_s: float = 0.0
     uncommitted_s: float = 0.0
     memory_budget_bytes: int = 0
+    standbys: tuple[StandbyStatus, ...] = ()
 
     @property
     def busy(self) -> str:

@@ -8,6 +8,7 @@ from streamflow.config import Settings
 from streamflow.log.api import Group
 from streamflow.processing.declarations import Declarations
 from streamflow.runtime.global_tables import GlobalTables
+from streamflow.runtime.standbys import Standbys
 from streamflow.runtime.status import PartitionStatus, TaskStatus, WorkerStatus
 from streamflow.runtime.task import Task
 from streamflow.runtime.task_manager import TaskManager
@@ -25,6 +26,7 @@ class Observed(Protocol):
     manager: TaskManager | None
     group: Group | None
     global_tables: GlobalTables | None
+    standbys: Standbys | None
 
     @property
     def address(self) -> str:
@@ -67,6 +69,7 @@ def snapshot(worker: Observed) -> WorkerStatus:
         session_timeout_s=worker.settings.session_timeout_ms / 1000,
         uncommitted_s=worker.uncommitted_for_s(),
         memory_budget_bytes=worker.settings.memory_budget_bytes,
+        standbys=worker.standbys.status() if worker.standbys is not None else (),
     )
 
 

@@ -31,6 +31,7 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.arrivals import Arrivals
+from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
@@ -38,6 +39,7 @@ from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalStates
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.patience import PATIENCE_S
+from streamflow.runtime.standbys import Standbys
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.runtime.task_starts import Start, TaskStarts
 from streamflow.runtime.task_view import TaskView
@@ -61,6 +63,7 @@ class TaskManager:
         log: What is open of the log.
         shared: What tasks share.
         local: Opens what tasks keep on this machine.
+        standbys: Stores of tasks that are elsewhere.
         tasks: Task group the tasks run in.
     """
 
@@ -72,6 +75,7 @@ class TaskManager:
         log: OpenLog,
         shared: Surroundings,
         local: LocalStates,
+        standbys: Standbys,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
         self._app = app
@@ -81,6 +85,7 @@ class TaskManager:
         self._delivery = log.delivery
         self._shared = shared
         self._local = local
+        self.standbys = standbys
         self._task_group = tasks
         self._layout = layout
         self._topics = app.every_topic()
@@ -152,6 +157,12 @@ class TaskManager:
                 await self._lost(event)
             else:
                 await self._open_anew(event.task)
+            if not self.is_finishing:
+                self.standbys.go_on(self._has)
+
+    def _has(self, task: TaskId) -> bool:
+        """Whether a task is open here."""
+        return task in self.tasks
 
     @asynccontextmanager
     async def _acting_alone(self) -> AsyncGenerator[None]:
@@ -286,7 +297,7 @@ class TaskManager:
         topics = [self._topics[name] for name in sub.topics]
         positions = {tp: start.position for tp, start in starts.items()}
         mark = CommitMark.of_task({tp: start.mark for tp, start in starts.items()})
-        local = await self._local.open(sub, key[1], mark)
+        local = await self._local.open(sub, key[1], mark, await self.standbys.hand_over(TaskId(*key)))
         task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared, mark, local)
         task.commit_id = CommitMark.of(starts[task.anchor].mark).id
         for tp, start in starts.items():
@@ -332,6 +343,8 @@ class TaskManager:
             self._deaf.extend((task.name, *each) for each in task.deaf.items())
             try:
                 await task.close_tables()
+                if task.tables is not None and task.tables.left_at is not None:
+                    self.standbys.left(TaskId(task.sub_topology.name, task.partition), task.tables.left_at)
             except StreamFlowError as error:
                 # The worker ends, but the others let go of their stores, and hooks of what they hold, all the same.
                 logger.exception("task %s: its tables were not closed as they should be", task.name)
@@ -348,6 +361,17 @@ class TaskManager:
         error = await call_hooks(kind, hooks, set(partitions))
         if error is not None:
             self._shared.fail(error)
+
+    # --- what is told to the group ------------------------------------------------------------------------------
+
+    def lags(self) -> dict[TaskId, int]:
+        """How many records the state of each task lacks that is here; tasks that run are not in it."""
+        lags = self.standbys.lags()
+        for key, task in self.tasks.items():
+            lags.pop(TaskId(*key), None)
+            if task.tables is not None and not task.tables.is_level:
+                lags[TaskId(*key)] = task.tables.restoring.remaining
+        return lags
 
     # --- stop --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import anyio.to_thread
 import msgspec
 
 from streamflow.clock import Clock
-from streamflow.errors import StateCorruptedError, StateFullError
+from streamflow.errors import ClosedError, StateCorruptedError, StateFullError
 from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
@@ -30,7 +31,7 @@ from streamflow.state.overlay import Append, Overlay, Record
 from streamflow.state.read_only_stage import ReadOnlyStage
 from streamflow.state.shared_stage import SharedStage, Waiting
 from streamflow.state.stage import PlainStage, Stage
-from streamflow.state.store import Store, StoreBatch
+from streamflow.state.store import Checkpoint, Store, StoreBatch
 from streamflow.state.sweep import Sweep
 from streamflow.state.undo import Undo
 from streamflow.state.values import Values
@@ -103,6 +104,7 @@ class TaskTables:
         positions: By table name: the offset of changelog or source that follows what is committed.
         ends: By table name: the offset that the next record of the changelog gets, unless others write there.
         is_level: Whether they were restored, so that the store's checkpoint may be written.
+        left_at: How far the store was when it was closed; None before that, and where it cannot be used.
         undo: What the turn in progress has written straight into the tables.
     """
 
@@ -151,6 +153,7 @@ class TaskTables:
         self._stored_at_s = clock.monotonic()
         self._storing = anyio.Lock()
         self._closed = False
+        self.left_at: Checkpoint | None = None
         self.undo = Undo()
         self._has_room = asyncio.Event()
         self.is_level = False
@@ -356,6 +359,8 @@ class TaskTables:
             finally:
                 async with self._storing:
                     self._closed = True
+                    with suppress(ClosedError):  # a worker that ends has closed all stores that it did not wait for
+                        self.left_at = self.store.checkpoint if self.damage is None else None
                     await anyio.to_thread.run_sync(self.store.close)
                     if self.damage is not None:
                         await anyio.to_thread.run_sync(self._set_aside, self.damage.reason, str(self.damage))

@@ -55,6 +55,7 @@ from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
 from streamflow.runtime.restore import Restorer
 from streamflow.runtime.sending import ProcessSender
+from streamflow.runtime.standbys import Standbys
 from streamflow.runtime.status import Outcome, Progress, WorkerStatus
 from streamflow.runtime.supervision import snapshot
 from streamflow.runtime.targets import KnownTargets
@@ -118,6 +119,7 @@ class Worker:
         self.manager: TaskManager | None = None
         self.group: Group | None = None
         self.global_tables: GlobalTables | None = None
+        self.standbys: Standbys | None = None
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
@@ -277,10 +279,14 @@ class Worker:
             budget_bytes, partitions = self.settings.memory_budget_bytes, layout.partitions()
             local = LocalStates(self.app, descriptions, stores, slot, restorer, budget_bytes, partitions)
             reader = await stack.enter_async_context(log.reader("source"))
+            self.standbys = standbys = await stack.enter_async_context(
+                Standbys.open(self.app.id, layout, local, log, self.clock, self.sensors, self._fail)
+            )
             assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
             async with log.group(self.app.id, frozenset(layout.counts), assignor, self._group_settings()) as group:
                 self.group = group
-                await self._process(OpenLog(group, reader, log.admin, self._delivery), known, layout, local, restorer)
+                open_parts = OpenLog(group, reader, log.admin, self._delivery)
+                await self._process(open_parts, known, layout, local, restorer, standbys)
 
     async def _open_delivery(self, stack: AsyncExitStack, log: Log, slot: Slot | None) -> AtLeastOnce | ExactlyOnce:
         if self.guarantee == "exactly_once":
@@ -359,7 +365,13 @@ class Worker:
             group.cancel_scope.cancel()
 
     async def _process(
-        self, log: OpenLog, known: KnownTargets, layout: Layout, local: LocalStates, restorer: Restorer
+        self,
+        log: OpenLog,
+        known: KnownTargets,
+        layout: Layout,
+        local: LocalStates,
+        restorer: Restorer,
+        standbys: Standbys,
     ) -> None:
         """Be a member: process until a stop is asked for, then wind down."""
         self._may_process = True
@@ -367,7 +379,7 @@ class Worker:
         async with anyio.create_task_group() as tasks, AsyncExitStack() as stack:
             loops = Loops(self.settings, self.clock, self.sensors, log)
             shared = self._surroundings(log, known, layout, loops)
-            manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, local, tasks)
+            manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, local, standbys, tasks)
             if ends is not None:
                 manager.limits = ends.limits
             tasks.start_soon(self._announce, manager, log)

@@ -133,7 +133,6 @@ class Overlay:
         self._encode_key = keys.encode
         self._changelog_key: Callable[[Any], bytes | None] = key_codec.encode if keys.is_canonical else self._canonical
         self._key_codec = key_codec
-        self._decode_changelog_key: Callable[[bytes], Any] = key_codec.decode
         self._check_home = check_home
         self._damaged = damaged or _nobody_is_told
         self._telling_of_damage = _Telling(self._damaged)
@@ -208,10 +207,6 @@ class Overlay:
     def _canonical(self, key: Any) -> bytes | None:
         """The changelog's bytes of a key whose equals may be written otherwise: 0.0 and -0.0, a time in two zones."""
         return self._key_codec.encode(self.keys.decode(self._encode_key(key)))
-
-    def store_key_of(self, changelog_key: bytes) -> bytes:
-        """The store's key of a changelog record."""
-        return self._encode_key(self._decode_changelog_key(changelog_key))
 
     def take_back(self, store_key: bytes) -> None:
         """Write the committed value of a key once more, over what the changelog has of it."""

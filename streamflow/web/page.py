@@ -95,6 +95,7 @@ def render(overview: Overview, views: Sequence[View]) -> str:
 {_agents(overview)}
 {_topics(overview)}
 {_partitions(views)}
+{_standbys(views)}
 <footer class="soft">StreamFlow {escape(overview.version)}</footer>
 </main>
 <script>{script}</script>
@@ -187,6 +188,19 @@ def _partitions(views: Sequence[View]) -> str:
         head + (["process"] if several else []),
         [cells for _, cells in sorted(rows, key=lambda row: row[0])],
     )
+
+
+def _standbys(views: Sequence[View]) -> str:
+    """Nothing where there are none."""
+    rows = []
+    for view in views:
+        for each in view.status.standbys if view.status else ():
+            kind = "given up" if each.given_up else "warm-up" if each.warm_up else "standby"
+            cells = [f"<code>{escape(each.task)}</code>", kind, _Number(_count(each.lag)), _Number(f"{each.records:,}")]
+            rows.append([*cells, "" if view.index is None else str(view.index)])
+    if not rows:
+        return ""
+    return _table("Standbys", ["task", "kind", _Number("lag"), _Number("applied"), "process"], sorted(rows))
 
 
 class _Number(str):

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
-from streamflow.runtime.status import PartitionStatus, RestoreStatus, TaskStatus
+from streamflow.runtime.status import PartitionStatus, RestoreStatus, StandbyStatus, TaskStatus
 from streamflow.web.site import ProcessView, build_site
 from tests.web.status import overview, status
 
@@ -146,6 +146,18 @@ async def test_the_page_shows_the_app():
         assert shown in text
     assert "Processes" not in text
     assert 'href="/metrics"' in page
+
+
+async def test_the_page_lists_standbys_where_there_are_any():
+    assert "Standbys" not in text_of((await get("/")).text)
+    kept = (
+        StandbyStatus("orders-2", warm_up=False, lag=1_234, records=5_678),
+        StandbyStatus("orders-3", warm_up=True, lag=None, records=0),
+        StandbyStatus("orders-4", warm_up=False, lag=None, records=0, given_up="damaged"),
+    )
+    text = text_of((await get("/", ProcessView(None, status(standbys=kept)))).text)
+    assert "orders-2 standby 1,234 5,678 orders-3 warm-up" in text
+    assert "orders-4 given up" in text
 
 
 async def test_the_page_needs_nothing_from_elsewhere():

@@ -1,0 +1,149 @@
+"""State of tasks that are not here at present: stores that lie in the slot and that nobody follows.
+
+A task that comes back restores only what is left, so they count when tasks are assigned: each is as far behind as the
+offsets between what it has and what the task has committed. How far a store is, is read once, before tasks are opened;
+then it is known from whoever closes it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import anyio.to_thread
+
+from streamflow.clock import Clock
+from streamflow.errors import StateError
+from streamflow.log.api import Admin
+from streamflow.model.record import TopicPartition
+from streamflow.processing.table import Table
+from streamflow.processing.topology import SubTopology
+from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.layout import Layout
+from streamflow.runtime.local_state import LocalStates
+from streamflow.runtime.standby import Marks, is_followed, limit_of
+from streamflow.state.store import Checkpoint
+
+logger = logging.getLogger("streamflow.standbys")
+
+TaskKey = tuple[str, int]
+
+
+class DormantState:
+    """The stores of a slot that nobody uses.
+
+    Args:
+        layout: How the app's work is cut into tasks.
+        local: Where its stores are.
+        admin: For the ends of changelogs.
+        clock: Time.
+
+    Attributes:
+        lags: By task: how many offsets its store is behind, as of the last `measure`.
+    """
+
+    def __init__(self, layout: Layout, local: LocalStates, admin: Admin, clock: Clock) -> None:
+        self._layout = layout
+        self._subs = {sub.name: sub for sub in layout.sub_topologies if sub.tables}
+        self._local = local
+        self._admin = admin
+        self._clock = clock
+        self._stores: dict[TaskKey, Checkpoint] = {}
+        self.lags: dict[TaskKey, int] = {}
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._stores)
+
+    async def look(self) -> None:
+        """Find the stores of the slot; only while none of them is open."""
+        self._stores = await anyio.to_thread.run_sync(self._found)
+
+    def _found(self) -> dict[TaskKey, Checkpoint]:
+        found: dict[TaskKey, Checkpoint] = {}
+        for sub in self._subs.values():
+            for partition in range(max(self._layout.counts[topic] for topic in sub.topics)):
+                try:
+                    checkpoint = self._local.peek(sub, partition)
+                except StateError as error:
+                    logger.warning("%s; it counts as no state when tasks are assigned", error)
+                    continue
+                if checkpoint is not None:
+                    found[sub.name, partition] = checkpoint
+        return found
+
+    def left(self, task: TaskKey, checkpoint: Checkpoint) -> None:
+        """A store was closed.
+
+        Args:
+            task: Its task.
+            checkpoint: How far it is.
+        """
+        self._stores[task] = checkpoint
+
+    def taken(self, task: TaskKey) -> None:
+        """A store is in use again."""
+        self._stores.pop(task, None)
+        self.lags.pop(task, None)
+
+    async def measure(self, marks: Marks) -> None:
+        """Find out how far behind they are.
+
+        Args:
+            marks: The group's committed offsets.
+
+        Raises:
+            RetriableError: The log does not answer.
+        """
+        stores = dict(self._stores)
+        tables = {task: [each for each in self._tables(task[0]) if is_followed(each)] for task in stores}
+        changelogs = {_tp(each, task[1]) for task, of_task in tables.items() for each in of_task}
+        if not changelogs:
+            self.lags = {task: 0 for task in stores if task in self._stores}
+            return
+        partitions = sorted(changelogs)
+        starts = await self._admin.start_offsets(partitions)
+        ends = await self._admin.high_watermarks(partitions)
+        lags: dict[TaskKey, int] = {}
+        for task, checkpoint in stores.items():
+            lag = self._lag(task, checkpoint, tables[task], marks, starts, ends)
+            if lag is not None and task in self._stores:
+                lags[task] = lag
+        self.lags = lags
+
+    def _tables(self, sub: str) -> list[Table[Any, Any]]:
+        return self._local.tables_of(self._subs[sub])
+
+    def _lag(
+        self,
+        task: TaskKey,
+        checkpoint: Checkpoint,
+        tables: Iterable[Table[Any, Any]],
+        marks: Marks,
+        starts: Mapping[TopicPartition, int],
+        ends: Mapping[TopicPartition, int],
+    ) -> int | None:
+        """None for a store that cannot be gone on with, or whose task has committed nothing."""
+        mark = CommitMark.of_task({tp: marks.get(tp) for tp in self._sources(self._subs[task[0]], task[1])})
+        if mark is None:
+            return None
+        away_ms = self._clock.now_ms() - checkpoint.caught_up_at_ms
+        lag = 0
+        for table in tables:
+            tp = _tp(table, task[1])
+            position = checkpoint.changelogs.get(table.name, 0)
+            limit = limit_of(table, task[1], mark, marks)
+            end = ends[tp] if limit is None else min(limit, ends[tp])
+            is_stale = 0 < position < end and away_ms > self._local.stale_after_ms(table)
+            if position > end or 0 < position < starts[tp] or is_stale:
+                return None
+            lag += end - max(position, starts[tp])
+        return max(0, lag)
+
+    def _sources(self, sub: SubTopology, partition: int) -> list[TopicPartition]:
+        return self._layout.of_task(sub, partition)
+
+
+def _tp(table: Table[Any, Any], partition: int) -> TopicPartition:
+    return TopicPartition(table.changelog.name, partition)

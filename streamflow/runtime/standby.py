@@ -1,0 +1,514 @@
+"""One standby: the store of a task that runs elsewhere follows its changelogs, so that the task can go on here at once.
+
+It never runs ahead of what a restore can go on from. Changelogs that are committed together with the offsets (exactly
+once) are followed as far as readers see them; others up to where the task's last commit says that they are committed,
+since what lies behind may be taken back; topics that fill tables up to the task's committed offsets.
+
+The store is where the task's would be, and has one user: a task that comes is handed the open store.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from streamflow.clock import Clock
+from streamflow.errors import (
+    OffsetOutOfRangeError,
+    RetriableError,
+    StateCorruptedError,
+    StateError,
+    StateFullError,
+    StreamFlowError,
+    TopologyError,
+)
+from streamflow.log.api import Admin, Fetched, OffsetMark, Reader
+from streamflow.model.record import TopicPartition
+from streamflow.processing.table import Table
+from streamflow.processing.topology import SubTopology
+from streamflow.runtime.changelog_records import ChangelogRecords, check_position, pieces
+from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.local_state import LocalState, LocalStates
+from streamflow.runtime.source_records import SourceRecords
+from streamflow.runtime.status import StandbyStatus
+from streamflow.sensors import Sensors
+from streamflow.state.store import Checkpoint, StoreBatch
+
+logger = logging.getLogger("streamflow.standbys")
+
+_RETRY_S = 0.2
+_RETRY_FULL_S = 1.0
+_PAUSE_S = 0.2
+"""Pause of one that is level: many small commits of the task are then one fetch and one write here."""
+_LOOK_S = 30.0
+_NOTE_EVERY_MS = 600_000
+_MAX_REBUILDS = 3
+
+Marks = Mapping[TopicPartition, OffsetMark]
+
+
+def limit_of(table: Table[Any, Any], partition: int, mark: CommitMark, marks: Marks) -> int | None:
+    """The offset up to which a store may have what a table is filled from; None for all that readers see.
+
+    Args:
+        table: The table.
+        partition: The task's partition.
+        mark: What the task's last commit says.
+        marks: The group's committed offsets.
+    """
+    if table.source is not None:
+        committed = marks.get(TopicPartition(table.source.name, partition))
+        return 0 if committed is None else committed.offset
+    return None if mark.changelogs is None else mark.changelogs.get(table.name, 0)
+
+
+def is_followed(table: Table[Any, Any]) -> bool:
+    """Whether a store can have a table before its task runs; what is read with schemas is read anew by each task."""
+    if table.source is None:
+        return True
+    codecs = table.source.key_codec, table.source.value_codec
+    return all(codec.load_schema is None for codec in codecs)
+
+
+@dataclass(slots=True)
+class _Filled:
+    """One table.
+
+    Attributes:
+        table: The table.
+        reads: Reads what it is filled from.
+        position: The offset that follows what the store has.
+    """
+
+    table: Table[Any, Any]
+    reads: ChangelogRecords | SourceRecords
+    position: int
+
+
+@dataclass(slots=True)
+class _Span:
+    """One partition that is followed.
+
+    Attributes:
+        tp: The partition.
+        filled: The tables that it fills.
+        end: Its end, as it was at the beginning.
+        limit: See `limit_of`.
+    """
+
+    tp: TopicPartition
+    filled: list[_Filled]
+    end: int
+    limit: int | None
+
+    @property
+    def position(self) -> int:
+        """The next offset to read."""
+        return min(each.position for each in self.filled)
+
+
+class Standby:
+    """Follows the changelogs of one task; `run` does, until it is cancelled by `close` or `hand_over`.
+
+    Args:
+        sub: The task's sub-topology, which has tables.
+        partition: The task's partition.
+        sources: The task's source partitions.
+        local: Opens its store.
+        reader: The lane of all standbys.
+        admin: For offsets.
+        clock: Time.
+        sensors: Metrics hooks.
+        fail: Told what stops the worker.
+
+    Attributes:
+        name: The task's name.
+        is_warm_up: Whether the task is to move here as soon as this is level.
+        records: How many records were applied.
+        given_up: Why nothing is followed any more; empty while it is.
+        state: The store, while it is open here.
+        rebuilds: How often its store was set aside.
+        left_at: How far it was when it was closed; None before that, and where there is none.
+    """
+
+    def __init__(
+        self,
+        sub: SubTopology,
+        partition: int,
+        sources: Sequence[TopicPartition],
+        local: LocalStates,
+        reader: Reader,
+        admin: Admin,
+        clock: Clock,
+        sensors: Sensors,
+        fail: Callable[[StreamFlowError], None],
+    ) -> None:
+        self.sub_topology = sub
+        self.partition = partition
+        self.name = f"{sub.name}-{partition}"
+        self.is_warm_up = False
+        self.records = 0
+        self.rebuilds = 0
+        self.given_up = ""
+        self.state: LocalState | None = None
+        self.left_at: Checkpoint | None = None
+        self._sources = list(sources)
+        self._local = local
+        self._reader = reader
+        self._admin = admin
+        self._clock = clock
+        self._sensors = sensors
+        self._fail = fail
+        self._mark: CommitMark | None = None
+        self._marks: Marks | None = None
+        self._spans: dict[TopicPartition, _Span] = {}
+        self._fetched: deque[Fetched] = deque()
+        self._news = anyio.Event()
+        self._level_at_ms = 0
+        self._is_handed_over = False
+        self._scope = anyio.CancelScope()
+        self._ended = anyio.Event()
+
+    # --- what others ask ---------------------------------------------------------------------------------------
+
+    @property
+    def partitions(self) -> Iterator[TopicPartition]:
+        """What is followed now."""
+        return iter(self._spans)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it waits for the task's commits to say how far to follow."""
+        return self._mark is None or any(span.limit is not None for span in self._spans.values())
+
+    @property
+    def lag(self) -> int | None:
+        """Offsets between what is here and what the task has committed; None while that is not known."""
+        if self._marks is None or self.given_up:
+            return None
+        if self._mark is None:
+            return 0  # nothing was committed yet: there is nothing to have
+        if self.state is None or not self._spans:
+            return 0 if self.state is not None and not any(map(is_followed, self.state.tables)) else None
+        return sum(max(0, self._end(span) - each.position) for span, each in self._each())
+
+    def _end(self, span: _Span) -> int:
+        if span.limit is not None:
+            return span.limit
+        return max(span.end, self._reader.end_offset(span.tp) or 0)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """By table: the offset that follows what the store has."""
+        return {each.table.name: each.position for _, each in self._each()}
+
+    def status(self) -> StandbyStatus:
+        """A snapshot."""
+        return StandbyStatus(self.name, self.is_warm_up, self.lag, self.records, self.given_up)
+
+    # --- what it is told ---------------------------------------------------------------------------------------
+
+    def heard(self, marks: Marks) -> None:
+        """Take note of what the group has committed; it was looked up after this standby was made."""
+        mark = CommitMark.of_task({tp: marks.get(tp) for tp in self._sources})
+        if mark is not None:  # one that was there and is not any more expired, which says nothing about the changelogs
+            self._mark = mark
+        self._marks = marks
+        self._set_limits()
+        self._news.set()
+
+    def _set_limits(self) -> None:
+        mark, marks = self._mark, self._marks
+        if mark is None or marks is None:
+            return
+        for span in self._spans.values():
+            span.limit = limit_of(span.filled[0].table, self.partition, mark, marks)
+
+    def take(self, fetched: Fetched) -> None:
+        """What was fetched of a partition that it follows."""
+        self._fetched.append(fetched)
+        self._news.set()
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Follow until cancelled; what goes wrong with this store alone is told and given up."""
+        try:
+            with self._scope:
+                await self._follow_on()
+        except (TopologyError, StateError) as error:
+            self.given_up = str(error)
+            logger.warning("standby of task %s is given up, until this worker is told of it anew: %s", self.name, error)
+        except StreamFlowError as error:
+            self.given_up = str(error)
+            self._fail(error)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._end_following()
+            self._ended.set()
+
+    async def _follow_on(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except StateCorruptedError as error:
+                self.rebuilds += 1
+                await self._set_aside(error)
+                if self.rebuilds > _MAX_REBUILDS:
+                    raise
+
+    async def hand_over(self) -> LocalState | None:
+        """End the following, and give the open store to the task; None where it cannot be used."""
+        self._is_handed_over = True
+        await self._cancelled()
+        state, self.state = self.state, None
+        return state
+
+    async def close(self) -> None:
+        """End the following and let go of the store."""
+        await self._cancelled()
+
+    async def _cancelled(self) -> None:
+        self._scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()
+
+    async def _end_following(self) -> None:
+        """Note how far the store is, and close it unless it is handed over."""
+        if self.state is None:
+            return
+        damage: StateCorruptedError | None = None
+        try:
+            if self._spans:
+                await self._write_once({}, {})
+        except StateCorruptedError as error:
+            damage = error
+        except StateFullError as error:
+            logger.warning("%s; a little more is restored from the changelogs", error)
+        self._let_go()
+        if damage is not None:
+            await self._set_aside(damage)
+        elif not self._is_handed_over:
+            self.left_at = self.state.store.checkpoint
+            await self._close_store()
+
+    async def _close_store(self) -> LocalState | None:
+        state, self.state = self.state, None
+        if state is not None:
+            await anyio.to_thread.run_sync(state.store.close)
+        return state
+
+    async def _set_aside(self, damage: StateCorruptedError) -> None:
+        logger.warning("standby of task %s: %s; its store is set aside", self.name, damage)
+        self._let_go()
+        with anyio.CancelScope(shield=True):
+            state = await self._close_store()
+            if state is not None:
+                await anyio.to_thread.run_sync(state.set_aside, damage.reason, str(damage))
+
+    def _let_go(self) -> None:
+        for tp in self._spans:
+            self._reader.remove(tp)
+        self._fetched.clear()
+        self._spans = {}
+
+    # --- following ---------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while self._mark is None or self._marks is None:
+            await self._wait()
+        await self._open(self._mark)
+        await self._begin()
+        while True:
+            self._ask()
+            await self._wait()
+            self._local.check(self.sub_topology, self.partition, self._mark)
+            self._check_limits()
+            while self._fetched:
+                await self._take(self._fetched.popleft())
+            if not self.lag:
+                await self._note_level()
+                await anyio.sleep(_PAUSE_S)
+
+    async def _wait(self) -> None:
+        """Wait for what is fetched or heard, or for a while."""
+        if not self._news.is_set():
+            with anyio.move_on_after(_LOOK_S):
+                await self._news.wait()
+        self._news = anyio.Event()
+
+    def _ask(self) -> None:
+        for span in self._spans.values():
+            if span.limit is None or span.position < span.limit:
+                self._reader.ask(span.tp)
+
+    async def _open(self, mark: CommitMark) -> None:
+        told = False
+        while True:
+            try:
+                with anyio.CancelScope(shield=True):
+                    self.state = await self._local.open(self.sub_topology, self.partition, mark)
+                return
+            except StateFullError as error:
+                if not told:
+                    logger.warning("%s; the standby of task %s waits for room", error, self.name)
+                told = True
+            await self._clock.sleep(_RETRY_FULL_S)
+
+    async def _begin(self) -> None:
+        """Find out where to go on, drop what cannot be gone on from, and start to read."""
+        state, mark, marks = self.state, self._mark, self._marks
+        assert state is not None
+        assert mark is not None
+        assert marks is not None
+        checkpoint = state.store.checkpoint
+        self._level_at_ms = checkpoint.caught_up_at_ms
+        tables = {table.name: table for table in state.tables if is_followed(table)}
+        sources = {name: TopicPartition(table.changelog.name, self.partition) for name, table in tables.items()}
+        starts, ends = await self._offsets(list(set(sources.values())))
+        spans: dict[TopicPartition, _Span] = {}
+        is_level = True
+        for name, table in tables.items():
+            tp = sources[name]
+            limit = limit_of(table, self.partition, mark, marks)
+            position = await self._checked(table, tp, starts[tp], ends[tp], limit)
+            is_level = is_level and (not position or position >= (ends[tp] if limit is None else limit))
+            span = spans.setdefault(tp, _Span(tp, [], ends[tp], limit))
+            span.filled.append(_Filled(table, self._reads(table), max(position, starts[tp])))
+        if is_level:  # it cannot miss a deletion from now on
+            self._level_at_ms = self._clock.now_ms()
+        self._spans = spans
+        self._set_limits()
+        for span in spans.values():
+            self._reader.add(span.tp, span.position)
+
+    def _reads(self, table: Table[Any, Any]) -> ChangelogRecords | SourceRecords:
+        if table.source is None:
+            return ChangelogRecords(table)
+        return SourceRecords(table.name, table.source, table.keys_in_order, self._sensors)
+
+    async def _checked(
+        self, table: Table[Any, Any], tp: TopicPartition, start: int, end: int, limit: int | None
+    ) -> int:
+        """Where a table can go on, 0 where it is filled anew.
+
+        Raises:
+            StateCorruptedError: The store cannot go on; see `check_position`.
+        """
+        state = self.state
+        assert state is not None
+        position = state.store.checkpoint.changelogs.get(table.name, 0)
+        stale_after_ms = state.stale_after_ms[table.name]
+        away_ms = self._clock.now_ms() - self._level_at_ms
+        committed = end if limit is None else limit
+        try:
+            check_position(tp, position, start, end, away_ms, stale_after_ms, committed=committed)
+        except StateCorruptedError as error:
+            if table.source is None:
+                raise
+            logger.warning("standby of task %s: table %r is filled anew: %s", self.name, table.name, error)
+            await anyio.to_thread.run_sync(state.store.clear, table.name)
+            return 0
+        return position
+
+    async def _offsets(
+        self, partitions: Sequence[TopicPartition]
+    ) -> tuple[Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+        while True:
+            try:
+                return await self._admin.start_offsets(partitions), await self._admin.high_watermarks(partitions)
+            except RetriableError as error:
+                logger.warning("looking for the ends of changelogs: %s; trying again", error)
+                await self._clock.sleep(_RETRY_S)
+
+    def _check_limits(self) -> None:
+        """A changelog that was committed with the offsets may not be so any more, from where it was known to be on."""
+        for span, each in self._each():
+            if each.table.source is None and span.limit is not None and each.position > span.limit:
+                raise StateCorruptedError(
+                    f"it reaches offset {each.position} of changelog {span.tp}, which is committed up to {span.limit}",
+                    reason="ahead",
+                )
+
+    # --- what arrives ------------------------------------------------------------------------------------------
+
+    async def _take(self, fetched: Fetched) -> None:
+        span = self._spans[fetched.tp]
+        if fetched.error is not None:
+            if isinstance(fetched.error, OffsetOutOfRangeError):
+                raise StateCorruptedError(f"while it was followed, {fetched.error}", reason="behind")
+            raise fetched.error
+        limit = sys.maxsize if span.limit is None else span.limit
+        for piece in pieces(fetched):
+            await self._apply(span, piece, min(piece.next_offset, limit))
+        if fetched.next_offset > limit:
+            self._reader.remove(span.tp)
+            self._reader.add(span.tp, span.position)
+
+    async def _apply(self, span: _Span, piece: Fetched, reached: int) -> None:
+        """Put fetched records into the store, with the position they reach."""
+        behind = [each for each in span.filled if each.position < reached]
+        changes: dict[str, dict[bytes, bytes | None]] = {}
+        for each in behind:
+            if isinstance(each.reads, SourceRecords):
+                of_source = await each.reads.read(span.tp, piece.batches, below=reached)
+                by_key, records = of_source.by_key, of_source.records
+            else:
+                read = await anyio.to_thread.run_sync(partial(each.reads.read, piece.batches, below=reached))
+                by_key, records = read.by_key, read.records - len(read.beyond)
+            if by_key:
+                changes[each.table.name] = by_key
+            self.records += records
+            self._sensors.standby_applied(each.table.name, records)
+        if changes:
+            await self._write(changes, {each.table.name: reached for each in behind})
+        for each in behind:
+            each.position = reached
+
+    async def _write(self, changes: Mapping[str, dict[bytes, bytes | None]], reached: Mapping[str, int]) -> None:
+        """Write to the store; a full disk is waited out."""
+        told = False
+        while True:
+            try:
+                return await self._write_once(changes, reached)
+            except StateFullError as error:
+                if not told:
+                    logger.warning("%s; the standby of task %s goes on when there is room", error, self.name)
+                told = True
+            await self._clock.sleep(_RETRY_FULL_S)
+
+    async def _write_once(self, changes: Mapping[str, dict[bytes, bytes | None]], reached: Mapping[str, int]) -> None:
+        assert self.state is not None
+        store = self.state.store
+        positions = {**self.positions, **reached}
+        if all(positions[each.table.name] >= self._end(span) for span, each in self._each()):
+            self._level_at_ms = self._clock.now_ms()
+        checkpoint = store.checkpoint
+        batch = StoreBatch(
+            msgspec.structs.replace(
+                checkpoint,
+                changelogs={**checkpoint.changelogs, **positions},
+                caught_up_at_ms=self._level_at_ms,
+            )
+        )
+        batch.changes.update(changes)
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(store.write, batch)
+
+    def _each(self) -> Iterator[tuple[_Span, _Filled]]:
+        return ((span, each) for span in self._spans.values() for each in span.filled)
+
+    async def _note_level(self) -> None:
+        """Say in the store, from time to time, that it misses nothing although nothing arrives."""
+        assert self.state is not None
+        if self._clock.now_ms() - self.state.store.checkpoint.caught_up_at_ms > _NOTE_EVERY_MS:
+            await self._write({}, {})

@@ -1,0 +1,276 @@
+"""The standbys and warm-ups of one worker: stores of tasks that run elsewhere, kept near to where those are.
+
+Which ones, the leader of the group tells (`runtime/assignment`). One fetch lane reads for all of them; what the group
+has committed, which bounds what they may have, is looked up once for all. How far each is goes into what this worker
+says of itself at the next round, and one that is level with all that it is to take over asks for that round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+
+import anyio
+import anyio.abc
+
+from streamflow.clock import Clock
+from streamflow.errors import RetriableError, StreamFlowError
+from streamflow.log.api import Admin, Log, Reader
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.dormant_state import DormantState
+from streamflow.runtime.layout import Layout
+from streamflow.runtime.local_state import LocalState, LocalStates
+from streamflow.runtime.standby import Marks, Standby
+from streamflow.runtime.status import StandbyStatus
+from streamflow.sensors import Sensors
+from streamflow.state.store import Checkpoint
+
+logger = logging.getLogger("streamflow.standbys")
+
+_MARKS_EVERY_S = 1.0
+_MARKS_UNLIMITED_EVERY_S = 5.0
+_DORMANT_EVERY_S = 5.0
+
+
+class Standbys:
+    """Opens, follows and closes standbys; made by `open`.
+
+    Args:
+        app: The app's id, which is its group.
+        layout: How its work is cut into tasks.
+        local: Opens stores.
+        reader: A lane of its own.
+        admin: For offsets.
+        clock: Time.
+        sensors: Metrics hooks.
+        fail: Told what stops the worker.
+        group: Task group the standbys run in.
+
+    Attributes:
+        dormant: The stores that nobody follows.
+        told: The tasks to be a standby of.
+        warm_ups: The tasks that are to come here.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        layout: Layout,
+        local: LocalStates,
+        reader: Reader,
+        admin: Admin,
+        clock: Clock,
+        sensors: Sensors,
+        fail: Callable[[StreamFlowError], None],
+        group: anyio.abc.TaskGroup,
+    ) -> None:
+        self._app = app
+        self._layout = layout
+        self._local = local
+        self._reader = reader
+        self._admin = admin
+        self._clock = clock
+        self._sensors = sensors
+        self._fail = fail
+        self._group = group
+        self._subs = {sub.name: sub for sub in layout.sub_topologies if sub.tables}
+        self._held: dict[TaskId, Standby] = {}
+        self._is_new = anyio.Event()
+        self.dormant = DormantState(layout, local, admin, clock)
+        self.told: frozenset[TaskId] = frozenset()
+        self.warm_ups: frozenset[TaskId] = frozenset()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        app: str,
+        layout: Layout,
+        local: LocalStates,
+        log: Log,
+        clock: Clock,
+        sensors: Sensors,
+        fail: Callable[[StreamFlowError], None],
+    ) -> AsyncGenerator[Standbys]:
+        """Keep standbys while the block runs; none before the first `follow`.
+
+        Args:
+            app: See the class.
+            layout: See the class.
+            local: See the class.
+            log: The log.
+            clock: See the class.
+            sensors: See the class.
+            fail: See the class.
+        """
+        async with log.reader("standby") as reader, anyio.create_task_group() as group:
+            opened = cls(app, layout, local, reader, log.admin, clock, sensors, fail, group)
+            if opened._subs:
+                await opened._look_for_dormant()
+                group.start_soon(opened._receive)
+                group.start_soon(opened._follow_marks)
+            try:
+                yield opened
+            finally:
+                group.cancel_scope.cancel()
+
+    # --- which ones --------------------------------------------------------------------------------------------
+
+    async def follow(
+        self, standby: Iterable[TaskId], warm_up: Iterable[TaskId], running: Callable[[TaskId], bool]
+    ) -> None:
+        """Be told what to follow: what was told before and is not any more ends.
+
+        Args:
+            standby: Tasks to keep a copy of.
+            warm_up: Tasks that are to come here.
+            running: Whether a task has its store open here; it is followed when it has closed it.
+        """
+        self.told, self.warm_ups = frozenset(standby), frozenset(warm_up)
+        wanted = self.told | self.warm_ups
+        for task in [task for task in self._held if task not in wanted]:
+            await self.end(task)
+        self.go_on(running)
+
+    def go_on(self, running: Callable[[TaskId], bool]) -> None:
+        """Begin what was told and is not followed yet.
+
+        Args:
+            running: See `follow`.
+        """
+        for task in sorted(self.told | self.warm_ups):
+            if task not in self._held and self._is_possible(task) and not running(task):
+                self._begin(task)
+        for task, standby in self._held.items():
+            standby.is_warm_up = task in self.warm_ups
+
+    def _is_possible(self, task: TaskId) -> bool:
+        """Whether it is a task of this version of the app that has tables."""
+        sub = self._subs.get(task.sub_topology)
+        return sub is not None and bool(self._layout.of_task(sub, task.partition))
+
+    def _begin(self, task: TaskId) -> None:
+        sub = self._subs[task.sub_topology]
+        standby = Standby(
+            sub,
+            task.partition,
+            self._layout.of_task(sub, task.partition),
+            self._local,
+            self._reader,
+            self._admin,
+            self._clock,
+            self._sensors,
+            self._fail,
+        )
+        self._held[task] = standby
+        self._group.start_soon(standby.run, name=f"standby {standby.name}")
+        self._is_new.set()
+
+    async def end(self, task: TaskId) -> None:
+        """End the following of a task, if it is followed; its store stays where it is."""
+        standby = self._held.pop(task, None)
+        if standby is not None:
+            await standby.close()
+            if standby.left_at is not None:
+                self.dormant.left(task, standby.left_at)
+            elif standby.rebuilds:
+                self.dormant.taken(task)
+
+    async def hand_over(self, task: TaskId) -> LocalState | None:
+        """End the following of a task that comes here, and give its open store; None where none is open."""
+        self.dormant.taken(task)
+        standby = self._held.pop(task, None)
+        return None if standby is None else await standby.hand_over()
+
+    def left(self, task: TaskId, checkpoint: Checkpoint) -> None:
+        """A task has closed its store.
+
+        Args:
+            task: The task.
+            checkpoint: How far the store is.
+        """
+        self.dormant.left(task, checkpoint)
+
+    # --- what they are asked -----------------------------------------------------------------------------------
+
+    def lags(self) -> dict[TaskId, int]:
+        """How far behind each task's state is that is here and not in its hands."""
+        lags = {TaskId(*task): lag for task, lag in self.dormant.lags.items()}
+        for task, standby in self._held.items():
+            if (lag := standby.lag) is not None:
+                lags[task] = lag
+            elif standby.given_up:
+                lags.pop(task, None)
+        return lags
+
+    def held(self) -> Mapping[TaskId, Standby]:
+        """Those that are followed now."""
+        return self._held
+
+    def are_warm(self, acceptable_lag_records: int) -> bool:
+        """Whether there are warm-ups, and all of them are near enough."""
+        lags = [standby.lag for task in self.warm_ups if (standby := self._held.get(task)) is not None]
+        return bool(lags) and all(lag is not None and lag <= acceptable_lag_records for lag in lags)
+
+    def status(self) -> tuple[StandbyStatus, ...]:
+        """A snapshot of each, in order of name."""
+        return tuple(self._held[task].status() for task in sorted(self._held))
+
+    # --- following ---------------------------------------------------------------------------------------------
+
+    async def _receive(self) -> None:
+        """Hand what is fetched to those that follow it."""
+        while True:
+            try:
+                arrived = await self._reader.receive()
+            except StreamFlowError as error:
+                self._fail(error)
+                return
+            by_tp: dict[TopicPartition, Standby] = {
+                tp: standby for standby in self._held.values() for tp in standby.partitions
+            }
+            for fetched in arrived:
+                if fetched.tp in by_tp:
+                    by_tp[fetched.tp].take(fetched)
+
+    async def _follow_marks(self) -> None:
+        """Look up what the group has committed, for all that are followed; at once for new ones."""
+        told, dormant_due_s = False, 0.0
+        while True:
+            self._is_new = anyio.Event()
+            # Who comes while the log answers may have a store that is ahead of the answer.
+            asked = list(self._held.values())
+            is_dormant_due = len(self.dormant) > 0 and anyio.current_time() >= dormant_due_s
+            if asked or is_dormant_due:
+                try:
+                    marks = await self._marks()
+                    told = False
+                    for standby in asked:
+                        standby.heard(marks)
+                    if is_dormant_due:
+                        await self.dormant.measure(marks)
+                        dormant_due_s = anyio.current_time() + _DORMANT_EVERY_S
+                except RetriableError as error:
+                    if not told:
+                        logger.warning("looking how far standbys may follow: %s; trying until it succeeds", error)
+                    told = True
+                except StreamFlowError as error:
+                    self._fail(error)
+                    return
+            is_limited = any(standby.is_limited for standby in asked)
+            with anyio.move_on_after(_MARKS_EVERY_S if is_limited or told else _MARKS_UNLIMITED_EVERY_S):
+                await self._is_new.wait()
+
+    async def _marks(self) -> Marks:
+        return await self._admin.group_offsets(self._app)
+
+    async def _look_for_dormant(self) -> None:
+        """Know before the first round what is here, if the log answers; else it is known by the next one."""
+        await self.dormant.look()
+        if len(self.dormant):
+            try:
+                await self.dormant.measure(await self._marks())
+            except RetriableError as error:
+                logger.warning("looking how far the local state is behind: %s", error)

@@ -1,0 +1,405 @@
+"""Standbys: stores that follow the changelogs of tasks that run in another worker."""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+
+import streamflow as sf
+from streamflow.errors import StateCorruptedError, StateFullError
+from streamflow.log.api import OffsetMark
+from streamflow.log.batch import BatchBuilder
+from streamflow.log.codec import NONE
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.standby import Standby
+from streamflow.runtime.standbys import Standbys
+from streamflow.sensors import Sensors
+from streamflow.state.format import unpack
+from streamflow.state.memory import MemoryStore
+from streamflow.state.store import StoreBatch
+from tests.runtime.machine import Machine, Running
+from tests.runtime.waiting import until
+
+GUARANTEES = ["exactly_once", "at_least_once"]
+PARTITIONS = 2
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamflow.runtime.standby._PAUSE_S", 0.001)
+    monkeypatch.setattr("streamflow.runtime.standbys._MARKS_EVERY_S", 0.002)
+    monkeypatch.setattr("streamflow.runtime.standbys._MARKS_UNLIMITED_EVERY_S", 0.002)
+
+
+class Counted(Sensors):
+    """What was restored, and what standbys applied, by table."""
+
+    def __init__(self) -> None:
+        self.restored_records: Counter[str] = Counter()
+        self.applied: Counter[str] = Counter()
+
+    def restored(self, table: str, records: int) -> None:
+        self.restored_records[table] += records
+
+    def standby_applied(self, table: str, records: int) -> None:
+        self.applied[table] += records
+
+
+class Summing:
+    """An app that sums by key."""
+
+    def __init__(self, *, partitions: int = PARTITIONS, **table: Any) -> None:
+        app = self.app = sf.App("sums")
+        numbers = self.numbers = app.topic("numbers", key_type=str, value_type=int, partitions=partitions)
+        sums = self.sums = app.topic("sums", key_type=str, value_type=int, partitions=partitions)
+        self.totals = totals = app.table("totals", key_type=str, value_type=int, default=int, **table)
+
+        @app.agent(numbers, sink=sums, tables=[totals])
+        async def add(stream: sf.Stream[int]) -> AsyncIterator[int]:
+            async for event in stream.events():
+                totals[event.key] += event.value
+                yield totals[event.key]
+
+    async def send(self, machine: Machine, count: int, *, keys: int = 10) -> None:
+        for number in range(count):
+            await machine.send(self.numbers, 1, key=f"k{number % keys}")
+
+
+def standbys_of(running: Running) -> Standbys:
+    assert running.worker.standbys is not None
+    return running.worker.standbys
+
+
+async def follow(running: Running, *tasks: str, warm_up: bool = False) -> None:
+    """Tell a worker what to follow."""
+    assert running.worker.manager is not None
+    of = [TaskId(*_parts(task)) for task in tasks]
+    told: tuple[list[TaskId], list[TaskId]] = ([], of) if warm_up else (of, [])
+    await standbys_of(running).follow(*told, running.worker.manager._has)
+
+
+def _parts(task: str) -> tuple[str, int]:
+    sub, _, partition = task.rpartition("-")
+    return sub, int(partition)
+
+
+def standby_of(running: Running, task: str) -> Standby:
+    return standbys_of(running).held()[TaskId(*_parts(task))]
+
+
+async def level(running: Running, task: str) -> Standby:
+    """Wait until a standby has all that its task has committed."""
+    standby = standby_of(running, task)
+    await until(lambda: standby.state is not None and standby._spans and standby.lag == 0)
+    return standby
+
+
+def content(standby: Standby, table: str = "totals") -> dict[str, int]:
+    """What a standby's store has."""
+    assert standby.state is not None
+    rows = standby.state.store.scan(table)
+    return {key.decode(): int.from_bytes(unpack(value, table=table)[0], "big") for key, value in rows}
+
+
+async def two(machine: Machine) -> tuple[Running, Running, Counted]:
+    """Two workers, one task each; the second's sensors."""
+    counted = Counted()
+    first = await machine.start()
+    second = await machine.start(sensors=counted)
+    await until(lambda: len(first.tasks) == len(second.tasks) == 1)
+    return first, second, counted
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+async def test_a_standby_follows_and_its_task_comes_with_nothing_to_restore(guarantee: str) -> None:
+    summing = Summing()
+    async with Machine(summing.app, processing_guarantee=guarantee) as machine:
+        first, second, counted = await two(machine)
+        (task,) = first.tasks
+        await follow(second, task)
+        await summing.send(machine, 50)
+        await machine.settle()
+        standby = await level(second, task)
+        await summing.send(machine, 50)
+        await machine.settle()
+        await until(lambda: sum(content(standby).values()) > 25 and standby.lag == 0)
+        applied = counted.applied["totals"]
+        assert applied == standby.records > 0
+        assert [each.task for each in second.worker.status().standbys] == [task]
+        await machine.crash(first)
+        await until(lambda: task in second.tasks and second.tasks[task].state == "running")
+        assert counted.restored_records["totals"] == 0
+        assert not second.worker.status().standbys
+        await summing.send(machine, 10)
+        await machine.settle()
+        assert sorted(dict(summing.totals).items()) == [(f"k{number}", 11) for number in range(10)]
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+async def test_a_task_that_leaves_becomes_a_standby_and_comes_back_with_nothing_to_restore(guarantee: str) -> None:
+    summing = Summing()
+    async with Machine(summing.app, processing_guarantee=guarantee) as machine:
+        counted = Counted()
+        first = await machine.start(sensors=counted)
+        await until(lambda: len(first.tasks) == PARTITIONS)
+        await summing.send(machine, 50)
+        await machine.settle()
+        before = set(first.tasks)
+        second = await machine.start()
+        await until(lambda: len(first.tasks) == len(second.tasks) == 1)
+        (gone,) = before - set(first.tasks)
+        assert standbys_of(first).lags() == {TaskId(*_parts(gone)): 0} or await measured(first)
+        await follow(first, gone)
+        standby = await level(first, gone)
+        assert standby.records == 0
+        await summing.send(machine, 50)
+        await machine.settle()
+        await until(lambda: standby.records > 0 and standby.lag == 0)
+        await machine.stop(second)
+        await until(lambda: gone in first.tasks and first.tasks[gone].state == "running")
+        assert counted.restored_records["totals"] == 0
+        await summing.send(machine, 10)
+        await machine.settle()
+        assert sorted(dict(summing.totals).items()) == [(f"k{number}", 11) for number in range(10)]
+
+
+async def measured(running: Running) -> bool:
+    """Whether the state that lies here comes to be known as level."""
+    await until(lambda: list(standbys_of(running).lags().values()) == [0])
+    return True
+
+
+async def test_at_least_once_a_standby_has_nothing_that_is_not_committed() -> None:
+    """What is written past the last commit may be taken back: a store that had it could not be gone on with."""
+    summing = Summing()
+    async with Machine(summing.app, processing_guarantee="at_least_once") as machine:
+        first, second, counted = await two(machine)
+        (task,) = first.tasks
+        await follow(second, task)
+        await summing.send(machine, 50)
+        await machine.settle()
+        standby = await level(second, task)
+        before = content(standby)
+        changelog = TopicPartition("sums-totals-changelog", standby.partition)
+        await append(machine, changelog, [(b"k0", 1_000), (b"new", 1_000)])
+        ends = await machine.log.admin.end_offsets([changelog])
+        heard = standby._marks
+        await until(lambda: standby._marks is not heard)
+        assert content(standby) == before
+        assert standby.positions["totals"] == ends[changelog] - 2
+        assert standby.lag == 0
+        await machine.crash(first)
+        await until(lambda: task in second.tasks and second.tasks[task].state == "running")
+        assert counted.restored_records["totals"] == 2
+        await summing.send(machine, 10)
+        await machine.settle()
+        assert sorted(dict(summing.totals).items()) == [(f"k{number}", 6) for number in range(10)]
+
+
+async def append(machine: Machine, changelog: TopicPartition, rows: list[tuple[bytes, int]]) -> None:
+    builder = BatchBuilder(NONE, 1 << 20)
+    for key, value in rows:
+        builder.append(machine.clock.now_ms(), key, value.to_bytes(8, "big"), [])
+    async with machine.log.producer() as producer:
+        await producer.enqueue(changelog, builder.seal())
+        await producer.flush()
+
+
+async def test_a_store_that_is_ahead_of_what_is_committed_is_filled_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Followed as exactly once shows it, and then written at least once, of which the standby did not know in time."""
+    summing = Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        first = await machine.start()
+        await summing.send(machine, 20)
+        await machine.settle()
+        counted = Counted()
+        second = await machine.start(sensors=counted)
+        await follow(second, "numbers-0")
+        standby = await level(second, "numbers-0")
+        good = content(standby)
+        changelog = TopicPartition("sums-totals-changelog", 0)
+        (end,) = (await machine.log.admin.end_offsets([changelog])).values()
+        await append(machine, changelog, [(b"k0", 1_000)])
+        await until(lambda: content(standby)["k0"] == 1_000)
+        group = first.worker.group
+        assert group is not None
+        assert group.membership is not None
+        mark = CommitMark("pinned", {"totals": end})
+        await group.commit({TopicPartition("numbers", 0): OffsetMark(20, mark.metadata())}, group.membership)
+        await until(lambda: standby.rebuilds == 1 and standby.state is not None and standby._spans)
+        await until(lambda: standby.lag == 0)
+        assert content(standby) == good
+    assert "is committed up to" in caplog.text
+
+
+class Faults:
+    """What the stores of this test make of writes with changes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.raises: list[Exception] = []
+        write = MemoryStore.write
+
+        def faulty(store: MemoryStore, batch: StoreBatch) -> None:
+            if self.raises and batch.changes:
+                raise self.raises.pop()
+            write(store, batch)
+
+        monkeypatch.setattr(MemoryStore, "write", faulty)
+
+
+async def one_followed(machine: Machine, summing: Summing) -> tuple[Running, Running, Standby]:
+    """A worker with the only task, another one with its standby, which is level."""
+    first = await machine.start()
+    await summing.send(machine, 20)
+    await machine.settle()
+    second = await machine.start()
+    await follow(second, "numbers-0")
+    return first, second, await level(second, "numbers-0")
+
+
+async def test_a_damaged_store_is_set_aside_and_filled_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        _, second, standby = await one_followed(machine, summing)
+        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)  # the task's own store is not written
+        faults.raises = [StateCorruptedError("a file is damaged")]
+        await summing.send(machine, 10)
+        await machine.settle()
+        await until(lambda: standby.rebuilds == 1 and standby._spans and standby.lag == 0)
+        assert content(standby) == {f"k{number}": 3 for number in range(10)}
+        assert second.error is None
+        assert not standby.given_up
+    assert "a file is damaged" in caplog.text
+
+
+async def test_a_store_that_is_damaged_again_and_again_is_given_up_and_the_worker_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        _, second, standby = await one_followed(machine, summing)
+        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
+        faults.raises = [StateCorruptedError("a file is damaged")] * 9
+        await summing.send(machine, 10)
+        await machine.settle()
+        await until(lambda: standby.given_up)
+        assert standby.lag is None
+        assert standbys_of(second).lags() == {}
+        assert second.worker.status().standbys[0].given_up == "a file is damaged"
+        assert second.error is None
+    assert "is given up" in caplog.text
+
+
+async def test_a_full_disk_is_waited_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        _, _, standby = await one_followed(machine, summing)
+        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
+        faults.raises = [StateFullError("no room")] * 3
+        await summing.send(machine, 10)
+        await machine.settle()
+        expected = {f"k{number}": 3 for number in range(10)}
+
+        def is_written() -> bool:
+            machine.clock.advance(0.1)  # it tries again now and then
+            return content(standby) == expected
+
+        await until(is_written)
+        assert not faults.raises
+        assert standby.rebuilds == 0
+    assert caplog.text.count("no room") == 1
+
+
+async def test_a_standby_is_ended_while_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        _, second, _ = await one_followed(machine, summing)
+        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
+        faults.raises = [StateFullError("no room")] * 9
+        await summing.send(machine, 10)
+        await machine.settle()
+        await until(lambda: len(faults.raises) == 8)
+        with anyio.fail_after(5):
+            await follow(second)
+        assert not standbys_of(second).held()
+
+
+async def test_values_that_expire_do_so_for_a_task_that_was_a_standby() -> None:
+    summing = Summing(partitions=1, ttl_s=10)
+    async with Machine(summing.app) as machine:
+        first, second, standby = await one_followed(machine, summing)
+        await machine.send(summing.numbers, 1, key="late", timestamp_ms=machine.clock.now_ms() + 11_000)
+        await machine.settle()
+        await until(lambda: "late" in content_expiring(standby) and standby.lag == 0)
+        await machine.crash(first)
+        await until(lambda: "numbers-0" in second.tasks and second.tasks["numbers-0"].state == "running")
+        assert dict(summing.totals) == {"late": 1}
+
+
+def content_expiring(standby: Standby) -> set[str]:
+    assert standby.state is not None
+    return {key.decode() for key, _ in standby.state.store.scan("totals")}
+
+
+async def test_a_table_filled_from_a_topic_is_followed_up_to_what_its_task_has_committed() -> None:
+    app = sf.App("enriched")
+    users = app.topic("users", key_type=str, value_type=str, partitions=1, compacting=True)
+    clicks = app.topic("clicks", key_type=str, value_type=int, partitions=1)
+    names = app.table("names", source=users)
+    totals = app.table("totals", key_type=str, value_type=int, default=int)
+
+    @app.agent(clicks, tables=[names, totals])
+    async def count(stream: sf.Stream[int]) -> None:
+        async for event in stream.events():
+            totals[names.get(event.key, "?")] += event.value
+
+    async with Machine(app) as machine:
+        counted = Counted()
+        first = await machine.start()
+        for number in range(10):
+            await machine.send(users, f"name{number}", key=f"u{number}")
+        await machine.settle()
+        second = await machine.start(sensors=counted)
+        (task,) = first.tasks
+        await follow(second, task)
+        standby = await level(second, task)
+        assert standby.positions["names"] == 10
+        await machine.send(users, "other", key="u0")
+        await machine.send(clicks, 5, key="u0")
+        await machine.settle()
+        await until(lambda: standby.positions["names"] == 11 and content(standby) == {"other": 5})
+        await machine.crash(first)
+        await until(lambda: task in second.tasks and second.tasks[task].state == "running")
+        assert not +counted.restored_records
+        assert dict(names)["u0"] == "other"
+
+
+async def test_nothing_is_followed_of_a_task_that_has_committed_nothing() -> None:
+    summing = Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        await machine.start()
+        second = await machine.start()
+        await follow(second, "numbers-0", warm_up=True)
+        standby = standby_of(second, "numbers-0")
+        await until(lambda: standby.lag == 0)
+        assert standby.state is None
+        assert standbys_of(second).are_warm(0)
+        await summing.send(machine, 5)
+        await machine.settle()
+        await until(lambda: standby.state is not None and standby.lag == 0)
+
+
+async def test_what_another_version_has_is_not_followed() -> None:
+    summing = Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        running = await machine.start()
+        await follow(running, "others-0", "numbers-7")
+        assert not standbys_of(running).held()
+        await follow(running, "numbers-0")  # its own
+        assert not standbys_of(running).held()
