@@ -133,7 +133,7 @@ def _new_external(topics: Mapping[str, Topic[Any, Any]], settings: Settings, cou
 
 
 def _new_internal(app: Declarations, counts: dict[str, int]) -> list[NewTopic]:
-    """Repartition topics have their source's partition count; a derivation may stand on another one."""
+    """Repartition topics get their source's partition count, and keep it; a derivation may stand on another one."""
     new: list[NewTopic] = []
     left = [derived for derived in app.derived.values() if derived.topic.internal]
     while left:
@@ -146,10 +146,4 @@ def _new_internal(app: Declarations, counts: dict[str, int]) -> list[NewTopic]:
             if name not in counts:
                 counts[name] = partitions
                 new.append(NewTopic(name, partitions, -1, _REPARTITION_CONFIG))
-            elif counts[name] != partitions:
-                raise TopologyError(
-                    f"repartition topic {name!r} has {counts[name]} partitions, but its source "
-                    f"{derived.source_topic.name!r} has {partitions}: stop all workers, delete {name!r} once it is "
-                    "drained, and start again"
-                )
     return new

@@ -1,6 +1,7 @@
 """A source topic that gets more partitions while a worker runs: they are told of, and processed whole."""
 
 import sqlite3
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -91,3 +92,36 @@ async def test_a_task_that_another_topics_new_partition_joins_loses_nothing(capl
         (task,) = (task for task in running.tasks.values() if task.partition == 1)
         assert set(task.committed) == {sf.TopicPartition("first", 1), sf.TopicPartition("second", 1)}
         assert caplog.text.count("when this worker started") == 2
+
+
+async def test_a_topic_that_is_grouped_may_grow_and_the_groups_keep_their_partitions() -> None:
+    app = sf.App("grow-and-group")
+    numbers = app.topic("numbers", key_type=str, value_type=int)
+    counts = app.table("counts", key_type=int, value_type=int, default=int)
+    out = app.topic("out", key_type=int, value_type=int, partitions=1)
+
+    @app.agent(numbers.group_by(lambda number: number % 3, name="by-rest", key_type=int), sink=out)
+    async def count(stream: sf.Stream[int]) -> AsyncIterator[int]:
+        async for event in stream.events():
+            counts[event.key] += 1
+            yield counts[event.key]
+
+    async with Machine(app, partitions=2, heartbeat_interval_ms=500) as machine:
+        running = await machine.start()
+        for number in (0, 1):
+            await machine.send(numbers, number, key="k", partition=1)
+        await machine.settle()
+        await grow(machine, "numbers", 3)
+        notice(machine)
+        await until(lambda: "numbers-2" in running.tasks)
+        await machine.stop(running)
+        running = await machine.start()  # a worker that comes later has to do with it, too
+        async with Client(app, machine.settings, clock=machine.clock) as client:  # which knows of the partition
+            for number in (3, 4):
+                await client.send(numbers, key="k", value=number, partition=2)
+        await machine.settle()
+        assert sorted(machine.values(out)) == [1, 1, 2, 2]
+        assert sorted(running.tasks) == [
+            *(f"grow-and-group-by-rest-repartition-{number}" for number in range(2)),
+            *(f"numbers-{number}" for number in range(3)),
+        ]
