@@ -333,6 +333,8 @@ class TaskManager:
         self, tasks: Sequence[Task], partitions: frozenset[TopicPartition], patience_s: float = PATIENCE_S
     ) -> None:
         for task in tasks:
+            # A commit under way may hold more of it; refused once, it is sent again without that.
+            task.lost = True
             for tp in task.committed:
                 self._by_tp.pop(tp, None)
                 self._reader.remove(tp)

@@ -49,6 +49,7 @@ async def test_two_workers_split_the_partitions_and_hand_over_at_a_stop() -> Non
         await until(lambda: len(second.tasks) == 2)
         assert len(first.tasks) == 2
         assert all(kept[name] is task for name, task in first.tasks.items())  # what stays is not touched
+        assert all(task.lost == (name not in first.tasks) for name, task in kept.items())  # what left is in no commit
         await sent(machine, numbers, range(40, 80))
         await machine.settle()
         await machine.stop(first)
