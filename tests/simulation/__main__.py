@@ -7,9 +7,9 @@ import sys
 import traceback
 from time import perf_counter
 
+from tests.simulation.plan import Plan
 from tests.simulation.planted import BUGS, planted
 from tests.simulation.run import Verdict, simulate
-from tests.simulation.world import Plan
 
 
 def main() -> int:

@@ -79,20 +79,17 @@ class Built:
     tables: dict[str, "sf.Table[Any, Any]"] = field(default_factory=dict)
 
 
-def build(works: Sequence[Work], partitions: int, keys: int, settings: dict[str, Any]) -> Built:
-    """Make the app anew, as every process does."""
+def build(works: Sequence[Work], partitions: int, keys: int, hangs: float, settings: dict[str, Any]) -> Built:
+    """Make the app anew, as every process does; so many of its records take seconds."""
     app = sf.App(APP_ID, **settings)
     built = Built(app)
-    sources = {
-        name: app.topic(name, key_type=int, value_type=int, partitions=partitions)
-        for name in sorted({work.source for work in works})
-    }
+    sources = {name: app.topic(name, key_type=int, value_type=int) for name in sorted({work.source for work in works})}
     for work in works:
-        _add(built, work, sources[work.source], partitions, keys)
+        _add(built, work, sources[work.source], partitions, keys, hangs)
     return built
 
 
-def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int, keys: int) -> None:
+def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int, keys: int, hangs: float) -> None:
     app = built.app
     sink = app.topic(work.sink, key_type=int, value_type=str, partitions=partitions)
     options: dict[str, Any] = {"name": work.sink, "sink": sink, "concurrency": work.concurrency}
@@ -102,6 +99,8 @@ def _add(built: Built, work: Work, source: "sf.Topic[int, int]", partitions: int
     pace = random.Random(random.random())
 
     async def takes_time(value: int = 0) -> None:
+        if hangs and pace.random() < hangs:
+            await asyncio.sleep(pace.uniform(1.0, 5.0))
         if work.is_slow and (pace.random() < 0.3 or fails(value)):  # what fails does so late
             await asyncio.sleep(pace.uniform(0, 0.3))
 

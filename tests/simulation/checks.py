@@ -6,12 +6,14 @@ import msgspec
 
 from streamflow.log.api import Log, OffsetMark
 from streamflow.log.batch import LogRecord
+from streamflow.model.partitioner import partition_for
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.dead_letter import HEADER_OFFSET, HEADER_PARTITION, HEADER_TOPIC
 from streamflow.state.format import unpack
 from tests.simulation.apps import APP_ID, Folded, Seen, Work, fold, group_of
-from tests.simulation.world import Broken, World
+from tests.simulation.population import Broken
+from tests.simulation.world import World
 
 
 async def read_all(log: Log, topics: list[str]) -> dict[TopicPartition, list[LogRecord]]:
@@ -87,16 +89,25 @@ class Judge:
                     raise Broken(f"{work.sink}: {each} is in the wrong group")
 
     def _outputs(self, work: Work, folded: dict[int, Folded]) -> None:
-        for partition, each in folded.items():
+        """Where a source got more partitions than the sink has, several of them come together in one of the sink's."""
+        came_from = {value: partition for partition, each in folded.items() for _, value in each.outputs}
+        for number in range(self._world.plan.partitions):
             got = [
                 (int.from_bytes(record.key or b"", "big", signed=True), (record.value or b"").decode())
-                for record in self._records[TopicPartition(work.sink, partition)]
+                for record in self._records[TopicPartition(work.sink, number)]
             ]
-            where = f"{work.sink}-{partition}"
-            if self._exact:
-                _equal(where, each.outputs, got)
-            else:
-                _missing(where, set(each.outputs), set(got))
+            for partition, each in folded.items():
+                where = f"{work.sink}-{number}, of partition {partition}"
+                wanted = [output for output in each.outputs if self._home(output[0]) == number]
+                if self._exact:
+                    _equal(where, wanted, [output for output in got if came_from.get(output[1]) == partition])
+                else:
+                    _missing(where, set(wanted), set(got))
+            if self._exact and (strange := [value for _, value in got if value not in came_from]):
+                raise Broken(f"{work.sink}-{number} has what no record stands for: {strange}")
+
+    def _home(self, key: int) -> int:
+        return partition_for(key.to_bytes(8, "big"), self._world.plan.partitions)
 
     def _dead_letters(self, work: Work, folded: dict[int, Folded]) -> None:
         if work.policy != "dead":
@@ -135,8 +146,8 @@ class Judge:
         """Every store, also one that was left behind, is what its changelog said at its checkpoint."""
         assert work.table is not None
         name = work.table
-        keys = self._world.all[0].built.tables[name].keys_in_order
-        for seat in dict.fromkeys(running.seat for running in self._world.all):
+        keys = self._world.population.all[0].built.tables[name].keys_in_order
+        for seat in dict.fromkeys(running.seat for running in self._world.population.all):
             for path, content in seat.disk._contents.items():
                 if name not in content.tables:
                     continue

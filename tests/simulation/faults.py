@@ -51,6 +51,10 @@ class Rates:
     """A store has no room."""
     late_loss: float = 0.0
     """What is lost is heard of seconds later, and may be back by then."""
+    late_revocation: float = 0.0
+    """What is to be given back is heard of when the time for it may be over."""
+    late_assignment: float = 0.0
+    """What was assigned is heard of seconds later, and may be gone by then."""
 
     @classmethod
     def drawn(cls, draw: random.Random) -> "Rates":
@@ -70,6 +74,8 @@ class Rates:
             "short_fetch": (0.2, 0.5),
             "full": (0.1, 0.5),
             "late_loss": (0.2, 0.5),
+            "late_revocation": (0.1, 0.5),
+            "late_assignment": (0.1, 0.3),
         }
         rates = cls()
         for each in fields(cls):
@@ -100,12 +106,14 @@ class Wire:
         world.trace(f"{self.process.name} {point}")
         if self.process.state != "running":
             return
-        if commit and world.next_away is self.process:
-            world.go_away(self.process, point)
+        population = world.population
+        population.at(self.process, point)
+        if commit and population.next_away is self.process:
+            population.go_away(self.process, point)
         elif self.chance("commit_crash" if commit else "crash"):
-            world.kill(self.process, point)
+            population.kill(self.process, point)
         elif self.chance("commit_stop" if commit else "stop"):
-            world.stop(self.process, point)
+            population.stop(self.process, point)
 
     async def hop(self, point: str, *, commit: bool = False) -> None:
         """On the way to or from the log: slow, or never there."""

@@ -23,6 +23,7 @@ from streamflow.log.api import (
     OffsetMark,
     Producer,
     Reader,
+    Revoked,
     TopicDescription,
     TransactionalProducer,
     Unheard,
@@ -84,6 +85,7 @@ class FaultyLog(Log):
         await self._wire.hop("join")
         async with self.inner.group(group_id, topics, assignor, settings) as inner:
             yield FaultyGroup(inner, self._wire)
+            self._wire.strike("leave", commit=True)
 
     async def changed(self) -> None:
         await self.inner.changed()
@@ -210,6 +212,14 @@ class FaultyTransactionalProducer(TransactionalProducer):
         return IndeterminateCommitError("simulated: the connection broke")
 
 
+_LATE: dict[type[GroupEvent], tuple[str, tuple[float, float]]] = {
+    Lost: ("late_loss", (1.0, 6.0)),
+    Revoked: ("late_revocation", (0.5, 6.0)),
+    Assigned: ("late_assignment", (0.5, 3.0)),
+}
+"""Which rate says that an event is heard of late, and by how many seconds then."""
+
+
 class FaultyGroup(Group):
     """Events come late; commits of offsets are refused, and answers lost."""
 
@@ -222,10 +232,14 @@ class FaultyGroup(Group):
         if self._event is None:
             self._event = await self._inner.next_event()
             if isinstance(self._event, Assigned):
-                self._wire.world.assigned(self._wire.process, self._event)
+                self._wire.world.owners.assigned(self._wire.process, self._event)
         await self._wire.hop(f"group says {type(self._event).__name__}")
-        if isinstance(self._event, Lost) and self._wire.chance("late_loss"):
-            await asyncio.sleep(self._wire.world.draw.uniform(1.0, 6.0))
+        late = _LATE.get(type(self._event))
+        if late is not None and self._wire.chance(late[0]):
+            hear_late = self._wire.world.population.hear_late
+            hear_late.add(self._wire.process)
+            await asyncio.sleep(self._wire.world.draw.uniform(*late[1]))
+            hear_late.discard(self._wire.process)
         event, self._event = self._event, None
         return event
 

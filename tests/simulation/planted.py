@@ -1,13 +1,20 @@
 """Bugs that are put into the runtime on purpose: a simulation that does not find them proves nothing."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
+from streamflow.log.api import Member
 from streamflow.model.record import TopicPartition
+from streamflow.runtime import assignor
+from streamflow.runtime.assignor import AssignedTask
 from streamflow.runtime.commit import Commits
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.ledger import Ledger
+from streamflow.runtime.task import Task
+from streamflow.runtime.task_manager import TaskManager
+from streamflow.runtime.task_view import Sealed
 from streamflow.state.overlay import Overlay
 from streamflow.state.undo import Undo
 
@@ -31,11 +38,25 @@ def _behind_all(self: Ledger) -> dict[TopicPartition, int]:
     return {**self._positions, **{entry.tp: entry.record.offset + 1 for entry in self._entries}}
 
 
+async def _start_anew_in_every_generation(self: Commits, sealed: Sequence[Sealed], generation: int) -> None:
+    for each in sealed:
+        if each.task.checked_generation != generation:
+            self._is_committed_elsewhere(each.task)
+
+
+async def _keep_what_goes(self: TaskManager, tasks: Sequence[Task], *_: Any) -> None:
+    """Who is told that a task has to go answers so, and goes on with it."""
+
+
+def _give_all_to_one(members: Sequence[Member], tasks: Sequence[AssignedTask]) -> dict[str, list[AssignedTask]]:
+    return {member.member_id: list(tasks) if at == 0 else [] for at, member in enumerate(members)}
+
+
 def _in_sight(_: Undo) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-BUGS: dict[str, tuple[type, str, Any]] = {
+BUGS: dict[str, tuple[object, str, Any]] = {
     "a commit of unknown outcome is sent again unseen": (ExactlyOnce, "_settle_unknown", _send_again),
     "a commit of unknown outcome is taken for stored": (ExactlyOnce, "_settle_unknown", _forget),
     "a task is kept that another worker has had": (Commits, "_keep_owned", _look_at_nothing),
@@ -43,6 +64,9 @@ BUGS: dict[str, tuple[type, str, Any]] = {
     "what a full store refused is forgotten": (Overlay, "not_stored", Overlay.stored),
     "a commit holds what the turn in progress has written": (Undo, "aside", _in_sight),
     "a failed turn leaves its writes": (Undo, "take_out", Undo.clear),
+    "a task that stays is opened anew in every generation": (Commits, "_keep_owned", _start_anew_in_every_generation),
+    "a task that has to go goes on": (TaskManager, "_close", _keep_what_goes),
+    "one member is given everything": (assignor, "assign", _give_all_to_one),
 }
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamflow.log.api import Log
-from streamflow.model.record import TopicPartition
 from tests.simulation.apps import APP_ID
 from tests.simulation.checks import Judge, read_all
 from tests.simulation.faults import Rates
+from tests.simulation.plan import Plan
+from tests.simulation.population import Broken
 from tests.simulation.processes import ProcessLoop
-from tests.simulation.world import Broken, Plan, TracedLogging, World, only_chance
+from tests.simulation.world import TracedLogging, World, only_chance
 
 SETTLE_S = 90.0
 STOP_S = 40.0
@@ -54,7 +55,7 @@ def simulate(plan: Plan, out: Callable[[str], object] | None = None) -> Verdict:
     gc.disable()  # when rubbish is collected, no seed says
     broken: BaseException | None = None
     try:
-        with only_chance(loop, plan):
+        with only_chance(world):
             try:
                 loop.run_until_complete(_run(world))
             except Exception as error:
@@ -68,24 +69,32 @@ def simulate(plan: Plan, out: Callable[[str], object] | None = None) -> Verdict:
         logger.level, logger.propagate = before
         loop.close()
         asyncio.set_event_loop(None)
-    return Verdict(plan, digest, broken, plan.kills - world.kills_left, len(world.all), seconds)
+    return Verdict(plan, digest, broken, plan.kills - world.population.kills_left, len(world.population.all), seconds)
 
 
 async def _run(world: World) -> None:
     plan = world.plan
     async with world.log() as log:
-        await world.make_sources(log)
+        population = world.population
+        await world.sources.make(log)
         for _ in range(plan.workers):
-            world.start(world.new_seat())
+            population.start(population.new_seat())
         world.faulty = True
-        works = world.feed(log), world.tend(), world.upset(log), world.send_away()
+        works = (
+            world.sources.feed(log),
+            world.sources.grow(log),
+            population.tend(),
+            population.upset(log),
+            population.send_away(),
+        )
         nobodies = [world.loop.run_as_nobody(work) for work in works]
         await asyncio.sleep(plan.horizon_s)
         world.trace("no more faults")
         world.faulty = False
-        await asyncio.wait(nobodies[:1])
+        await asyncio.wait(nobodies[:2])
         await _settle(world, log)
-        world.is_over = True
+        await world.owners.come_to_rest()
+        population.is_over = True
         await _stop_all(world)
         for each in nobodies:
             each.cancel()
@@ -104,43 +113,40 @@ async def _settle(world: World, log: Log) -> None:
         if world.breaks is not None:
             raise world.breaks
         behind = await _behind(world, log)
-        is_settled = not behind and not world.under_way and bool(world.running)
+        is_settled = not behind and not world.under_way and bool(world.population.running)
         if world.plan.guarantee == "at_least_once":  # who is stopped sends what it had to when it goes on
-            is_settled = is_settled and all(each.process.state == "running" for each in world.running)
+            is_settled = is_settled and all(each.process.state == "running" for each in world.population.running)
             settled_looks = settled_looks + 1 if is_settled else 0
             is_settled = settled_looks == 2
         if is_settled:
             return
         if world.loop.time() > until_s:
-            status = [(each.process.name, each.process.state) for each in world.running]
+            status = [(each.process.name, each.process.state) for each in world.population.running]
             raise Broken(f"nothing moves any more: {behind or world.under_way}; workers: {status}")
 
 
 async def _behind(world: World, log: Log) -> dict[str, str]:
     committed = {tp: mark.offset for tp, mark in (await log.admin.group_offsets(APP_ID)).items()}
-    topics = [
-        *world.sources(),
-        *(f"{APP_ID}-{work.sink}-by-group-repartition" for work in world.plan.works if work.kind == "distinct"),
-    ]
-    described = await log.admin.describe(topics)
-    if len(described) < len(topics):
+    partitions = world.sources.partitions()
+    topics = list(dict.fromkeys(tp.topic for tp in partitions))
+    if len(await log.admin.describe(topics)) < len(topics):
         return {"topics": "not yet made"}
-    ends = await log.admin.end_offsets([TopicPartition(t, p) for t in topics for p in range(world.plan.partitions)])
+    ends = await log.admin.end_offsets(partitions)
     return {str(tp): f"{committed.get(tp)} of {end}" for tp, end in ends.items() if end > committed.get(tp, 0)}
 
 
 async def _stop_all(world: World) -> None:
-    for running in world.running:
+    for running in world.population.running:
         if running.worker is not None:
             running.worker.request_stop()
-    tasks = [running.task for running in world.running]
+    tasks = [running.task for running in world.population.running]
     if not tasks:
         return
     _, left = await asyncio.wait(tasks, timeout=STOP_S)
     if left:
-        raise Broken(f"{[each.process.name for each in world.running if not each.task.done()]} do not stop")
-    for running in world.running:
-        if running.error is not None and running.process.name not in world.fenced:
+        raise Broken(f"{[each.process.name for each in world.population.running if not each.task.done()]} do not stop")
+    for running in world.population.running:
+        if running.error is not None and running.process.name not in world.population.fenced:
             raise Broken(f"{running.process.name} ended with {running.error!r}") from running.error
     if world.breaks is not None:
         raise world.breaks
@@ -148,8 +154,8 @@ async def _stop_all(world: World) -> None:
 
 def _clean_up(loop: ProcessLoop, world: World) -> None:
     """Let everything end that the run has left, so that nothing of it is found by the next one."""
-    world.rates, world.faulty, world.is_over = Rates(), False, True
-    for running in world.all:
+    world.rates, world.faulty, world.population.is_over = Rates(), False, True
+    for running in world.population.all:
         if running.process.state != "running":
             loop.let_run(running.process)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.simulation.plan import Plan
 from tests.simulation.planted import BUGS
 from tests.simulation.run import simulate
-from tests.simulation.world import Plan
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 200

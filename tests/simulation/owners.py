@@ -1,0 +1,149 @@
+"""Who may commit, who opens a task anew and why, and whether what everybody has comes to rest, in balance."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from streamflow.log.api import Assigned, Membership
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.commit import Commits
+from streamflow.runtime.task import Task
+from streamflow.runtime.task_manager import TaskManager
+from streamflow.runtime.task_view import TaskView
+from tests.simulation.population import Broken
+from tests.simulation.processes import Process, current
+from tests.simulation.workers import Running
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+SETTLE_S = 30.0
+"""For how long tasks may still move after the last fault, when everything is committed."""
+REST_S = 2.0
+"""For how long nothing may move then."""
+_LOOK_S = 0.1
+
+
+class Owners:
+    """Who has what, as the log and the workers say it while they run."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+        self._assigned: dict[tuple[TopicPartition, int], str] = {}
+        self._committers: dict[TopicPartition, tuple[int, list[str]]] = {}
+        self._last: dict[TopicPartition, str] = {}
+        self.opened_anew: Counter[str] = Counter()
+        """How many times tasks that stayed were opened anew, by why."""
+        self.settled_s = 0.0
+        """How long it took to come to rest."""
+
+    def assigned(self, process: Process, event: Assigned) -> None:
+        """A partition has one owner in a generation."""
+        for tp in event.partitions:
+            if self._assigned.setdefault((tp, event.generation), process.name) != process.name:
+                raise Broken(f"{tp} was given to two members in generation {event.generation}")
+
+    def committed(self, process: Process, partitions: Iterable[TopicPartition], by: Membership) -> None:
+        """Who commits is the only owner: nobody does in an older generation, nor two in turns in the same."""
+        name = f"{process.name} ({by.member_id[-4:]})"
+        for tp in partitions:
+            generation, names = self._committers.get(tp, (-1, []))
+            if by.generation > generation:
+                self._committers[tp] = by.generation, [name]
+            elif names[-1] != name:
+                if by.generation < generation or name in names:
+                    raise Broken(f"{name} commits {tp} in generation {by.generation} after {names} in {generation}")
+                names.append(name)
+            self._last[tp] = process.name
+
+    def was_overtaken(self, process: Process, task: TaskView) -> None:
+        """A task that stays is dropped because another worker has committed for it: then one has to have done so."""
+        if self._last.get(task.anchor, process.name) == process.name:
+            raise Broken(f"{process.name} drops what it has of {task.name}, for which nobody else has committed")
+
+    # --- coming to rest ----------------------------------------------------------------------------------------
+
+    async def come_to_rest(self) -> None:
+        """Wait until everything is assigned, open and in balance; then nothing may move any more."""
+        loop = self._world.loop
+        since_s = loop.time()
+        while why := self.unsettled():
+            if self._world.breaks is not None:
+                raise self._world.breaks
+            if loop.time() - since_s > SETTLE_S:
+                raise Broken(f"the group does not come to rest: {why}; {self._told()}")
+            await asyncio.sleep(_LOOK_S)
+        self.settled_s = loop.time() - since_s
+        self._world.trace(f"at rest: {self._told()}")
+        before = self._held()
+        await asyncio.sleep(REST_S)
+        if before != self._held():
+            raise Broken(f"the group was at rest, and tasks moved: it was {before}, and is {self._held()}")
+
+    def unsettled(self) -> str:
+        """What is not yet as it has to be when nothing happens any more."""
+        population = self._world.population
+        if population.coming:
+            return f"{population.coming} are to start"
+        managers: dict[str, TaskManager] = {}
+        for each in population.running:
+            name, worker = each.process.name, each.worker
+            if each.process.state != "running" or worker is None or worker.manager is None or worker.state != "running":
+                return f"{name} does not run"
+            if each.process in population.hear_late:
+                return f"{name} has not heard of everything"
+            managers[name] = worker.manager
+        owners = Counter(tp for manager in managers.values() for task in manager.running() for tp in task.committed)
+        if wrong := {str(tp): owners[tp] for tp in self._world.sources.partitions() if owners[tp] != 1}:
+            return f"not owned once: {wrong}"
+        if idle := [name for name, manager in managers.items() if not manager.has_restored]:
+            return f"{idle} have tasks to open or to restore"
+        counts = [len(manager.tasks) for manager in managers.values()]
+        return f"out of balance: {counts}" if max(counts) - min(counts) > 1 else ""
+
+    def _held(self) -> dict[str, Any]:
+        """What must not change: who is in which generation, with which tasks as they were opened."""
+        return {each.process.name: _held_by(each) for each in self._world.population.running}
+
+    def _told(self) -> dict[str, list[str]]:
+        return {
+            each.process.name: sorted(task.name for task in each.worker.manager.running())
+            for each in self._world.population.running
+            if each.worker is not None and each.worker.manager is not None
+        }
+
+
+def _held_by(running: Running) -> tuple[object, dict[str, int]]:
+    worker = running.worker
+    if worker is None or worker.manager is None or worker.group is None:
+        return None, {}
+    return worker.group.membership, {task.name: id(task) for task in worker.manager.running()}
+
+
+class WatchedTasks(TaskManager):
+    """The tasks of one worker; counts those that are opened anew though they stayed."""
+
+    owners: Owners
+
+    async def _close(self, tasks: Sequence[Task], partitions: frozenset[TopicPartition], *args: Any) -> None:
+        process = current.get()
+        if not partitions and process is not None and not self.is_finishing:
+            for task in tasks:
+                is_damaged = task.tables is not None and task.tables.damage is not None
+                self.owners.opened_anew["damaged" if is_damaged else "overtaken" if task.lost else "grown"] += 1
+        await super()._close(tasks, partitions, *args)
+
+
+def watched(owners: Owners) -> dict[str, Any]:
+    """What stands for the runtime's own while a simulation runs, by where it stands."""
+    found = Commits._is_committed_elsewhere
+
+    def is_committed_elsewhere(self: Commits, task: TaskView) -> None:
+        process = current.get()
+        if process is not None:
+            owners.was_overtaken(process, task)
+        found(self, task)
+
+    manager = type("WatchedTasks", (WatchedTasks,), {"owners": owners})
+    return {"manager": manager, "is_committed_elsewhere": is_committed_elsewhere}
