@@ -226,16 +226,35 @@ class Member:
         member_id: Its id.
         topics: What it subscribes to.
         owned: Partitions it owns now (KIP-429).
+        says: What it said with its last join (`Group.say`); the log does not read it. Empty for a member that says
+            nothing, such as a worker of an older version.
+        instance_id: Its static name (KIP-345), or None.
     """
 
     member_id: str
     topics: frozenset[str]
     owned: frozenset[TopicPartition]
+    says: bytes = b""
+    instance_id: str | None = None
 
 
-Assignor: TypeAlias = Callable[[Sequence[Member], Mapping[str, int]], Mapping[str, frozenset[TopicPartition]]]
-"""Pure: members (sorted by id) and partition counts per topic -> partitions per member id. The group itself withholds
-what another member still owns until that member has revoked it (cooperative, KIP-429)."""
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the assignor gives one member.
+
+    Attributes:
+        partitions: What it is to own.
+        told: What it is told beside; the log does not read it.
+    """
+
+    partitions: frozenset[TopicPartition]
+    told: bytes = b""
+
+
+Assignor: TypeAlias = Callable[[Sequence[Member], Mapping[str, int]], Mapping[str, Given]]
+"""Pure: members (sorted by id) and partition counts per topic -> what each member id is given; a member that is left
+out is given nothing. The group itself withholds what another member still owns until that member has revoked it
+(cooperative, KIP-429)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +283,20 @@ class Lost:
     reason: str
 
 
-GroupEvent: TypeAlias = Assigned | Revoked | Lost
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the assignor tells this member (`Given.told`) has changed.
+
+    Of one round it comes after `Revoked` and before `Assigned`. To have been told nothing yet is to have been told b"".
+    Who was told something and then lost its membership, with `Lost` or without partitions to lose, is told anew with
+    the next one, be it the same.
+    """
+
+    told: bytes
+    generation: int
+
+
+GroupEvent: TypeAlias = Assigned | Revoked | Lost | Told
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +360,27 @@ class Group(ABC):
             FatalError: The group cannot be joined (authorization, protocol mismatch).
 
         Cancellation: atomic; an event that was not returned comes with the next call.
+        """
+
+    @abstractmethod
+    def say(self, words: bytes) -> None:
+        """Set what the assignor is told of this member from the next round on (`Member.says`); asks for no round.
+
+        Call it as often as it changes: it costs nothing until then. May be called from any thread.
+
+        Args:
+            words: At most some ten kilobytes: the log keeps them for every member.
+        """
+
+    @abstractmethod
+    def rejoin(self, why: str) -> None:
+        """Ask for a new round, to which every member says what it has to say. May be called from any thread.
+
+        Asking again before the round has begun changes nothing, nor does it while this is no member: who joins says
+        all it has to say.
+
+        Args:
+            why: For the log output.
         """
 
     @abstractmethod
@@ -540,15 +593,21 @@ class Log(ABC):
 
     @abstractmethod
     def group(
-        self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
+        self,
+        group_id: str,
+        topics: frozenset[str],
+        assignor: Assignor,
+        settings: GroupSettings,
+        says: bytes = b"",
     ) -> AbstractAsyncContextManager[Group]:
         """Join a consumer group.
 
         Args:
             group_id: The app's id.
             topics: Existing topics to take part in; no partitions is a legal assignment.
-            assignor: Used where this member is the one that assigns.
+            assignor: Used where this member is the one that assigns; on Kafka it is called in another thread.
             settings: Time-outs.
+            says: What it says with its first join, see `Group.say`.
         """
 
     @abstractmethod

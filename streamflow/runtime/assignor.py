@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from streamflow.log.api import Member
+from streamflow.log.api import Given, Member
 from streamflow.model.record import TopicPartition
 
 
@@ -54,12 +54,13 @@ class TaskAssignor:
     def __init__(self, sub_topologies: Mapping[str, Sequence[str]]) -> None:
         self._sub_topologies = sub_topologies
 
-    def __call__(self, members: Sequence[Member], counts: Mapping[str, int]) -> Mapping[str, frozenset[TopicPartition]]:
+    def __call__(self, members: Sequence[Member], counts: Mapping[str, int]) -> Mapping[str, Given]:
         """See `log.api.Assignor`."""
         tasks = tasks_of(self._sub_topologies, counts)
         chosen = assign(members, tasks)
         return {
-            member_id: frozenset(tp for task in owned for tp in task.partitions) for member_id, owned in chosen.items()
+            member_id: Given(frozenset(tp for task in owned for tp in task.partitions))
+            for member_id, owned in chosen.items()
         }
 
 

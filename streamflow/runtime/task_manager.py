@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from streamflow.errors import (
     StreamFlowError,
     TopologyError,
 )
-from streamflow.log.api import Assigned, GroupEvent, Lost, Revoked
+from streamflow.log.api import Assigned, GroupEvent, Lost, Revoked, Told
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import SubTopology
@@ -107,6 +107,8 @@ class TaskManager:
         # Takes what was fetched; see `Arrivals.take`.
         self.fetched = Arrivals(self._starts, log.reader, shared, settings, self.task_of).take
         self.limits: dict[TopicPartition, int] = {}
+        # Acts on what the assignor tells this worker, in turn with the other events of the group.
+        self.on_told: Callable[[Told], Awaitable[None]] | None = None
 
     @property
     def _clock(self) -> Clock:
@@ -155,6 +157,9 @@ class TaskManager:
                 await self._revoked(event.partitions)
             elif isinstance(event, Lost):
                 await self._lost(event)
+            elif isinstance(event, Told):
+                if self.on_told is not None:
+                    await self.on_told(event)
             else:
                 await self._open_anew(event.task)
             if not self.is_finishing:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
-from streamflow.log.api import Assigned, Fetched, Group, Lost, Member, Reader, Revoked
+from streamflow.log.api import Assigned, Fetched, Given, Group, GroupEvent, Lost, Member, Reader, Revoked
 from streamflow.log.batch import BatchBuilder, LogRecord, SealedBatch
 from streamflow.log.codec import NONE
 from streamflow.model.record import TopicPartition
@@ -54,7 +54,7 @@ def values(found: Iterable[LogRecord]) -> list[bytes | None]:
     return [record.value for record in found]
 
 
-def spread(members: Sequence[Member], counts: Mapping[str, int]) -> dict[str, frozenset[TopicPartition]]:
+def spread(members: Sequence[Member], counts: Mapping[str, int]) -> dict[str, Given]:
     """A sticky assignor: nobody has more than a fair share, and what is kept stays where it is."""
     partitions = {TopicPartition(topic, n) for topic, count in counts.items() for n in range(count)}
     share = -(-len(partitions) // len(members)) if members else 0
@@ -63,7 +63,7 @@ def spread(members: Sequence[Member], counts: Mapping[str, int]) -> dict[str, fr
         target[member.member_id] = set(sorted(member.owned & partitions)[:share])
     for tp in sorted(partitions - set().union(*target.values())):
         target[min(target, key=lambda member_id: (len(target[member_id]), member_id))].add(tp)
-    return {member_id: frozenset(mine) for member_id, mine in target.items()}
+    return {member_id: Given(frozenset(mine)) for member_id, mine in target.items()}
 
 
 class Watched:
@@ -72,7 +72,7 @@ class Watched:
     def __init__(self, group: Group, *, revoke: bool = True) -> None:
         self.group = group
         self.revoke = revoke
-        self.events: list[Assigned | Revoked | Lost] = []
+        self.events: list[GroupEvent] = []
         self.owned: set[TopicPartition] = set()
         self._task = asyncio.create_task(self._watch())
 
@@ -85,7 +85,7 @@ class Watched:
                 self.owned |= event.partitions
             elif isinstance(event, Lost):
                 self.owned -= event.partitions
-            elif self.revoke:
+            elif isinstance(event, Revoked) and self.revoke:
                 self.answer(event)
 
     def answer(self, event: Revoked) -> None:

@@ -22,6 +22,7 @@ from streamflow.log import codec
 from streamflow.log.api import (
     Assigned,
     AtomicCommit,
+    Given,
     GroupSettings,
     Lost,
     Membership,
@@ -555,7 +556,7 @@ async def test_a_commit_after_the_partition_went_elsewhere_stores_nothing(open_l
             def to_the_latest(members, counts):
                 ids = [member.member_id for member in members]
                 owner = next((member_id for member_id in ids if member_id != founder), ids[0])
-                return {i: frozenset({commits.source} if i == owner else ()) for i in ids}
+                return {i: Given(frozenset({commits.source} if i == owner else ())) for i in ids}
 
             join = lambda: log.group(  # noqa: E731
                 commits.group_id, frozenset({commits.source.topic}), to_the_latest, SETTINGS

@@ -63,16 +63,16 @@ def test_a_task_is_never_split() -> None:
     assignor = TaskAssignor({"both": ["left", "right"]})
     topics = frozenset({"left", "right"})
     members = [Member(one, topics, frozenset()) for one in ("m0", "m1", "m2")]
-    for partitions in assignor(members, {"left": 4, "right": 3}).values():
-        numbers = {tp.partition for tp in partitions}
+    for each in assignor(members, {"left": 4, "right": 3}).values():
+        numbers = {tp.partition for tp in each.partitions}
         expected = {TopicPartition("left", number) for number in numbers}
         expected |= {TopicPartition("right", number) for number in numbers if number < 3}
-        assert partitions == expected
+        assert each.partitions == expected
 
 
 def test_a_member_gets_no_task_of_a_topic_it_does_not_read() -> None:
     old = Member("old", frozenset({"a"}), frozenset())
     new = Member("new", frozenset({"a", "b"}), frozenset())
     given_out = TaskAssignor({"a": ["a"], "b": ["b"]})([new, old], {"a": 4, "b": 4})
-    assert all(tp.topic == "a" for tp in given_out["old"])
-    assert sum(len(partitions) for partitions in given_out.values()) == 8
+    assert all(tp.topic == "a" for tp in given_out["old"].partitions)
+    assert sum(len(given.partitions) for given in given_out.values()) == 8

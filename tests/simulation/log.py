@@ -80,10 +80,15 @@ class FaultyLog(Log):
 
     @asynccontextmanager
     async def group(
-        self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
+        self,
+        group_id: str,
+        topics: frozenset[str],
+        assignor: Assignor,
+        settings: GroupSettings,
+        says: bytes = b"",
     ) -> AsyncGenerator[Group]:
         await self._wire.hop("join")
-        async with self.inner.group(group_id, topics, assignor, settings) as inner:
+        async with self.inner.group(group_id, topics, assignor, settings, says) as inner:
             yield FaultyGroup(inner, self._wire)
             self._wire.strike("leave", commit=True)
 
@@ -242,6 +247,12 @@ class FaultyGroup(Group):
             hear_late.discard(self._wire.process)
         event, self._event = self._event, None
         return event
+
+    def say(self, words: bytes) -> None:
+        self._inner.say(words)
+
+    def rejoin(self, why: str) -> None:
+        self._inner.rejoin(why)
 
     def revoked(self, partitions: frozenset[TopicPartition]) -> None:
         self._wire.strike("gives back", commit=True)

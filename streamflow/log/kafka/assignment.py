@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamflow.errors import InternalError
-from streamflow.log.api import Assignor, Member
-from streamflow.log.kafka import wire
+from streamflow.log.api import Assignor, Given, Member
+from streamflow.log.kafka import user_data, wire
+from streamflow.log.kafka.user_data import Answer, Spoken
 from streamflow.model.record import TopicPartition
+
+_NOTHING = Given(frozenset())
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,28 +23,72 @@ class Claim:
         topics: What it subscribes to.
         owned: What it says it owns.
         generation: In which generation it owned that.
+        spoken: What it says beside; None for a worker of before, which is not told anything either.
+        instance_id: Its static name.
     """
 
     member_id: str
     topics: frozenset[str]
     owned: frozenset[TopicPartition]
     generation: int
+    spoken: Spoken | None = None
+    instance_id: str | None = None
 
 
-def read_claim(member_id: str, metadata: bytes) -> Claim:
+def read_claim(member_id: str, instance_id: str | None, metadata: bytes) -> Claim:
     """Decode a member's subscription."""
-    topics, owned, generation = wire.decode_subscription(metadata)
-    return Claim(member_id, frozenset(topics), flat(owned), generation)
+    topics, data, owned, generation = wire.decode_subscription(metadata)
+    spoken = user_data.read_spoken(data)
+    return Claim(member_id, frozenset(topics), flat(owned), generation, spoken, instance_id)
 
 
-def write_claim(topics: frozenset[str], owned: frozenset[TopicPartition], generation: int) -> bytes:
+def write_claim(topics: frozenset[str], owned: frozenset[TopicPartition], generation: int, says: bytes) -> bytes:
     """Encode this member's subscription."""
-    return wire.encode_subscription(sorted(topics), nested(owned), generation)
+    return wire.encode_subscription(sorted(topics), user_data.write(Spoken(says)), nested(owned), generation)
 
 
-def assign(
-    assignor: Assignor, claims: Sequence[Claim], counts: Mapping[str, int]
-) -> Mapping[str, frozenset[TopicPartition]]:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a round gave this member.
+
+    Attributes:
+        partitions: What it is to own.
+        answer: What it is told beside.
+    """
+
+    partitions: frozenset[TopicPartition]
+    answer: Answer
+
+
+def read_share(assignment: bytes) -> Share:
+    """Decode what the leader gave, whatever its version."""
+    assigned, data = wire.decode_assignment(assignment)
+    return Share(flat(assigned), user_data.read_answer(data))
+
+
+def write_shares(
+    claims: Sequence[Claim], given: Mapping[str, Given], unread: frozenset[str]
+) -> list[tuple[str, bytes]]:
+    """Encode what each member is given, so that it can read it.
+
+    Args:
+        claims: What every member said.
+        given: What each is given.
+        unread: Topics that nobody reads.
+    """
+    return [
+        (
+            claim.member_id,
+            wire.encode_assignment(
+                nested(given[claim.member_id].partitions),
+                user_data.write_answer(Answer(given[claim.member_id].told, sorted(unread)), claim.spoken),
+            ),
+        )
+        for claim in claims
+    ]
+
+
+def assign(assignor: Assignor, claims: Sequence[Claim], counts: Mapping[str, int]) -> Mapping[str, Given]:
     """Hand out what is free, leave with its owner what stays, and keep back what has to move first.
 
     Partitions of a topic that does not exist stay where they are: whoever reads them says so, which stops the worker.
@@ -53,7 +100,7 @@ def assign(
         counts: Partitions per topic.
 
     Returns:
-        Partitions of every member. What is kept back belongs to nobody in this round; its owner sees that it lost it,
+        What every member is given. What is kept back belongs to nobody in this round; its owner sees that it lost it,
         gives it up and joins again.
 
     Raises:
@@ -66,23 +113,20 @@ def assign(
     members = sorted((_member(claim, claims) for claim in claims), key=lambda member: member.member_id)
     target = assignor(members, counts)
     _check(target, {member.member_id for member in members})
-    return {
-        member.member_id: frozenset(
-            tp
-            for tp in target.get(member.member_id, frozenset()) | _of_no_topic(member, counts)
-            if not claimed_by.get(tp, set()) - {member.member_id}
-        )
-        for member in members
-    }
+    given: dict[str, Given] = {}
+    for member in members:
+        meant = target.get(member.member_id, _NOTHING)
+        partitions = meant.partitions | _of_no_topic(member, counts)
+        free = frozenset(tp for tp in partitions if not claimed_by.get(tp, set()) - {member.member_id})
+        given[member.member_id] = Given(free, meant.told)
+    return given
 
 
 def _of_no_topic(member: Member, counts: Mapping[str, int]) -> frozenset[TopicPartition]:
     return frozenset(tp for tp in member.owned if tp.topic not in counts)
 
 
-def unread_topics(
-    claims: Sequence[Claim], counts: Mapping[str, int], given: Mapping[str, frozenset[TopicPartition]]
-) -> frozenset[str]:
+def unread_topics(claims: Sequence[Claim], counts: Mapping[str, int], given: Mapping[str, Given]) -> frozenset[str]:
     """Topics that some members subscribe to, and of which nobody has a partition: the leader does not know them.
 
     That happens while two versions of an app run. Only the leader can see it, so it tells the others.
@@ -93,7 +137,7 @@ def unread_topics(
         given: What is handed out.
     """
     held = {tp.topic for claim in claims for tp in claim.owned}
-    held |= {tp.topic for partitions in given.values() for tp in partitions}
+    held |= {tp.topic for each in given.values() for tp in each.partitions}
     subscribed = {topic for claim in claims for topic in claim.topics if counts.get(topic)}
     return frozenset(subscribed - held)
 
@@ -106,12 +150,14 @@ def _member(claim: Claim, claims: Sequence[Claim]) -> Member:
         if other is not claim and (other.generation, other.member_id) > (claim.generation, claim.member_id)
         for tp in other.owned & claim.owned
     }
-    return Member(claim.member_id, claim.topics, claim.owned - overruled)
+    says = b"" if claim.spoken is None else claim.spoken.says
+    return Member(claim.member_id, claim.topics, claim.owned - overruled, says, claim.instance_id)
 
 
-def _check(target: Mapping[str, frozenset[TopicPartition]], known: set[str]) -> None:
+def _check(target: Mapping[str, Given], known: set[str]) -> None:
     seen: set[TopicPartition] = set()
-    for member_id, partitions in target.items():
+    for member_id, given in target.items():
+        partitions = given.partitions
         if member_id not in known or partitions & seen:
             raise InternalError(f"the assignor gave {sorted(partitions)[:3]}... to {member_id!r} wrongly")
         seen |= partitions

@@ -26,6 +26,7 @@ from streamflow.log.api import (
     Membership,
     OffsetMark,
     Revoked,
+    Told,
 )
 from streamflow.log.kafka import codes, wire
 from streamflow.log.kafka.admin import by_topic
@@ -46,17 +47,24 @@ class KafkaGroup(Group):
         topics: What to take part in.
         assignor: Used while this member is the leader.
         settings: Time-outs.
+        says: What goes with the first join.
     """
 
     def __init__(
-        self, client: Client, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
+        self,
+        client: Client,
+        group_id: str,
+        topics: frozenset[str],
+        assignor: Assignor,
+        settings: GroupSettings,
+        says: bytes,
     ) -> None:
         self._client = client
         self._group_id = group_id
         self._topics = topics
         self._assignor = assignor
         self._settings = settings
-        self._vitals = Vitals()
+        self._vitals = Vitals(says)
         self._events: deque[GroupEvent] = deque()
         self._failure: StreamFlowError | None = None
         self._membership: Membership | None = None
@@ -89,6 +97,12 @@ class KafkaGroup(Group):
                 raise self._failure
             await self._wait_for_news()
         return self._events.popleft()
+
+    def say(self, words: bytes) -> None:
+        self._vitals.says = words
+
+    def rejoin(self, why: str) -> None:
+        self._control.call(self._ask_for_round, why)
 
     def revoked(self, partitions: frozenset[TopicPartition]) -> None:
         answered = partitions & self._revoking  # a late answer to what was lost meanwhile means nothing
@@ -236,6 +250,10 @@ class KafkaGroup(Group):
         if self._member is not None:
             self._member.answered(partitions)
 
+    def _ask_for_round(self, why: str) -> None:
+        if self._member is not None:
+            self._member.rejoin(why)
+
     def _nudge(self) -> None:
         if self._member is not None:
             self._member.nudge()
@@ -255,13 +273,13 @@ class KafkaGroup(Group):
                 self._owned_since.update(dict.fromkeys(event.partitions, event.generation))
             elif isinstance(event, Revoked):
                 self._revoking |= event.partitions
-            else:
+            elif isinstance(event, Lost):
                 gone = event.partitions & self._owned_since.keys()  # what was answered in time is not lost
                 self._revoking -= gone
                 for tp in gone:
                     del self._owned_since[tp]
                 event = Lost(gone, event.reason)
-            if event.partitions:
+            if isinstance(event, Told) or event.partitions:
                 self._events.append(event)
         self._tell_waiters()
 

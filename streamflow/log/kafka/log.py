@@ -80,9 +80,14 @@ class KafkaLog(Log):
 
     @asynccontextmanager
     async def group(
-        self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
+        self,
+        group_id: str,
+        topics: frozenset[str],
+        assignor: Assignor,
+        settings: GroupSettings,
+        says: bytes = b"",
     ) -> AsyncGenerator[Group]:
-        async with KafkaGroup(self._client, group_id, topics, assignor, settings) as group:
+        async with KafkaGroup(self._client, group_id, topics, assignor, settings, says) as group:
             self._memberships.add(group)
             try:
                 yield group

@@ -16,9 +16,27 @@ import anyio
 
 from streamflow.error_groups import main_error
 from streamflow.errors import FatalError, RetriableError, StreamFlowError
-from streamflow.log.api import Assigned, Assignor, GroupEvent, GroupSettings, GroupStatistics, Lost, Membership, Revoked
+from streamflow.log.api import (
+    Assigned,
+    Assignor,
+    GroupEvent,
+    GroupSettings,
+    GroupStatistics,
+    Lost,
+    Membership,
+    Revoked,
+    Told,
+)
 from streamflow.log.kafka import codes, wire
-from streamflow.log.kafka.assignment import assign, flat, nested, read_claim, unread_topics, write_claim
+from streamflow.log.kafka.assignment import (
+    Share,
+    assign,
+    read_claim,
+    read_share,
+    unread_topics,
+    write_claim,
+    write_shares,
+)
 from streamflow.log.kafka.client import Client, backoff_s
 from streamflow.model.record import TopicPartition
 
@@ -51,8 +69,13 @@ class Host(Protocol):
 
 @dataclass(slots=True)
 class Vitals:
-    """What crosses the thread border as plain numbers."""
+    """What crosses the thread border as plain values.
 
+    Attributes:
+        says: What goes with the next join.
+    """
+
+    says: bytes = b""
     last_progress: float = field(default_factory=time.monotonic)
     last_heartbeat: float | None = None
     rebalances: int = 0
@@ -101,6 +124,8 @@ class GroupMember:
         self._revoking: dict[TopicPartition, float] = {}
         self._counts: dict[str, int] = {}
         self._unread: frozenset[str] = frozenset()
+        # What was told last; None: whatever was is not valid any more.
+        self._told: bytes | None = b""
         self._is_leader = False
         self._coordinator: int | None = None
         self._rejoin = False
@@ -127,6 +152,13 @@ class GroupMember:
         """The tasks of these partitions are closed: they may go."""
         self._release(partitions & self._revoking.keys())
 
+    def rejoin(self, why: str) -> None:
+        """Join again: what it says is to be heard."""
+        if self._generation >= 0 and not self._rejoin:
+            logger.info("group %s: asking for a new round: %s", self._group_id, why)
+            self._rejoin = True
+            self._wake.set()
+
     def nudge(self) -> None:
         """Ask the coordinator now: a commit was refused."""
         self._wake.set()
@@ -143,26 +175,26 @@ class GroupMember:
         failures = 0
         while True:
             self._expire_revocations()
-            self._rejoin = False
             try:
-                assigned = await self._round()
+                share = await self._round()
             except RetriableError as exc:
                 failures += 1
                 self._coordinator = None
                 logger.log(logging.WARNING if failures == 1 else logging.DEBUG, "group %s: %s", self._group_id, exc)
                 await anyio.sleep(backoff_s(failures))
                 continue
-            if assigned is not None:
+            if share is not None:
                 break
         self._vitals.last_heartbeat = time.monotonic()
         self._vitals.rebalances += 1
         self._vitals.rebalance_s += time.monotonic() - started
-        self._settle(assigned)
+        self._settle(share)
 
-    async def _round(self) -> Partitions | None:
+    async def _round(self) -> Share | None:
         """Join and sync once; None means: at once again."""
         node = await self._find_coordinator()
-        claim = write_claim(self._topics, self._owned, self._generation)
+        self._rejoin = False  # what was asked for so far is answered by this round
+        claim = write_claim(self._topics, self._owned, self._generation, self._vitals.says)
         call = wire.JOIN_GROUP(
             self._group_id,
             self._settings.session_timeout_ms,
@@ -191,9 +223,9 @@ class GroupMember:
             self._on_error(synced.error_code, "sync with")
             return None
         self._generation = joined.generation
-        assigned, unread = wire.decode_assignment(synced.assignment)
-        self._tell_unread(self._topics.intersection(unread))
-        return flat(assigned)
+        share = read_share(synced.assignment)
+        self._tell_unread(self._topics.intersection(share.answer.unread))
+        return share
 
     def _tell_unread(self, topics: frozenset[str]) -> None:
         if topics - self._unread:
@@ -209,19 +241,15 @@ class GroupMember:
         self._unread = topics
 
     async def _lead(self, joined: Any) -> list[tuple[str, bytes]]:
-        claims = [read_claim(member_id, metadata) for member_id, _instance, metadata in joined.members]
+        claims = [read_claim(*member) for member in joined.members]
         self._counts = await self._partition_counts(frozenset[str]().union(*(claim.topics for claim in claims)))
         try:
-            assigned = assign(self._assignor, claims, self._counts)
+            given = assign(self._assignor, claims, self._counts)
         except StreamFlowError:
             raise
         except Exception as exc:
             raise FatalError(f"the assignor of group {self._group_id} failed: {exc!r}") from exc
-        unread = sorted(unread_topics(claims, self._counts, assigned))
-        return [
-            (member_id, wire.encode_assignment(nested(partitions), unread))
-            for member_id, partitions in assigned.items()
-        ]
+        return write_shares(claims, given, unread_topics(claims, self._counts, given))
 
     async def _partition_counts(self, topics: frozenset[str]) -> dict[str, int]:
         try:
@@ -252,8 +280,8 @@ class GroupMember:
 
     # --- what a round changes ------------------------------------------------------------------------------------
 
-    def _settle(self, assigned: Partitions) -> None:
-        self._assigned = assigned
+    def _settle(self, share: Share) -> None:
+        assigned = self._assigned = share.partitions
         going = self._owned - assigned - self._revoking.keys()
         coming = assigned - self._owned
         self._owned |= coming
@@ -262,6 +290,9 @@ class GroupMember:
         events: list[GroupEvent] = []
         if going:
             events.append(Revoked(going))
+        if share.answer.told != self._told:
+            self._told = share.answer.told
+            events.append(Told(self._told, self._generation))
         if coming:
             events.append(Assigned(coming, self._generation))
         self._host.news(self._membership, events)
@@ -300,6 +331,8 @@ class GroupMember:
         self._owned = self._assigned = frozenset()
         self._revoking.clear()
         self._is_leader = False
+        if self._told:
+            self._told = None
         if lost:
             logger.warning("group %s: lost %d partitions: %s", self._group_id, len(lost), reason)
         self._host.news(None, [Lost(lost, reason)] if lost else [])

@@ -576,27 +576,29 @@ _ASSIGNMENT = Schema(
 _SUBSCRIPTION_VERSION = 2  # with owned partitions (KIP-429) and the generation they were owned in (KIP-792)
 
 
-def encode_subscription(topics: Sequence[str], owned: Mapping[str, Sequence[int]], generation: int) -> bytes:
+def encode_subscription(
+    topics: Sequence[str], user_data: bytes, owned: Mapping[str, Sequence[int]], generation: int
+) -> bytes:
     """What a member says when it joins."""
-    encoded: bytes = _SUBSCRIPTION.encode([_SUBSCRIPTION_VERSION, topics, b"", list(owned.items()), generation])
+    encoded: bytes = _SUBSCRIPTION.encode([_SUBSCRIPTION_VERSION, topics, user_data, list(owned.items()), generation])
     return encoded
 
 
-def decode_subscription(data: bytes) -> tuple[list[str], list[tuple[str, list[int]]], int]:
-    """Topics, owned partitions per topic, and the generation these were owned in."""
+def decode_subscription(data: bytes) -> tuple[list[str], bytes, list[tuple[str, list[int]]], int]:
+    """Topics, user data, owned partitions per topic, and the generation these were owned in."""
     decoded: Any = _SUBSCRIPTION.decode(BytesIO(data))
-    _version, topics, _user_data, owned, generation = decoded
-    return topics, owned, generation
+    _version, topics, user_data, owned, generation = decoded
+    return topics, user_data or b"", owned, generation
 
 
-def encode_assignment(assigned: Mapping[str, Sequence[int]], unread: Sequence[str] = ()) -> bytes:
-    """What the leader gives a member; in the user data the topics that nobody reads, a name a line."""
-    encoded: bytes = _ASSIGNMENT.encode([0, list(assigned.items()), "\n".join(unread).encode()])
+def encode_assignment(assigned: Mapping[str, Sequence[int]], user_data: bytes) -> bytes:
+    """What the leader gives a member."""
+    encoded: bytes = _ASSIGNMENT.encode([0, list(assigned.items()), user_data])
     return encoded
 
 
-def decode_assignment(data: bytes) -> tuple[list[tuple[str, list[int]]], list[str]]:
-    """Partitions per topic, and the topics that nobody reads; a member without any may get no bytes at all."""
+def decode_assignment(data: bytes) -> tuple[list[tuple[str, list[int]]], bytes]:
+    """Partitions per topic, and user data; a member without any partitions may get no bytes at all."""
     decoded: Any = _ASSIGNMENT.decode(BytesIO(data)) if data else (0, [], b"")
     _version, assigned, user_data = decoded
-    return assigned, (user_data or b"").decode().split()
+    return assigned, user_data or b""

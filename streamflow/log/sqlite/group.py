@@ -7,12 +7,14 @@ cost the membership; in memory it is a task, so that virtual time drives it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import anyio
 
@@ -25,11 +27,26 @@ from streamflow.log.sqlite.membership import Standing, Step, Subscription, check
 from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
+logger = logging.getLogger("streamflow.sqlite")
+
 LOOK_S = 0.025
 """How often the heartbeat thread looks whether another member wants something: microseconds each time."""
 _LOCK_WAIT_S = 1.0
 """A heartbeat that waits longer for the lock is tried anew; leaving gives up then, and the session expires instead."""
 _CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class Wishes:
+    """What the user wants of the next step.
+
+    Attributes:
+        says: What to say.
+        rounds: How often a new target was asked for.
+    """
+
+    says: bytes = b""
+    rounds: int = 0
 
 
 class Heart:
@@ -39,18 +56,21 @@ class Heart:
         session: A connection.
         mine: Who it beats for.
         monotonic: Time in seconds.
+        wishes: What its user wants; may be written by other threads.
     """
 
-    def __init__(self, session: Session, mine: Subscription, monotonic: Callable[[], float]) -> None:
+    def __init__(self, session: Session, mine: Subscription, monotonic: Callable[[], float], wishes: Wishes) -> None:
         self.session = session
         self.standing = Standing()
         self.statistics = GroupStatistics()
         self.last_beat: float | None = None
         self.progressed = True
         self.answers: deque[frozenset[TopicPartition]] = deque()
+        self.wishes = wishes
         self._mine = mine
         self._monotonic = monotonic
         self._quiet_s = 0.0
+        self._rounds = 0
         self._rebalancing_since: float | None = None
 
     @property
@@ -69,6 +89,7 @@ class Heart:
         elapsed = 0.0 if self.last_beat is None else min(now - self.last_beat, 2 * self.interval_s)
         quiet = 0.0 if self.progressed else self._quiet_s + elapsed
         answers = list(self.answers)
+        says, rounds = self.wishes.says, self.wishes.rounds
         step = self.session.write(
             lambda sql: membership.step(
                 sql,
@@ -77,8 +98,11 @@ class Heart:
                 elapsed_s=elapsed,
                 answered=frozenset().union(*answers),
                 stuck=self._stuck(quiet),
+                says=says,
+                new_target=rounds != self._rounds,
             )
         )
+        self._rounds = rounds
         for _ in answers:
             self.answers.popleft()
         self._quiet_s, self.progressed = quiet, False
@@ -88,7 +112,9 @@ class Heart:
         return step
 
     def is_due(self) -> bool:
-        """Whether another member changed something."""
+        """Whether another member changed something, or this one's user wants something."""
+        if self.answers or self.wishes.rounds != self._rounds:
+            return True
         return self.session.direct(lambda sql: membership.version(sql, self._mine.group_id)) != self.standing.version
 
     def leave(self) -> None:
@@ -123,9 +149,10 @@ class SqliteGroup(Group):
     Args:
         database: The open database.
         mine: Group, topics, assignor and time-outs.
+        says: What to say with the first join.
     """
 
-    def __init__(self, database: Database, mine: Subscription) -> None:
+    def __init__(self, database: Database, mine: Subscription, says: bytes) -> None:
         self._database = database
         self._mine = mine
         self._loop = asyncio.get_running_loop()
@@ -133,6 +160,7 @@ class SqliteGroup(Group):
         self._failure: StreamFlowError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._standing = Standing()
+        self.wishes = Wishes(says)
         self.heart: Heart | None = None
         self.wake: Callable[[], None] = lambda: None
 
@@ -146,6 +174,18 @@ class SqliteGroup(Group):
             finally:
                 self._waiter = None
         return self._events.popleft()
+
+    def say(self, words: bytes) -> None:
+        self.wishes.says = words
+
+    def rejoin(self, why: str) -> None:
+        self._loop.call_soon_threadsafe(self._ask_for_target, why)
+
+    def _ask_for_target(self, why: str) -> None:
+        if self._standing.member_id:
+            logger.info("group %s: asking for a new assignment: %s", self._mine.group_id, why)
+            self.wishes.rounds += 1
+            self.wake()
 
     def revoked(self, partitions: frozenset[TopicPartition]) -> None:
         if self.heart is not None and partitions:
@@ -225,9 +265,9 @@ def _without(standing: Standing, partitions: frozenset[TopicPartition]) -> Stand
 
 
 @asynccontextmanager
-async def joined(database: Database, mine: Subscription) -> AsyncGenerator[SqliteGroup]:
+async def joined(database: Database, mine: Subscription, says: bytes) -> AsyncGenerator[SqliteGroup]:
     """Join a group, and leave it at the end of the block."""
-    group = SqliteGroup(database, mine)
+    group = SqliteGroup(database, mine, says)
     if database.members is None:
         thread = HeartThread(group, database, mine)
         await thread.start()
@@ -236,7 +276,7 @@ async def joined(database: Database, mine: Subscription) -> AsyncGenerator[Sqlit
         finally:
             await thread.stop()
         return
-    heart = group.heart = Heart(database.session(durable=False), mine, database.waits.monotonic)
+    heart = group.heart = Heart(database.session(durable=False), mine, database.waits.monotonic, group.wishes)
     group.apply(heart.beat())
     try:
         async with TaskOwner(f"heartbeat {mine.group_id}", _beat_inline(group, heart, database)):
@@ -264,7 +304,7 @@ async def _beat_inline(group: SqliteGroup, heart: Heart, database: Database) -> 
         group.wake = ring
         async with TaskOwner("heartbeat interval", ring_later()):
             with changes.waking(due):
-                if not heart.answers and not heart.is_due():
+                if not heart.is_due():
                     await due
         try:
             group.apply(heart.beat())
@@ -320,7 +360,7 @@ class HeartThread:
         session: Session | None = None
         try:
             session = self._database.session(durable=False, busy_timeout_s=_LOCK_WAIT_S)
-            heart = self._group.heart = Heart(session, self._mine, time.monotonic)
+            heart = self._group.heart = Heart(session, self._mine, time.monotonic, self._group.wishes)
             self._tell(self._first, heart.beat())
             self._keep_beating(heart)
             heart.leave()

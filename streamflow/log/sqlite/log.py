@@ -136,10 +136,15 @@ class SqliteLog(Log):
                 await producer.end()
 
     def group(
-        self, group_id: str, topics: frozenset[str], assignor: Assignor, settings: GroupSettings
+        self,
+        group_id: str,
+        topics: frozenset[str],
+        assignor: Assignor,
+        settings: GroupSettings,
+        says: bytes = b"",
     ) -> AbstractAsyncContextManager[Group]:
         mine = Subscription(group_id, topics, assignor, settings, process.identity(), self._database.new_id)
-        return joined(self._database, mine)
+        return joined(self._database, mine, says)
 
     async def changed(self) -> None:
         changes = self._database.changes

@@ -24,12 +24,14 @@ from streamflow.errors import TaskMigratedError
 from streamflow.log.api import (
     Assigned,
     Assignor,
+    Given,
     GroupEvent,
     GroupSettings,
     Lost,
     Member,
     Membership,
     Revoked,
+    Told,
     Unheard,
 )
 from streamflow.log.sqlite import process
@@ -74,6 +76,8 @@ class Standing:
         heard: Other members whose hearts this one has seen beat.
         unheard: Those that it has not, and that hold partitions while it holds none.
         settled: Whether it has everything it is meant to have and gives nothing back.
+        says: What its row says of it.
+        told: What it was told last; None: whatever that was is not valid any more.
     """
 
     member_id: str = ""
@@ -85,6 +89,8 @@ class Standing:
     heard: frozenset[str] = frozenset()
     unheard: tuple[Unheard, ...] = ()
     settled: bool = True
+    says: bytes = b""
+    told: bytes | None = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +111,16 @@ class Step:
 class _Stepping:
     """One step: a value that is built up within one write transaction."""
 
-    def __init__(self, sql: sqlite3.Connection, mine: Subscription, standing: Standing, elapsed_s: float) -> None:
+    def __init__(
+        self, sql: sqlite3.Connection, mine: Subscription, standing: Standing, elapsed_s: float, says: bytes
+    ) -> None:
         self.sql = sql
         self.mine = mine
         self.group = mine.group_id
         self.standing = standing
         self.elapsed_s = elapsed_s
+        self.says = says
+        self.told = standing.told
         self.member_id = standing.member_id
         self.owned = set(standing.owned)
         self.revoking = {tp: had + elapsed_s for tp, had in standing.revoking.items()}
@@ -126,6 +136,7 @@ class _Stepping:
                 "UPDATE members SET beat = beat + 1 WHERE group_id = ? AND member_id = ?", (self.group, self.member_id)
             ).rowcount
             if kept:
+                self.speak()
                 return
             self.lose(
                 self.owned,
@@ -133,18 +144,33 @@ class _Stepping:
                 f"for {self.mine.settings.session_timeout_ms} ms (was the process stopped, or the machine asleep?)",
             )
             self.revoking.clear()
+            self.forget()
         self.member_id = self.mine.new_id()
         self.sql.execute(
-            "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms, says) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
             (
                 self.group,
                 self.member_id,
                 json.dumps(sorted(self.mine.topics)),
                 self.mine.process,
                 self.mine.settings.session_timeout_ms,
+                self.says,
             ),
         )
         self.changed = True
+
+    def speak(self) -> None:
+        """Write what this member says where it differs: heard with the next target, it asks for none."""
+        if self.says != self.standing.says:
+            self.sql.execute(
+                "UPDATE members SET says = ? WHERE group_id = ? AND member_id = ?",
+                (self.says, self.group, self.member_id),
+            )
+
+    def ask_for_target(self) -> None:
+        """Have a new target set, whether or not anything else has changed."""
+        self.sql.execute("UPDATE groups SET assigned_for = '' WHERE id = ?", (self.group,))
 
     def bury(self) -> None:
         """Remove members that are dead."""
@@ -225,6 +251,7 @@ class _Stepping:
         if to_go:
             self.events.append(Revoked(to_go))
             self.revoking.update(dict.fromkeys(to_go, 0.0))
+        self.listen()
         free = frozenset(TopicPartition(t, p) for t, p, owner, _ in rows if owner is None)
         self.sql.executemany(
             "UPDATE owners SET member_id = ?, generation = (SELECT generation FROM groups WHERE id = ?) "
@@ -236,6 +263,22 @@ class _Stepping:
             self.events.append(Assigned(free, self.generation()))
         waits_for_others = any(owner not in {None, self.member_id} for _, _, owner, _ in rows)
         self.settled = not self.revoking and not waits_for_others
+
+    def forget(self) -> None:
+        """What was told is not valid any more; nothing was, if nothing was told."""
+        if self.told:
+            self.told = None
+
+    def listen(self) -> None:
+        """Pass on what the last target tells this member; one that a worker of before has set tells nothing."""
+        (told,) = self.sql.execute(
+            "SELECT CASE WHEN g.told_generation = g.generation THEN m.told ELSE x'' END "
+            "FROM members m JOIN groups g ON g.id = m.group_id WHERE m.group_id = ? AND m.member_id = ?",
+            (self.group, self.member_id),
+        ).fetchone()
+        if told != self.told:
+            self.told = told
+            self.events.append(Told(told, self.generation()))
 
     def exists(self, topic: str) -> bool:
         return self.sql.execute("SELECT 1 FROM topics WHERE name = ?", (topic,)).fetchone() is not None
@@ -260,6 +303,8 @@ class _Stepping:
             frozenset(self.heard),
             self.unheard(),
             self.settled if self.member_id else True,
+            self.says,
+            self.told,
         )
         return Step(standing, self.events, self.changed)
 
@@ -274,6 +319,8 @@ def step(
     elapsed_s: float,
     answered: Collection[TopicPartition],
     stuck: str | None,
+    says: bytes = b"",
+    new_target: bool = False,
 ) -> Step:
     """Write a heartbeat, and do whatever the table asks of this member.
 
@@ -284,20 +331,25 @@ def step(
         elapsed_s: Time since that step, during which this member would have noticed other members' heartbeats.
         answered: What its user has given back.
         stuck: Why it must give everything up and stay out, or None.
+        says: What this member says.
+        new_target: Whether its user asks for a new target.
     """
     sql.execute("INSERT OR IGNORE INTO groups (id) VALUES (?)", (mine.group_id,))
-    doing = _Stepping(sql, mine, standing, elapsed_s)
+    doing = _Stepping(sql, mine, standing, elapsed_s, says)
     if stuck is not None:
         if doing.member_id:
             remove_member(sql, mine.group_id, doing.member_id)
             doing.lose(doing.owned, stuck)
             doing.revoking.clear()
             doing.member_id = ""
+            doing.forget()
             doing.changed = True
         return doing.finish()
     doing.be_member()
     doing.bury()
     doing.give_back(answered)
+    if new_target:
+        doing.ask_for_target()
     doing.changed |= _aim(sql, mine)
     doing.take()
     return doing.finish()
@@ -378,17 +430,22 @@ def _aim(sql: sqlite3.Connection, mine: Subscription) -> bool:
         "SELECT topic, partition, member_id FROM owners WHERE group_id = ? AND member_id IS NOT NULL", (group,)
     ):
         owned.setdefault(owner, set()).add(TopicPartition(topic, number))
+    words = sql.execute("SELECT member_id, says, instance_id FROM members WHERE group_id = ?", (group,))
+    spoken = {member_id: (says, instance_id) for member_id, says, instance_id in words}
     members = [
-        Member(member_id, frozenset(json.loads(topics)), frozenset(owned[member_id])) for member_id, topics in rows
+        Member(member_id, frozenset(json.loads(topics)), frozenset(owned[member_id]), *spoken[member_id])
+        for member_id, topics in rows
     ]
     _write_target(sql, group, counts, mine.assignor(members, counts))
-    sql.execute("UPDATE groups SET generation = generation + 1, assigned_for = ? WHERE id = ?", (fingerprint, group))
+    sql.execute(
+        "UPDATE groups SET generation = generation + 1, told_generation = generation + 1, assigned_for = ? "
+        "WHERE id = ?",
+        (fingerprint, group),
+    )
     return True
 
 
-def _write_target(
-    sql: sqlite3.Connection, group: str, counts: Mapping[str, int], target: Mapping[str, frozenset[TopicPartition]]
-) -> None:
+def _write_target(sql: sqlite3.Connection, group: str, counts: Mapping[str, int], target: Mapping[str, Given]) -> None:
     sql.execute("UPDATE owners SET target = NULL WHERE group_id = ?", (group,))
     sql.executemany(
         "INSERT OR IGNORE INTO owners (group_id, topic, partition) VALUES (?, ?, ?)",
@@ -396,7 +453,12 @@ def _write_target(
     )
     sql.executemany(
         "UPDATE owners SET target = ? WHERE group_id = ? AND topic = ? AND partition = ?",
-        [(member_id, group, *tp) for member_id, partitions in target.items() for tp in partitions],
+        [(member_id, group, *tp) for member_id, given in target.items() for tp in given.partitions],
+    )
+    sql.execute("UPDATE members SET told = x'' WHERE group_id = ?", (group,))
+    sql.executemany(
+        "UPDATE members SET told = ? WHERE group_id = ? AND member_id = ?",
+        [(given.told, group, member_id) for member_id, given in target.items()],
     )
     # What nobody takes part in any more is forgotten once it is free.
     sql.execute("DELETE FROM owners WHERE group_id = ? AND target IS NULL AND member_id IS NULL", (group,))

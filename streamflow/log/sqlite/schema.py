@@ -12,8 +12,8 @@ import sqlite3
 from streamflow.errors import ConfigurationError
 
 APPLICATION_ID = 0x53464C47  # "SFLG"
-VERSION = 2
-"""2: transactional ids have a process and a time."""
+VERSION = 3
+"""2: transactional ids have a process and a time. 3: members say and are told words, and may have an instance id."""
 
 _STATEMENTS = (
     """CREATE TABLE topics (
@@ -53,7 +53,8 @@ _STATEMENTS = (
         id TEXT PRIMARY KEY,
         generation INTEGER NOT NULL DEFAULT 0,
         version INTEGER NOT NULL DEFAULT 0,
-        assigned_for TEXT NOT NULL DEFAULT ''
+        assigned_for TEXT NOT NULL DEFAULT '',
+        told_generation INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID""",
     """CREATE TABLE members (
         group_id TEXT NOT NULL,
@@ -62,6 +63,9 @@ _STATEMENTS = (
         process TEXT NOT NULL,
         session_timeout_ms INTEGER NOT NULL,
         beat INTEGER NOT NULL DEFAULT 0,
+        instance_id TEXT,
+        says BLOB NOT NULL DEFAULT x'',
+        told BLOB NOT NULL DEFAULT x'',
         PRIMARY KEY (group_id, member_id)
     ) WITHOUT ROWID""",
     """CREATE TABLE owners (
@@ -88,10 +92,19 @@ _STATEMENTS = (
         used_ms INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID""",
 )
-_FROM_1 = (
-    "ALTER TABLE transactional_ids ADD COLUMN process TEXT NOT NULL DEFAULT ''",
-    "ALTER TABLE transactional_ids ADD COLUMN used_ms INTEGER NOT NULL DEFAULT 0",
-)
+_SINCE = {
+    1: (
+        "ALTER TABLE transactional_ids ADD COLUMN process TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE transactional_ids ADD COLUMN used_ms INTEGER NOT NULL DEFAULT 0",
+    ),
+    2: (
+        "ALTER TABLE groups ADD COLUMN told_generation INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE members ADD COLUMN instance_id TEXT",
+        "ALTER TABLE members ADD COLUMN says BLOB NOT NULL DEFAULT x''",
+        "ALTER TABLE members ADD COLUMN told BLOB NOT NULL DEFAULT x''",
+    ),
+}
+"""What changed after each version."""
 
 
 def is_current(sql: sqlite3.Connection, path: str) -> bool:
@@ -129,8 +142,10 @@ def create(sql: sqlite3.Connection, now_ms: int) -> None:
         now_ms: The time.
     """
     (version,) = sql.execute("PRAGMA user_version").fetchone()
-    for statement in _FROM_1 if version == 1 else _STATEMENTS:
+    changes = [each for since, them in _SINCE.items() if since >= version for each in them] if version else _STATEMENTS
+    for statement in changes:
         sql.execute(statement)
-    sql.execute("UPDATE transactional_ids SET used_ms = ?", (now_ms,))
+    if version < 2:
+        sql.execute("UPDATE transactional_ids SET used_ms = ?", (now_ms,))
     sql.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     sql.execute(f"PRAGMA user_version = {VERSION}")

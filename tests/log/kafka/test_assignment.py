@@ -5,8 +5,21 @@ import hypothesis.strategies as st
 import pytest
 
 from streamflow.errors import InternalError
+from streamflow.log.api import Given, Member
 from streamflow.log.kafka import wire
-from streamflow.log.kafka.assignment import Claim, assign, flat, nested, read_claim, unread_topics, write_claim
+from streamflow.log.kafka.assignment import (
+    Claim,
+    Share,
+    assign,
+    flat,
+    nested,
+    read_claim,
+    read_share,
+    unread_topics,
+    write_claim,
+    write_shares,
+)
+from streamflow.log.kafka.user_data import Answer, Spoken
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import spread
 
@@ -17,11 +30,15 @@ def tps(*numbers: int) -> frozenset[TopicPartition]:
     return frozenset(TopicPartition("t", number) for number in numbers)
 
 
+def given(**numbers: frozenset[TopicPartition]) -> dict[str, Given]:
+    return {member_id: Given(partitions) for member_id, partitions in numbers.items()}
+
+
 def test_what_moves_belongs_to_nobody_for_one_round():
     claims = [Claim("a", T, tps(0, 1, 2, 3), 4), Claim("b", T, tps(), -1)]
-    assert assign(spread, claims, {"t": 4}) == {"a": tps(0, 1), "b": tps()}
+    assert assign(spread, claims, {"t": 4}) == given(a=tps(0, 1), b=tps())
     claims = [Claim("a", T, tps(0, 1), 5), Claim("b", T, tps(), 5)]
-    assert assign(spread, claims, {"t": 4}) == {"a": tps(0, 1), "b": tps(2, 3)}
+    assert assign(spread, claims, {"t": 4}) == given(a=tps(0, 1), b=tps(2, 3))
 
 
 def test_of_two_claims_the_younger_counts_and_nobody_gets_it_until_the_other_gives_it_up():
@@ -32,16 +49,16 @@ def test_of_two_claims_the_younger_counts_and_nobody_gets_it_until_the_other_giv
         seen.extend(members)
         return spread(members, counts)
 
-    assert assign(assignor, claims, {"t": 1}) == {"a": tps(), "b": tps()}
+    assert assign(assignor, claims, {"t": 1}) == given(a=tps(), b=tps())
     assert {member.member_id: member.owned for member in seen} == {"a": tps(), "b": tps(0)}
 
 
 def test_what_is_of_a_topic_that_does_not_exist_stays_with_its_owner():
     claims = [Claim("a", T, tps(0), 4), Claim("b", T, tps(1, 2), 4), Claim("c", T, tps(2), 3)]
-    assert assign(spread, claims, {}) == {"a": tps(0), "b": tps(1), "c": tps()}
+    assert assign(spread, claims, {}) == given(a=tps(0), b=tps(1), c=tps())
 
 
-@pytest.mark.parametrize("target", [{"a": tps(0), "b": tps(0)}, {"nobody": tps(0)}])
+@pytest.mark.parametrize("target", [given(a=tps(0), b=tps(0)), given(nobody=tps(0))])
 def test_a_wrong_assignor_is_noticed(target):
     claims = [Claim("a", T, tps(), -1), Claim("b", T, tps(), -1)]
     with pytest.raises(InternalError):
@@ -51,11 +68,11 @@ def test_a_wrong_assignor_is_noticed(target):
 def test_topics_that_the_leader_does_not_know_are_told():
     both = [Claim("new", frozenset({"t", "n", "gone"}), tps(), -1), Claim("old", T, tps(0), 4)]
     counts = {"t": 1, "n": 2}
-    known_to_the_leader = {"new": tps(), "old": tps(0)}
+    known_to_the_leader = given(new=tps(), old=tps(0))
     assert unread_topics(both, counts, known_to_the_leader) == {"n"}
-    assert unread_topics(both, counts, {"new": flat([("n", [0, 1])]), "old": tps(0)}) == frozenset()
+    assert unread_topics(both, counts, given(new=flat([("n", [0, 1])]), old=tps(0))) == frozenset()
     # What moves belongs to nobody for a round, and is still in somebody's hands.
-    assert unread_topics(both, counts, {"new": flat([("n", [0, 1])]), "old": tps()}) == frozenset()
+    assert unread_topics(both, counts, given(new=flat([("n", [0, 1])]), old=tps())) == frozenset()
 
 
 @hypothesis.given(
@@ -65,11 +82,11 @@ def test_topics_that_the_leader_does_not_know_are_told():
 def test_whatever_members_claim_two_rounds_give_everything_to_exactly_one_of_them(owned, count):
     claims = [Claim(member_id, T, tps(*numbers), 1) for member_id, numbers in owned.items()]
     for generation in (2, 3):
-        given = assign(spread, claims, {"t": count})
+        shares = {one: each.partitions for one, each in assign(spread, claims, {"t": count}).items()}
         for claim in claims:  # nobody gets what another claims
             others = frozenset().union(*(other.owned for other in claims if other is not claim))
-            assert not given[claim.member_id] & others
-        claims = [Claim(c.member_id, T, given[c.member_id], generation) for c in claims]
+            assert not shares[claim.member_id] & others
+        claims = [Claim(c.member_id, T, shares[c.member_id], generation) for c in claims]
     held = [tp for claim in claims for tp in claim.owned]
     assert sorted(held) == sorted(tps(*range(count)))
 
@@ -79,13 +96,72 @@ partitions = st.frozensets(
 )
 
 
-@hypothesis.given(topics=st.frozensets(st.text(max_size=10)), owned=partitions, generation=st.integers(-1, 2**31 - 1))
-def test_claims_and_assignments_come_back_as_they_went(topics, owned, generation):
-    assert read_claim("a", write_claim(topics, owned, generation)) == Claim("a", topics, owned, generation)
-    assigned, unread = wire.decode_assignment(wire.encode_assignment(nested(owned), ["new", "newer"]))
-    assert (flat(assigned), unread) == (owned, ["new", "newer"])
-    assert wire.decode_assignment(wire.encode_assignment({})) == ([], [])
+@hypothesis.given(
+    topics=st.frozensets(st.text(max_size=10)),
+    owned=partitions,
+    generation=st.integers(-1, 2**31 - 1),
+    words=st.binary(max_size=50),
+    unread=st.frozensets(st.text(max_size=10)),
+)
+def test_claims_and_shares_come_back_as_they_went(topics, owned, generation, words, unread):
+    claim = read_claim("a", "shop-0", write_claim(topics, owned, generation, words))
+    assert claim == Claim("a", topics, owned, generation, Spoken(words), "shop-0")
+    ((member_id, assignment),) = write_shares([claim], {"a": Given(owned, words)}, unread)
+    assert (member_id, read_share(assignment)) == ("a", Share(owned, Answer(words, sorted(unread))))
 
 
 def test_a_member_may_get_no_bytes_at_all():
-    assert wire.decode_assignment(b"") == ([], [])
+    assert read_share(b"") == Share(tps(), Answer())
+
+
+def test_the_assignor_hears_what_members_say_and_each_is_told_what_it_says_of_it():
+    claims = [Claim("b", T, tps(), 4, None), Claim("a", T, tps(0), 4, Spoken(b"lag 3"), "shop-0")]
+    heard = []
+
+    def assignor(members, counts):
+        heard.extend(members)
+        return {"a": Given(tps(0), b"follow 1"), "b": Given(tps(1))}
+
+    assert assign(assignor, claims, {"t": 2}) == {"a": Given(tps(0), b"follow 1"), "b": Given(tps(1))}
+    assert heard == [Member("a", T, tps(0), b"lag 3", "shop-0"), Member("b", T, tps())]
+
+
+# --- what workers of before wrote, up to commit 352dfaa ----------------------------------------------------------
+
+OLD_CLAIM = (
+    b"\x00\x02\x00\x00\x00\x02\x00\x01n\x00\x01t\x00\x00\x00\x00\x00\x00\x00\x01"
+    b"\x00\x01t\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x04"
+)
+OLD_SHARE = b"\x00\x00\x00\x00\x00\x01\x00\x01t\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x00"
+OLD_SHARE_WITH_UNREAD = (
+    b"\x00\x00\x00\x00\x00\x01\x00\x01t\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\nn\nnew.er-1"
+)
+
+
+def test_a_worker_of_before_says_nothing():
+    assert read_claim("old", None, OLD_CLAIM) == Claim("old", frozenset({"n", "t"}), tps(0, 3), 4, None)
+
+
+def test_a_worker_of_before_is_told_what_it_can_read():
+    claims = [read_claim("old", None, OLD_CLAIM), Claim("new", T, tps(), 4, Spoken(b"words"))]
+    shares = {"old": Given(tps(0, 3), b"told"), "new": Given(tps(1), b"told")}
+    written = dict(write_shares(claims, shares, frozenset({"n", "new.er-1"})))
+    assert written["old"] == OLD_SHARE_WITH_UNREAD
+    assert read_share(written["new"]) == Share(tps(1), Answer(b"told", ["n", "new.er-1"]))
+    assert dict(write_shares(claims, shares, frozenset()))["old"] == OLD_SHARE
+
+
+def test_a_leader_of_before_tells_nothing_but_what_nobody_reads():
+    assert read_share(OLD_SHARE) == Share(tps(0, 3), Answer())
+    assert read_share(OLD_SHARE_WITH_UNREAD) == Share(tps(0, 3), Answer(unread=["n", "new.er-1"]))
+
+
+@pytest.mark.parametrize("data", [b"\x02\x80", b"\x01\xc1", b"\x01", b"\x01\x81\xa4says\x05"])
+def test_what_cannot_be_read_counts_as_nothing_said(data):
+    assert read_claim("a", None, wire.encode_subscription(["t"], data, {}, 1)) == Claim("a", T, tps(), 1, None)
+    assert read_share(wire.encode_assignment(nested(tps(1)), data)) == Share(tps(1), Answer())
+
+
+def test_fields_of_a_later_version_are_passed_over():
+    later = b"\x01" + b"\x82\xa4says\xc4\x01w\xa4more\x05"
+    assert read_claim("a", None, wire.encode_subscription(["t"], later, {}, 1)).spoken == Spoken(b"w")

@@ -1,15 +1,15 @@
 """What a round changes for a member, without a broker."""
 
-import time
-
 import pytest
 
 from streamflow.errors import FatalError, RetriableError
-from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, Revoked
+from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, Revoked, Told
 from streamflow.log.kafka import codes
+from streamflow.log.kafka.assignment import Share
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.member import GroupMember, Vitals
 from streamflow.log.kafka.options import Kafka
+from streamflow.log.kafka.user_data import Answer
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import spread
 
@@ -24,9 +24,7 @@ class Rounds:
     def __init__(self, **settings):
         self.events, self.memberships, self.generation = [], [], 0
         client = Client(Kafka(servers="h:1"), "test")
-        self.member = GroupMember(
-            client, "g", frozenset({"t"}), spread, GroupSettings(**settings), self, Vitals(time.monotonic())
-        )
+        self.member = GroupMember(client, "g", frozenset({"t"}), spread, GroupSettings(**settings), self, Vitals())
 
     def news(self, membership, events):
         self.memberships.append(membership)
@@ -35,12 +33,12 @@ class Rounds:
     def failed(self, error):
         raise error
 
-    def round(self, assigned):
+    def round(self, assigned, told=b""):
         self.events.clear()
         self.generation += 1
         self.member._rejoin = False
         self.member._member_id, self.member._generation = "m", self.generation
-        self.member._settle(assigned)
+        self.member._settle(Share(assigned, Answer(told)))
         return list(self.events)
 
 
@@ -50,6 +48,35 @@ async def test_only_differences_are_told():
     assert rounds.round(tps(0, 1)) == []
     assert rounds.round(tps(1, 2)) == [Revoked(tps(0)), Assigned(tps(2), 3)]
     assert rounds.memberships[-1] == Membership("g", "m", 3)
+
+
+async def test_what_is_told_comes_between_what_goes_and_what_comes_and_only_when_it_differs():
+    rounds = Rounds()
+    assert rounds.round(tps(0), b"") == [Assigned(tps(0), 1)]
+    assert rounds.round(tps(1), b"one") == [Revoked(tps(0)), Told(b"one", 2), Assigned(tps(1), 2)]
+    assert rounds.round(tps(1), b"one") == []
+    assert rounds.round(tps(1), b"two") == [Told(b"two", 4)]
+    assert rounds.round(tps(1), b"") == [Told(b"", 5)]
+
+
+@pytest.mark.parametrize("anew", [b"one", b"two", b""])
+async def test_who_lost_its_membership_is_told_anew(anew):
+    rounds = Rounds()
+    rounds.round(frozenset(), b"one")
+    rounds.member._on_error(codes.UNKNOWN_MEMBER_ID, "heartbeat to")
+    assert rounds.events == [Told(b"one", 1)]  # there were no partitions to lose
+    assert rounds.round(frozenset(), anew) == [Told(anew, 2)]
+    assert rounds.round(frozenset(), anew) == []
+
+
+async def test_a_round_that_is_asked_for_is_asked_for_once_and_not_before_the_first():
+    rounds = Rounds()
+    rounds.member.rejoin("too early")
+    assert not rounds.member._rejoin
+    rounds.round(tps(0))
+    rounds.member.rejoin("caught up")
+    assert rounds.member._rejoin
+    assert rounds.member._wake.is_set()
 
 
 async def test_what_was_answered_is_claimed_no_more_and_asks_for_a_round():

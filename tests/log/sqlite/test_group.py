@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streamflow.clock import VirtualClock
 from streamflow.errors import GroupInUseError, InternalError, TaskMigratedError
-from streamflow.log.api import Assigned, GroupSettings, Lost, NewTopic, OffsetMark, Revoked
+from streamflow.log.api import Assigned, Given, GroupSettings, Lost, NewTopic, OffsetMark, Revoked
 from streamflow.log.sqlite import membership, process
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.model.record import TopicPartition
@@ -211,7 +211,7 @@ async def test_a_commit_from_before_the_partition_went_away_and_came_back_is_ref
 
     def to_the_others(members, counts):
         owner = max((m.member_id for m in members), key=lambda member_id: member_id != founder)
-        return {m.member_id: frozenset({tp} if m.member_id == owner else ()) for m in members}
+        return {m.member_id: Given(frozenset({tp} if m.member_id == owner else ())) for m in members}
 
     async with AsyncExitStack() as stack:
         group = await stack.enter_async_context(memory.group("g", frozenset({"t"}), to_the_others, SETTINGS))

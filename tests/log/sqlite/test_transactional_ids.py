@@ -113,6 +113,9 @@ async def test_a_file_of_format_1_is_brought_up_to_date(path, clock):
     sql.execute("DROP TABLE transactional_ids")
     sql.execute("CREATE TABLE transactional_ids (id TEXT PRIMARY KEY, epoch INTEGER NOT NULL) WITHOUT ROWID")
     sql.execute("INSERT INTO transactional_ids VALUES ('old', 7), ('x', 3)")
+    for column in ("instance_id", "says", "told"):
+        sql.execute(f"ALTER TABLE members DROP COLUMN {column}")
+    sql.execute("ALTER TABLE groups DROP COLUMN told_generation")
     sql.execute("PRAGMA user_version = 1")
     sql.close()
     async with SqliteLog.at_path(path, clock=clock) as log, log.transactional_producer("x") as producer:
