@@ -50,6 +50,8 @@ class App(Declarations):
         web: Whether the worker serves HTTP.
         web_host: Address the web server listens on.
         web_port: Port of the web server; one that is given and taken is refused.
+        serve_tables: Whether the web server answers reads of tables.
+        advertised_url: Where other workers reach this one's web server.
         log_level: Least severity that is logged.
         log_format: How log lines look.
         session_timeout_ms: Silence of a worker after which the others take its partitions over.
@@ -87,6 +89,8 @@ class App(Declarations):
         web: bool | None = None,
         web_host: str | None = None,
         web_port: int | None = None,
+        serve_tables: bool | None = None,
+        advertised_url: str | None = None,
         log_level: LogLevel | None = None,
         log_format: LogFormat | None = None,
         session_timeout_ms: int | None = None,

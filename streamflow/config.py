@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from streamflow.errors import ConfigurationError
 
@@ -141,6 +142,17 @@ class Settings:
             0,
             65_535,
             shown_default=f"`{DEFAULT_WEB_PORT}`, or a free one when it is taken",
+        ),
+    ] = None
+    serve_tables: Annotated[
+        bool, About("Whether the web server answers reads of tables, also those of other workers.")
+    ] = True
+    advertised_url: Annotated[
+        str | None,
+        About(
+            "Where other workers reach this one's web server; `{port}` in it is the port it listens on, which "
+            "`--processes` needs there.",
+            shown_default="the address it listens on",
         ),
     ] = None
     log_level: Annotated[
@@ -419,12 +431,26 @@ def _text(row: Setting, value: object, place: str) -> str:
         raise ConfigurationError(f"{place} is to be text, not {value!r}")
     if row.name == "instance_id" and not _INSTANCE_ID.fullmatch(value):
         raise ConfigurationError(f"{place} is to be at most 249 letters, digits, '.', '_' and '-', not {value!r}")
+    if row.name == "advertised_url":
+        return _url(value, place)
     if not row.choices or value in row.choices:
         return value
     for choice in row.choices:
         if value.strip().lower() == choice.lower():
             return choice
     raise ConfigurationError(f"{place} is to be {_listed(row.choices)}, not {value!r}")
+
+
+def _url(text: str, place: str) -> str:
+    try:
+        parts = urlsplit(text.strip().replace("{port}", "1"))
+        fits = parts.scheme in {"http", "https"} and bool(parts.hostname) and not (parts.query or parts.fragment)
+        _ = parts.port
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigurationError(f"{place} is to be an address such as http://orders-0:{{port}}, not {text!r}")
+    return text.strip().rstrip("/")
 
 
 def _number(row: Setting, value: object, place: str) -> int | float:

@@ -6,6 +6,7 @@ The runtime and the web server are imported when they are needed: an app is impo
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,10 @@ from streamflow.config import KAFKA_PREFIX, Settings, close_to, resolve_for
 from streamflow.error_groups import main_error
 from streamflow.errors import RefusedError
 from streamflow.log.kafka.options import Kafka
+
+logger = logging.getLogger("streamflow.web")
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 if TYPE_CHECKING:
     from streamflow.metrics import PrometheusSensors
@@ -126,14 +131,32 @@ async def served(
         index: Its number among several processes.
     """
     from streamflow.web.overview import overview_of
-    from streamflow.web.server import serving
+    from streamflow.web.server import advertised_url, serving
     from streamflow.web.site import build_site
+    from streamflow.web.tables import TableSite
 
+    worker.url = advertised_url(settings, listener)
+    tables = TableSite(app, lambda: worker.table_reads).routes() if settings.serve_tables else []
+    if tables and index in {None, 0}:
+        _warn_of_open_tables(app, settings)
     site = build_site(
-        WorkerSource(worker, sensors, index), lambda: overview_of(app, settings, worker.address, worker.guarantee)
+        WorkerSource(worker, sensors, index),
+        lambda: overview_of(app, settings, worker.address, worker.guarantee),
+        tables,
     )
     async with serving(site, listener):
         yield
+
+
+def _warn_of_open_tables(app: Declarations, settings: Settings) -> None:
+    has_tables = bool(app.tables or app.global_tables)
+    if has_tables and app.reads_guard is None and settings.web_host not in _LOOPBACK:
+        logger.warning(
+            "whoever reaches the web server (web_host=%s) can read the tables of app %s: say who may by "
+            "`@app.authorize_reads`, or set serve_tables=False",
+            settings.web_host,
+            app.id,
+        )
 
 
 _hosts: WeakKeyDictionary[Declarations, str] = WeakKeyDictionary()

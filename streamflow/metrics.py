@@ -104,6 +104,8 @@ class PrometheusSensors(Sensors):
         self.restored_count: Counter[str] = Counter()
         self.standby_count: Counter[str] = Counter()
         self.foreign_keys: Counter[str] = Counter()
+        self.table_reads: Counter[tuple[str, str]] = Counter()
+        """By table and outcome."""
         self.stalls = 0
         self.stall_s = 0.0
         self.longest_stall_s = 0.0
@@ -143,6 +145,9 @@ class PrometheusSensors(Sensors):
 
     def foreign_key(self, table: str) -> None:
         self.foreign_keys[table] += 1
+
+    def table_read(self, table: str, outcome: str) -> None:
+        self.table_reads[table, outcome] += 1
 
     def rebalanced(self, assigned: int, revoked: int, lost: int) -> None:
         self.moved["assigned"] += assigned
@@ -243,6 +248,12 @@ class WorkerCollector(Collector):
             "Sampled keys that were written in another partition than their own.",
             ["table"],
             sensors.foreign_keys,
+        )
+        yield _counter(
+            "streamflow_table_reads",
+            "Tables read over HTTP or by get_remote, by outcome.",
+            ["table", "outcome"],
+            sensors.table_reads,
         )
         yield _counter("streamflow_partitions_moved", "Changes of the assignment.", ["change"], sensors.moved)
 

@@ -48,6 +48,14 @@ class Sensors:
     def foreign_key(self, table: str) -> None:
         """A sampled key of a table was written in a partition that is not its own."""
 
+    def table_read(self, table: str, outcome: str) -> None:
+        """A table was read over HTTP or by `get_remote`.
+
+        Args:
+            table: Its name.
+            outcome: found, absent, unavailable or refused.
+        """
+
     def rebalanced(self, assigned: int, revoked: int, lost: int) -> None:
         """An assignment changed by that many partitions."""
 

@@ -38,6 +38,7 @@ HOMES = {
     "typer": ("cli",),
     "starlette": ("web",),
     "uvicorn": ("web",),
+    "h11": ("runtime",),
 }
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 FUNCTION_LINES = 80

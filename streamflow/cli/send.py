@@ -14,10 +14,10 @@ from streamflow.cli.names import topic_names
 from streamflow.cli.options import Session
 from streamflow.cli.output import as_json, introduce, note, run_async, write
 from streamflow.cli.progress import Reporter, progress
-from streamflow.cli.text import reader_of
 from streamflow.config import nearest
 from streamflow.errors import ConfigurationError, StreamFlowError
 from streamflow.model.record import RecordMetadata
+from streamflow.model.text import reader_of
 from streamflow.processing.topic import Topic
 from streamflow.runtime.client import Client
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
-import msgspec
 import typer
 
 from streamflow.cli.names import table_names
 from streamflow.cli.options import Session
 from streamflow.cli.output import as_json, introduce, run_async, write
 from streamflow.cli.progress import progress
-from streamflow.cli.text import plain, reader_of, shown
 from streamflow.clock import SystemClock
 from streamflow.errors import ConfigurationError, DeserializationError, RecordError, StreamFlowError
 from streamflow.log.connect import connect
+from streamflow.model.text import plain, reader_of, shown
+from streamflow.processing.key_text import range_of
 from streamflow.processing.table import Table
 from streamflow.runtime.table_reader import Fold, TableLog, changelog_key, sub_of, table_of
 
@@ -87,7 +87,7 @@ def scan(
 ) -> None:
     """Print committed keys and values in key order, of all partitions together."""
     table = checked_table(session, table_name)
-    span = _range_of(table, prefix, start, stop)
+    span = range_of(table, table.key_codec, prefix=prefix, start=start, stop=stop)
     introduce(session)
 
     async def run() -> None:
@@ -196,52 +196,6 @@ async def _loaded_place(table: Table[Any, Any], key: bytes) -> bytes | None:
 def _holds(span: ByteRange, place: bytes) -> bool:
     low, high = span
     return place >= low and (high is None or place < high)
-
-
-# --- what is asked for ----------------------------------------------------------------------------------------------
-
-
-def _range_of(table: Table[Any, Any], prefix: str | None, start: str | None, stop: str | None) -> ByteRange | None:
-    if prefix is None and start is None and stop is None:
-        return None
-    read_key = reader_of(table.key_codec, owner=f"table {table.name!r}")
-    try:
-        if prefix is None:
-            keys = [None if text is None else read_key(text) for text in (start, stop)]
-            return table.keys_in_order.range(*keys)
-        if start is not None or stop is not None:
-            raise ConfigurationError("give --prefix, or --start and --stop")
-        return table.keys_in_order.prefix(_prefix_of(table, prefix))
-    except RecordError as exc:
-        raise ConfigurationError(exc.message) from exc
-
-
-def _prefix_of(table: Table[Any, Any], text: str) -> Any:
-    """Part of a key: text as it stands for str and bytes, JSON for the rest."""
-    serializer, form = table.key_codec.serializer, table.key_codec.type
-    if serializer == "str":
-        return text
-    if serializer == "raw":
-        return text.encode()
-    try:
-        found = msgspec.json.decode(text)
-        if not isinstance(found, list) or get_origin(form) is not tuple:
-            return found
-        return _elements(form, found)
-    except msgspec.MsgspecError as exc:
-        raise ConfigurationError(
-            f"--prefix {text!r} does not fit keys of table {table.name!r}: {exc}; it is read as JSON, a list for the "
-            "first elements of a tuple"
-        ) from exc
-
-
-def _elements(form: Any, found: list[Any]) -> tuple[Any, ...]:
-    types = get_args(form)
-    if len(types) == 2 and types[1] is ...:
-        types = types[:1] * len(found)
-    if len(found) > len(types):
-        raise msgspec.ValidationError(f"it has {len(found)} elements, and a key has {len(types)}")
-    return tuple(msgspec.convert(each, type_, strict=False) for each, type_ in zip(found, types, strict=False))
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from streamflow.cli.names import topic_names
 from streamflow.cli.options import Session
 from streamflow.cli.output import as_json, introduce, note, run_async, write
 from streamflow.cli.signals import HANDLED
-from streamflow.cli.text import plain, shown
 from streamflow.clock import SystemClock
 from streamflow.config import nearest
 from streamflow.errors import ConfigurationError, DeserializationError, OffsetOutOfRangeError
@@ -22,6 +21,7 @@ from streamflow.log.api import Admin, Fetched, Log
 from streamflow.log.connect import connect
 from streamflow.model.record import Headers, TopicPartition
 from streamflow.model.serde import BoundCodec
+from streamflow.model.text import plain, shown
 from streamflow.processing.topic import Topic
 
 

@@ -323,7 +323,7 @@ class GroupStatistics:
     Attributes:
         rebalances: Rebalances completed.
         rebalance_s: Seconds spent in them.
-        last_heartbeat_age_s: Seconds since the last heartbeat the log answered; None before the first.
+        last_heartbeat_age_s: Seconds since the last heartbeat that was answered was sent; None before the first.
     """
 
     rebalances: int = 0

@@ -33,3 +33,8 @@ class RecordMetadata(NamedTuple):
     partition: int
     offset: int
     timestamp_ms: int
+
+    @property
+    def position(self) -> str:
+        """For `at=` of a table read: it then sees what agents that read this topic made of the record."""
+        return f"{self.topic}:{self.partition}:{self.offset + 1}"

@@ -32,6 +32,7 @@ from streamflow.processing.hooks import (
 )
 from streamflow.processing.places import place_of_call
 from streamflow.processing.policy import ErrorPolicy, Stop
+from streamflow.processing.remote import Authorize
 from streamflow.processing.selector import Field
 from streamflow.processing.set_table import SetTable
 from streamflow.processing.signature import UNKNOWN, Signature
@@ -67,6 +68,7 @@ class Declarations(TableDeclarations):
         tables: Declared tables by name; those behind set tables, too.
         set_tables: Declared set tables by name.
         global_tables: Declared global tables by name.
+        reads_guard: Decides who may read tables over HTTP; None lets everyone.
         timers: Timers, in order of declaration.
         crontabs: Crontabs.
         tasks: Tasks.
@@ -92,6 +94,7 @@ class Declarations(TableDeclarations):
         self.tables: dict[str, Table[Any, Any]] = {}
         self.set_tables: dict[str, SetTable[Any, Any]] = {}
         self.global_tables: dict[str, GlobalTable[Any, Any]] = {}
+        self.reads_guard: Authorize | None = None
         self.timers: list[Timer] = []
         self.crontabs: list[Crontab] = []
         self.tasks: list[BackgroundTask] = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Never, NoReturn, Protocol, TypeVar, cast
 
 from streamflow.errors import ConfigurationError, NotHeld, TopologyError
+from streamflow.model.record import TopicPartition
 from streamflow.processing.ordered_mapping import OrderedMapping
 from streamflow.processing.places import place_of_call
 from streamflow.processing.topic import Topic, check_name
@@ -22,6 +23,11 @@ class Copy(Protocol):
     @property
     def partitions(self) -> frozenset[int]:
         """The partitions of the source."""
+        ...
+
+    @property
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """The offset that follows what has arrived, by partition of the source."""
         ...
 
     def get(self, key: Any, /) -> Any:
@@ -119,6 +125,11 @@ class GlobalTable(OrderedMapping[K, V], Generic[K, V]):
     def lag(self) -> int:
         """Records of the source that are known to be there and have not arrived here."""
         return self._copy().lag
+
+    @property
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """The offset that follows what has arrived here, by partition of the source."""
+        return self._copy().positions
 
     async def caught_up(self, *, timeout_s: float = 30.0) -> None:
         """Wait until everything that is in the source now has arrived here.

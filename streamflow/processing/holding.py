@@ -34,6 +34,14 @@ class Holder(Protocol):
         """
         ...
 
+    def position(self, table: str, partition: int) -> str:
+        """How far a partition that is held here is committed, as text for `at=`.
+
+        Raises:
+            NotHeld: It is not held here any more.
+        """
+        ...
+
     def change(self, table: str, partition: int, work: Callable[[Any], Any]) -> Awaitable[Any]:
         """Run a function in a turn of the partition's task, between records; its writes commit like a record's.
 

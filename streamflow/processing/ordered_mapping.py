@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast, overload
 
 from streamflow.errors import ConfigurationError
 from streamflow.model.schema import type_name
-from streamflow.state.keys import KeyOrder
+from streamflow.state.keys import ByteRange, KeyOrder
 from streamflow.state.values import MISSING
 
 K = TypeVar("K")
@@ -111,14 +111,24 @@ class OrderedMapping(Mapping[K, V], Generic[K, V]):
             ProductionError: A bound is not of the key's type.
             NotHeld: The app does not run in this process.
         """
+        low, high = self.span_of(start, stop, prefix, "scan")
+        return self.between(low, high, reverse=reverse)
+
+    def span_of(self, start: K | None, stop: K | None, prefix: Any, method: str) -> ByteRange:
+        """The range of stored keys that is asked for; see `scan`.
+
+        Args:
+            start: See `scan`.
+            stop: See `scan`.
+            prefix: See `scan`.
+            method: What was called, for the error.
+        """
         order = self.keys_in_order
         if prefix is None:
-            low, high = order.range(start, stop)
-        elif start is None and stop is None:
-            low, high = order.prefix(prefix)
-        else:
-            raise ConfigurationError(f"{self.kind} {self.name!r}: scan() takes prefix=, or start and stop, not both")
-        return self.between(low, high, reverse=reverse)
+            return order.range(start, stop)
+        if start is None and stop is None:
+            return order.prefix(prefix)
+        raise ConfigurationError(f"{self.kind} {self.name!r}: {method}() takes prefix=, or start and stop, not both")
 
 
 class _Items(ItemsView[K, V]):

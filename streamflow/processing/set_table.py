@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 from streamflow.errors import ProductionError, SchemaError
 from streamflow.model.schema import type_name
 from streamflow.model.serde import BoundCodec, Serializer
+from streamflow.processing.remote import DEFAULT_READ_S, ReadOptions, reader_of_app
 from streamflow.processing.table import Table, TableOwner
 from streamflow.processing.topic import Topic
 from streamflow.state.keys import SerializedOrder
@@ -51,6 +52,9 @@ class Pairs(Table[tuple[K, M], bytes], Generic[K, M]):
             app, self.changelog.name, key_type=key_type, value_type=bytes, key_serializer=key_serializer, internal=True
         )
         self._of_key = alone.key_codec
+        members: Topic[M, Any] = Topic(app, self.changelog.name, key_type=member_type, value_type=bytes, internal=True)
+        # Reads members from text.
+        self.member_codec: BoundCodec[M] = members.key_codec
         self.member_type = member_type
         if isinstance(self.keys_in_order, SerializedOrder):
             raise SchemaError(
@@ -266,6 +270,27 @@ class SetTable(Mapping[K, Members[M]], Generic[K, M]):
     def clear(self) -> None:
         """Take all members out of all sets of this partition."""
         self.pairs.clear()
+
+    def position(self, key: K) -> str:
+        """See `Table.position`."""
+        return self.pairs.position(cast(Any, (key, None)))
+
+    async def get_remote(
+        self,
+        key: K,
+        *,
+        at: str = "",
+        stale_ok: bool = False,
+        timeout_s: float = DEFAULT_READ_S,
+        headers: Mapping[str, str] | None = None,
+    ) -> set[M]:
+        """The committed members under a key, whichever worker holds it; an empty set where there are none.
+
+        Arguments and errors are those of `Table.get_remote`.
+        """
+        asked = ReadOptions(at, stale_ok, timeout_s, headers or {})
+        reader = reader_of_app(self.app, self.name)
+        return {member async for member in reader.members(self.pairs, key, asked)}
 
     async def update_async(self, key: K, change: Callable[[Members[M]], object]) -> None:
         """Change a set from outside of a record's turn: in a timer, a task, an HTTP handler.

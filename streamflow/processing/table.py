@@ -16,9 +16,9 @@ from streamflow.model.schema import type_name, without_none
 from streamflow.model.serde import BoundCodec, Serializer
 from streamflow.processing.context import current_turn
 from streamflow.processing.holding import Holder, holders_of
-from streamflow.processing.ordered_mapping import OrderedMapping
 from streamflow.processing.partition_by import checked_partition_by, record_key
 from streamflow.processing.places import place_of_call
+from streamflow.processing.remote_table import RemoteTable
 from streamflow.processing.topic import Topic, check_name
 from streamflow.state.keys import key_order
 from streamflow.state.overlay import Overlay
@@ -41,7 +41,7 @@ class TableOwner(Protocol):
     derived: dict[str, Any]
 
 
-class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
+class Table(RemoteTable[K, V], MutableMapping[K, V], Generic[K, V]):
     """A table; made by `app.table(...)`.
 
     In a record's turn it is the part of the table that belongs to the record's partition, with what the turn has
@@ -342,6 +342,21 @@ class Table(OrderedMapping[K, V], MutableMapping[K, V], Generic[K, V]):
         decode_key, decoded = self.keys_in_order.decode, self.held_values.decoded
         found = ((decode_key(key), payload) for scan in scans for key, payload in scan)
         return ((key, decoded(payload, key)) for key, payload in found)
+
+    def position(self, key: K) -> str:
+        """How far the partition of a key is committed in this process: for `at=` of a read that must see it.
+
+        Right after `await table.update_async(key, ...)` it covers that change.
+
+        Args:
+            key: The key.
+
+        Raises:
+            NotHeld: Another worker has the partition.
+            ProductionError: It is no key of the table.
+        """
+        holder, partition, _ = self._held_of(key)
+        return holder.position(self.name, partition)
 
     # --- writing -----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ from streamflow.errors import ConfigurationError, TopologyError
 from streamflow.keywords import known_keywords
 from streamflow.model.serde import Serializer
 from streamflow.processing.global_table import GlobalTable
+from streamflow.processing.hooks import check_action
 from streamflow.processing.places import place_of_call
+from streamflow.processing.remote import Authorize
 from streamflow.processing.set_table import Pairs, SetTable
 from streamflow.processing.table import Table
 from streamflow.processing.topic import Topic, check_name
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 K = TypeVar("K")
 V = TypeVar("V")
+G = TypeVar("G", bound=Authorize)
 D = TypeVar("D", Table[Any, Any], GlobalTable[Any, Any])
 
 _OF_THE_TOPIC = ("key_type", "value_type", "key_serializer", "value_serializer")
@@ -34,6 +37,7 @@ class TableDeclarations:
         tables: Declared tables by name; those behind set tables, too.
         set_tables: Declared set tables by name.
         global_tables: Declared global tables by name.
+        reads_guard: Decides who may read over HTTP; None lets everyone.
     """
 
     id: str
@@ -42,6 +46,24 @@ class TableDeclarations:
     tables: dict[str, Table[Any, Any]]
     set_tables: dict[str, SetTable[Any, Any]]
     global_tables: dict[str, GlobalTable[Any, Any]]
+    reads_guard: Authorize | None
+
+    def authorize_reads(self, fn: G) -> G:
+        """Have a function (sync or async) decide who may read tables over HTTP.
+
+        It is given an `sf.TableRead` and returns True to allow the read; anything else, or raising `PermissionError`,
+        whose text is the answer, refuses it. Both the worker that is asked and the one that has the key call it, with
+        the headers of the request. Without one, whoever reaches the web server reads. Code of the app itself that reads
+        what its own process holds is not asked.
+
+        Raises:
+            TopologyError: The app has such a function already.
+        """
+        check_action(fn, "@app.authorize_reads", "read")
+        if self.reads_guard is not None:
+            raise TopologyError("@app.authorize_reads: the app has such a function already, and one decides")
+        self.reads_guard = fn
+        return fn
 
     def declared_topic(self, topic: Topic[Any, Any]) -> Topic[Any, Any]:
         """Register a topic; the one of the same name and kind where there is one."""

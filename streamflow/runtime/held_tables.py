@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from streamflow.errors import ClosedError, NotHeld
+from streamflow.model.position import text_of
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.homes import Homes
@@ -62,6 +63,18 @@ class HeldTables:
 
     def _sub_topology(self, table: str) -> SubTopology:
         return next(sub for sub in self._layout.sub_topologies if table in sub.tables)
+
+    def position(self, table: str, partition: int) -> str:
+        """How far a partition is committed; see `processing.holding.Holder`."""
+        for task in self._manager.running():
+            if (
+                task.partition == partition
+                and task.is_readable
+                and task.tables is not None
+                and table in task.tables.overlays
+            ):
+                return text_of(task.committed_positions(table))
+        raise NotHeld(f"table {table!r}: partition {partition} has left this process")
 
     async def change(self, table: str, partition: int, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the partition's task, between records; see `processing.holding.Holder`."""

@@ -318,6 +318,16 @@ class Task:
         tables = self.tables
         return tables is not None and tables.is_level and self.state in ("restoring", "running") and not self.lost
 
+    def committed_positions(self, table: str) -> dict[TopicPartition, int]:
+        """How far it is committed: in its sources, and in a table's changelog, where that is one of its own."""
+        positions = {tp: offset for tp, offset in self.committed.items() if offset >= 0}
+        if self.tables is not None:
+            of_table = (
+                (tp, self.tables.positions.get(name)) for tp, name in self.tables.changelogs().items() if name == table
+            )
+            positions.update((tp, offset) for tp, offset in of_table if offset is not None)
+        return positions
+
     async def change(self, table: str, work: Callable[[Stage], Any]) -> Any:
         """Run a function in a turn of the task's own, between records; see `processing.holding.Holder`."""
         refuse_in_on_recover(table)

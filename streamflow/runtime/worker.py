@@ -54,10 +54,12 @@ from streamflow.runtime.outputs import Staged
 from streamflow.runtime.purge import Purge
 from streamflow.runtime.record_errors import way_past
 from streamflow.runtime.restore import Restorer
+from streamflow.runtime.routes import Routes
 from streamflow.runtime.sending import ProcessSender
 from streamflow.runtime.standbys import Standbys
 from streamflow.runtime.status import Outcome, Progress, WorkerStatus
 from streamflow.runtime.supervision import snapshot
+from streamflow.runtime.table_reads import TableReads, reading
 from streamflow.runtime.targets import KnownTargets
 from streamflow.runtime.task import Surroundings, Task
 from streamflow.runtime.task_manager import TaskManager
@@ -88,6 +90,9 @@ class Worker:
         sensors: Metrics hooks; None counts nothing.
         until_end: Stop when everything that was there at the start is processed.
         on_progress: Told how far a bounded run is.
+
+    Attributes:
+        url: Where other workers reach its web server, empty where they do not; set before it runs.
     """
 
     def __init__(
@@ -120,6 +125,9 @@ class Worker:
         self.group: Group | None = None
         self.global_tables: GlobalTables | None = None
         self.standbys: Standbys | None = None
+        self.table_reads: TableReads | None = None
+        self.routes = Routes()
+        self.url = ""
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
         self._jobs: Jobs | None = None
@@ -384,6 +392,10 @@ class Worker:
                 manager.limits = ends.limits
             tasks.start_soon(self._announce, manager, log)
             stack.enter_context(registered_holder(self.app, HeldTables(manager, layout, shared.homes)))
+            self.table_reads = await stack.enter_async_context(
+                reading(self.app, layout, manager, log.group, shared.homes, self.routes, self.settings, self.sensors)
+            )
+            stack.callback(self._reads_no_more)
             purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
@@ -403,6 +415,9 @@ class Worker:
                 services.cancel_scope.cancel()
             await self._closed(manager)
             tasks.cancel_scope.cancel()
+
+    def _reads_no_more(self) -> None:
+        self.table_reads = None
 
     def _surroundings(self, log: OpenLog, known: KnownTargets, layout: Layout, loops: Loops) -> Surroundings:
         unsent_bytes = self.settings.memory_budget_bytes // (_UNSENT_SHARE * layout.partitions())

@@ -12,7 +12,7 @@ import anyio
 import uvicorn
 from starlette.applications import Starlette
 
-from streamflow.config import DEFAULT_WEB_PORT
+from streamflow.config import DEFAULT_WEB_PORT, Settings
 from streamflow.errors import ConfigurationError
 
 BACKLOG = 128
@@ -66,6 +66,19 @@ def address_of(listener: socket.socket) -> str:
     if host in {"0.0.0.0", "::"}:
         host = socket.gethostname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def advertised_url(settings: Settings, listener: socket.socket) -> str:
+    """Where other workers reach a web server; empty where it answers no reads of tables.
+
+    Args:
+        settings: The worker's.
+        listener: What it listens on.
+    """
+    if not settings.serve_tables:
+        return ""
+    port = listener.getsockname()[1]
+    return (settings.advertised_url or address_of(listener)).replace("{port}", str(port))
 
 
 class _Server(uvicorn.Server):

@@ -68,12 +68,13 @@ class Source(Protocol):
         ...
 
 
-def build_site(source: Source, overview: Callable[[], Overview]) -> Starlette:
+def build_site(source: Source, overview: Callable[[], Overview], more: Sequence[Route] = ()) -> Starlette:
     """Make the site.
 
     Args:
         source: Where its answers come from.
         overview: What the page says about the app; asked for each page.
+        more: What else it answers.
     """
 
     async def metrics(_: Request) -> Response:
@@ -94,7 +95,7 @@ def build_site(source: Source, overview: Callable[[], Overview]) -> Starlette:
         return HTMLResponse(render(overview(), await source.processes()))
 
     answers = {"/metrics": metrics, "/live": live, "/ready": ready, "/status.json": status, "/": page}
-    return Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in answers.items()])
+    return Starlette(routes=[Route(path, answer, methods=["GET"]) for path, answer in answers.items()] + [*more])
 
 
 def _health(question: str, objections: Sequence[str]) -> Response:

@@ -185,7 +185,6 @@ class GroupMember:
                 continue
             if share is not None:
                 break
-        self._vitals.last_heartbeat = time.monotonic()
         self._vitals.rebalances += 1
         self._vitals.rebalance_s += time.monotonic() - started
         self._settle(share)
@@ -218,11 +217,13 @@ class GroupMember:
         self._is_leader = joined.leader == joined.member_id
         assignments = await self._lead(joined) if self._is_leader else []
         call = wire.SYNC_GROUP(self._group_id, joined.generation, self._member_id, None, assignments)
+        sent_s = time.monotonic()
         synced = await self._client.send(node, call, "join", timeout_s=timeout_s)
         if synced.error_code:
             self._on_error(synced.error_code, "sync with")
             return None
         self._generation = joined.generation
+        self._vitals.last_heartbeat = sent_s
         share = read_share(synced.assignment)
         self._tell_unread(self._topics.intersection(share.answer.unread))
         return share
@@ -355,6 +356,9 @@ class GroupMember:
             node = await self._find_coordinator()
             call = wire.HEARTBEAT(self._group_id, self._generation, self._member_id, None)
             timeout_s = max(self._settings.session_timeout_ms / 3000, 1.0)
+            # Its session begins anew when the coordinator has it, and an answer may be read much later: by a process
+            # that was stopped in between.
+            sent_s = time.monotonic()
             response = await self._client.send(node, call, "heartbeat", timeout_s=timeout_s)
             if response.error_code:
                 self._on_error(response.error_code, "heartbeat to")
@@ -363,7 +367,7 @@ class GroupMember:
             logger.debug("group %s: %s", self._group_id, exc)
         else:
             if not response.error_code:
-                self._vitals.last_heartbeat = time.monotonic()
+                self._vitals.last_heartbeat = sent_s
 
     async def _find_coordinator(self) -> int:
         if self._coordinator is None:

@@ -3,9 +3,9 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 
-from streamflow.cli.text import plain, reader_of, shown
 from streamflow.errors import ConfigurationError, DeserializationError
 from streamflow.model.serde import bind_codec
+from streamflow.model.text import plain, reader_of, shown
 
 
 class Item(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""Between a topic's keys and values and the text of a command line."""
+"""Between keys and values and text: of a command line, or of an address on the web."""
 
 from __future__ import annotations
 
@@ -49,7 +49,12 @@ def _json_reader(form: Any) -> Callable[[str], Any]:
         return msgspec.json.Decoder(Any).decode
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"str": str, "raw": str.encode, "int": int, "float": float}
+def bytes_of(text: str) -> bytes:
+    """The bytes that a text was, also where they were no UTF-8 (as Python reads arguments of a command)."""
+    return text.encode(errors="surrogateescape")
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"str": str, "raw": bytes_of, "int": int, "float": float}
 
 
 def _hint(codec: BoundCodec[Any], text: str) -> str:

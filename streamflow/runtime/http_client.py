@@ -1,0 +1,161 @@
+"""HTTP GET between workers: h11 over anyio, with connections that are kept.
+
+Cancelling a request, or its time-out, closes its connection and nothing else: a worker that is stopped in its tracks
+holds up no thread.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from urllib.parse import urlsplit
+
+import anyio
+import h11
+from anyio.abc import ByteStream
+
+from streamflow.errors import RetriableError
+
+_READ_BYTES = 64 * 1024
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+_MAX_IDLE = 8
+_GONE = (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, h11.RemoteProtocolError)
+
+
+class UnreachableError(RetriableError):
+    """The other side does not answer, or not in HTTP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer.
+
+    Attributes:
+        status: Its code.
+        headers: By name in lower case.
+        body: All of it.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class _Connection:
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self._state = h11.Connection(h11.CLIENT)
+
+    async def exchange(self, target: str, headers: list[tuple[str, str]]) -> Response:
+        request = h11.Request(method="GET", target=target, headers=headers)
+        await self.stream.send(
+            b"".join(filter(None, (self._state.send(request), self._state.send(h11.EndOfMessage()))))
+        )
+        head: h11.Response | None = None
+        body = bytearray()
+        while True:
+            event = self._state.next_event()
+            if event is h11.NEED_DATA:
+                self._state.receive_data(await self._received())
+            elif isinstance(event, h11.Response):
+                head = event
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > _MAX_BODY_BYTES:
+                    raise h11.RemoteProtocolError(f"it sends more than {_MAX_BODY_BYTES:,} bytes")
+            elif isinstance(event, h11.EndOfMessage) and head is not None:
+                named = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
+                return Response(head.status_code, named, bytes(body))
+            elif isinstance(event, h11.ConnectionClosed) or event is h11.PAUSED:
+                raise h11.RemoteProtocolError("it closed the connection before it had answered")
+
+    async def _received(self) -> bytes:
+        try:
+            return await self.stream.receive(_READ_BYTES)
+        except anyio.EndOfStream:
+            return b""  # h11 says whether that is an end or an error
+
+    def is_reusable(self) -> bool:
+        """Make it ready for another request, where it can take one."""
+        if self._state.our_state is h11.DONE and self._state.their_state is h11.DONE:
+            self._state.start_next_cycle()
+            return True
+        return False
+
+
+class HttpClient:
+    """Asks other workers; use it as `async with`, which closes what it keeps."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    async def __aenter__(self) -> HttpClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for kept in self._idle.values():
+            for connection in kept:
+                await anyio.aclose_forcefully(connection.stream)
+        self._idle.clear()
+
+    async def get(self, url: str, headers: Mapping[str, str], *, timeout_s: float) -> Response:
+        """Ask once; again where a connection that was kept turns out to be closed.
+
+        Args:
+            url: What to get, with its query.
+            headers: Besides `host`.
+            timeout_s: Seconds for all of it.
+
+        Raises:
+            UnreachableError: No answer; the message says why.
+
+        Cancellation: gives up at once.
+        """
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        origin = parts.scheme, parts.hostname or "", port
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        named = [("host", parts.netloc.rpartition("@")[2]), *headers.items()]
+        try:
+            with anyio.fail_after(timeout_s):
+                return await self._ask(origin, target, named)
+        except TimeoutError as exc:
+            raise UnreachableError(f"{parts.scheme}://{parts.netloc} does not answer") from exc
+        except (*_GONE, h11.LocalProtocolError) as exc:
+            raise UnreachableError(f"{parts.scheme}://{parts.netloc} is not reached: {exc!r}") from exc
+
+    async def _ask(self, origin: tuple[str, str, int], target: str, headers: list[tuple[str, str]]) -> Response:
+        kept = self._idle.setdefault(origin, [])
+        while kept:
+            connection = kept.pop()
+            try:
+                return await self._exchange(connection, kept, target, headers)
+            except _GONE:
+                continue  # the other side has closed it meanwhile
+        return await self._exchange(await self._connected(origin), kept, target, headers)
+
+    async def _connected(self, origin: tuple[str, str, int]) -> _Connection:
+        scheme, host, port = origin
+        if scheme != "https":
+            return _Connection(await anyio.connect_tcp(host, port))
+        self._tls = self._tls or ssl.create_default_context()
+        return _Connection(await anyio.connect_tcp(host, port, ssl_context=self._tls))
+
+    async def _exchange(
+        self, connection: _Connection, kept: list[_Connection], target: str, headers: list[tuple[str, str]]
+    ) -> Response:
+        is_kept = False
+        try:
+            response = await connection.exchange(target, headers)
+            is_kept = connection.is_reusable() and len(kept) < _MAX_IDLE
+            return response
+        finally:
+            if is_kept:
+                kept.append(connection)
+            else:
+                await anyio.aclose_forcefully(connection.stream)

@@ -1,0 +1,111 @@
+"""Workers of one app in one process, each with an `App` and a web server of its own, on one log in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any, Self
+
+import httpx
+
+import streamflow as sf
+from streamflow.hosting import served
+from streamflow.metrics import PrometheusSensors
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.words import Route
+from streamflow.web.server import listen
+from tests.runtime.machine import Machine, Running
+from tests.runtime.waiting import until
+
+
+class Cluster:
+    """Use it as `async with`. Every app is made by the same function, as in processes of their own."""
+
+    def __init__(self, make_app: Callable[[], sf.App], workers: int = 2, **settings: Any) -> None:
+        self._make_app = make_app
+        self._count = workers
+        self.apps: list[sf.App] = []
+        self.workers: list[Running] = []
+        self.urls: list[str] = []
+        self.sensors: list[PrometheusSensors] = []
+        self.machine = Machine(make_app(), **settings)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            self._stack = stack
+            await stack.enter_async_context(self.machine)
+            self.http = await stack.enter_async_context(httpx.AsyncClient(timeout=20))
+            for _ in range(self._count):
+                await self.start()
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._stack.aclose()
+
+    async def start(self) -> Running:
+        """One more worker; returns when the partitions are shared."""
+        app, sensors = self._make_app(), PrometheusSensors()
+        running = self.machine.launch(app=app, sensors=sensors)
+        listener = listen("127.0.0.1", 0)
+        await self._stack.enter_async_context(served(running.worker, app, self.machine.settings, sensors, listener))
+        self.apps.append(app)
+        self.workers.append(running)
+        self.urls.append(running.worker.url)
+        self.sensors.append(sensors)
+        await running.worker.wait_started()
+        await self.shared()
+        return running
+
+    async def shared(self) -> None:
+        """Wait until every worker that runs has tasks, and all know who has which."""
+
+        def settled() -> bool:
+            self.tell()
+            live = [each for each in self.workers if not each.ended.is_set()]
+            return all(
+                running.tasks and all(each.worker.routes.owner(_id(task)) == running.worker.url for each in live)
+                for running in live
+                for task in running.tasks.values()
+            )
+
+        await until(settled)
+
+    def tell(self) -> None:
+        routes = [
+            Route(each.worker.url, frozenset(_id(task) for task in each.tasks.values()))
+            for each in self.workers
+            if not each.ended.is_set()
+        ]
+        for each in self.workers:
+            each.worker.routes.told(routes)
+
+    async def get(self, path: str, *, worker: int = 0, **headers: str) -> httpx.Response:
+        return await self.http.get(
+            self.urls[worker] + path, headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
+
+    async def json(self, path: str, *, worker: int = 0) -> Any:
+        answer = await self.get(path, worker=worker)
+        assert answer.status_code == 200, answer.text
+        return json.loads(answer.text)
+
+    def table(self, name: str, worker: int = 0) -> Any:
+        app = self.apps[worker]
+        return app.set_tables.get(name) if name in app.set_tables else app.tables[name]
+
+    def owner(self, name: str, key: Any) -> int:
+        """The worker that holds a key."""
+        for number, app in enumerate(self.apps):
+            try:
+                app.tables[name].get(key)
+            except sf.NotHeld:
+                continue
+            return number
+        raise AssertionError(f"nobody holds {key!r}")
+
+
+def _id(task: Any) -> Any:
+    return TaskId(task.sub_topology.name, task.partition)
