@@ -133,9 +133,17 @@ class ExactlyOnce(Commits):
                     self._sensors.commit_failed(type(error).__name__)
                     logger.warning("commit: %s; finding out whether it was stored", error)
                 except RetriableError as error:
-                    delay_s = await self._back_off(error, delay_s)
+                    if self._is_explained():
+                        self._sensors.commit_failed(type(error).__name__)
+                    else:
+                        delay_s = await self._back_off(error, delay_s)
             self.trying_since_s = None
             self._committed.set()
+
+    def _is_explained(self) -> bool:
+        """Whether a rebalance has ended since the commit was tried, so that it goes again without a pause."""
+        now = self._group().membership
+        return not self._is_outcome_unknown and now is not None and now != self._tried
 
     async def _commit_first(self) -> None:
         """Commit what is first in line, under the membership of now."""

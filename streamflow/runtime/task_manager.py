@@ -318,7 +318,8 @@ class TaskManager:
         logger.info("revoked: %s", _named(partitions))
         tasks = self._tasks_of(partitions)
         await self._finish(tasks)
-        await self._delivery.commit(tasks)
+        # All in one, so that what stays does not wait for a commit of its own behind this one.
+        await self._delivery.commit(self.running())
         await self._close(tasks, partitions)
         self._sensors.rebalanced(0, len(partitions), 0)
         self._group.revoked(partitions)

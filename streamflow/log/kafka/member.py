@@ -214,6 +214,10 @@ class GroupMember:
             self._on_error(joined.error_code, "join")
             return None
         self._member_id = joined.member_id
+        if self._owned:
+            # Nobody gets what this member claims, so its commits go on. The broker takes them under the new generation
+            # only: those within a transaction at once, others when the leader has assigned.
+            self._host.news(Membership(self._group_id, self._member_id, joined.generation), [])
         self._is_leader = joined.leader == joined.member_id
         assignments = await self._lead(joined) if self._is_leader else []
         call = wire.SYNC_GROUP(self._group_id, joined.generation, self._member_id, None, assignments)

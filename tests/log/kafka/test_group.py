@@ -13,7 +13,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from streamflow.errors import FatalError, RetriableError, TaskMigratedError
-from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, NewTopic, OffsetMark, Revoked
+from streamflow.log.api import Assigned, AtomicCommit, GroupSettings, Lost, Membership, NewTopic, OffsetMark, Revoked
 from streamflow.log.kafka import wire
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
@@ -137,6 +137,44 @@ async def test_a_commit_between_join_and_sync_is_retriable(open_log, name):
                 assert refused
                 await commit_again(a.group, {tp: OffsetMark(9)})
                 assert await b.group.committed([tp]) == {tp: OffsetMark(9)}
+
+
+async def test_a_transaction_commits_between_join_and_sync_under_the_new_generation(open_log, name):
+    """However long the leader takes to assign: nobody gets what is claimed, so what stays need not wait for it."""
+    topic, group_id = name("t"), name("g")
+    tp = TopicPartition(topic, 0)
+    assigning = []
+
+    def assignor(members, counts):
+        if len(members) > 1:
+            began_s = time.monotonic()
+            time.sleep(1)  # in the control thread: nobody else is held up
+            assigning.append((began_s, time.monotonic()))
+        return spread(members, counts)
+
+    async with open_log() as log:
+        await log.admin.create([NewTopic(topic, 2)])
+        async with (
+            member(log, group_id, topic, assignor=assignor) as a,
+            log.transactional_producer(name("id")) as producer,
+        ):
+            await until(lambda: len(a.owned) == 2)
+            first = a.group.membership
+            async with member(log, group_id, topic, assignor=assignor) as b:
+                committed = []
+                async with asyncio.timeout(15):
+                    while not b.owned:
+                        began_s, under = time.monotonic(), a.group.membership
+                        with contextlib.suppress(RetriableError):
+                            await producer.commit(AtomicCommit([], {tp: OffsetMark(len(committed))}, under))
+                            committed.append((began_s, time.monotonic(), under))
+                meanwhile = {
+                    under.generation
+                    for began_s, ended_s, under in committed
+                    if assigning[0][0] < began_s and ended_s < assigning[0][1]
+                }
+                assert meanwhile == {first.generation + 1}
+                assert await b.group.committed([tp]) == {tp: OffsetMark(len(committed) - 1)}
 
 
 @contextlib.asynccontextmanager
