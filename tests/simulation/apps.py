@@ -57,6 +57,11 @@ class Work:
     def table(self) -> str | None:
         return {"sums": f"{self.sink}-sums", "distinct": f"{self.sink}-seen"}.get(self.kind)
 
+    @property
+    def input(self) -> str:
+        """The topic that the agent itself reads."""
+        return f"{APP_ID}-{self.sink}-by-group-repartition" if self.kind == "distinct" else self.source
+
     @classmethod
     def drawn(cls, draw: random.Random, number: int, source: str) -> "Work":
         kind = draw.choice(["echo", "sums", "sums", "distinct", "take"])

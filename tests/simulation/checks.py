@@ -70,10 +70,9 @@ class Judge:
     def _inputs_of(self, work: Work) -> dict[int, list[Seen]]:
         if work.kind != "distinct":
             return self._seen(work.source)
-        name = f"{APP_ID}-{work.sink}-by-group-repartition"
-        regrouped = self._seen(name)
+        regrouped = self._seen(work.input)
         if not regrouped:
-            raise Broken(f"there is no topic {name}: {sorted({tp.topic for tp in self._records})}")
+            raise Broken(f"there is no topic {work.input}: {sorted({tp.topic for tp in self._records})}")
         self._regrouped(work, regrouped)
         return regrouped
 
@@ -130,8 +129,7 @@ class Judge:
 
         What is behind is a crash's, or was written by a process that was stopped and woke up.
         """
-        source = f"{APP_ID}-{work.sink}-by-group-repartition" if work.kind == "distinct" else work.source
-        ends = CommitMark.of(self._marks.get(TopicPartition(source, partition))).changelogs
+        ends = CommitMark.of(self._marks.get(TopicPartition(work.input, partition))).changelogs
         records = self._changelog(work, partition)
         assert work.table is not None
         return records if ends is None else [each for each in records if each.offset < ends[work.table]]

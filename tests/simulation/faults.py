@@ -55,6 +55,8 @@ class Rates:
     """What is to be given back is heard of when the time for it may be over."""
     late_assignment: float = 0.0
     """What was assigned is heard of seconds later, and may be gone by then."""
+    late_told: float = 0.0
+    """What is told beside is heard of seconds later, and may be otherwise by then."""
 
     @classmethod
     def drawn(cls, draw: random.Random) -> "Rates":
@@ -76,6 +78,7 @@ class Rates:
             "late_loss": (0.2, 0.5),
             "late_revocation": (0.1, 0.5),
             "late_assignment": (0.1, 0.3),
+            "late_told": (0.1, 0.3),
         }
         rates = cls()
         for each in fields(cls):

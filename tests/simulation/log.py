@@ -24,6 +24,7 @@ from streamflow.log.api import (
     Producer,
     Reader,
     Revoked,
+    Told,
     TopicDescription,
     TransactionalProducer,
     Unheard,
@@ -221,6 +222,7 @@ _LATE: dict[type[GroupEvent], tuple[str, tuple[float, float]]] = {
     Lost: ("late_loss", (1.0, 6.0)),
     Revoked: ("late_revocation", (0.5, 6.0)),
     Assigned: ("late_assignment", (0.5, 3.0)),
+    Told: ("late_told", (0.5, 3.0)),
 }
 """Which rate says that an event is heard of late, and by how many seconds then."""
 

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from streamflow.log.api import Assigned, Membership
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.commit import Commits
+from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.task import Task
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.runtime.task_view import TaskView
+from streamflow.state.identity import Identity
+from streamflow.state.store import Checkpoint
 from tests.simulation.population import Broken
 from tests.simulation.processes import Process, current
 from tests.simulation.workers import Running
@@ -22,6 +25,8 @@ SETTLE_S = 30.0
 """For how long tasks may still move after the last fault, when everything is committed."""
 REST_S = 2.0
 """For how long nothing may move then."""
+_ROUND_S = 1.0
+"""For how long a rebalance takes that changes nothing, at most."""
 _LOOK_S = 0.1
 
 
@@ -62,6 +67,17 @@ class Owners:
         if self._last.get(task.anchor, process.name) == process.name:
             raise Broken(f"{process.name} drops what it has of {task.name}, for which nobody else has committed")
 
+    def stored(self, process: Process, identity: Identity, checkpoint: Checkpoint) -> None:
+        """Nobody has in a store what is not committed, where the last commit says how far a changelog is."""
+        for work in self._world.plan.works:
+            mark = self._world.marks.get(TopicPartition(work.input, identity.partition))
+            ends = None if mark is None else CommitMark.of(mark).changelogs
+            if ends is None or work.table is None or work.table not in checkpoint.changelogs:
+                continue
+            if checkpoint.changelogs[work.table] > ends.get(work.table, 0):
+                what = f"{work.table}-{identity.partition} up to {checkpoint.changelogs[work.table]}"
+                raise Broken(f"{process.name} has {what} in its store, and committed is only {ends}")
+
     # --- coming to rest ----------------------------------------------------------------------------------------
 
     async def come_to_rest(self) -> None:
@@ -79,7 +95,22 @@ class Owners:
         before = self._held()
         await asyncio.sleep(REST_S)
         if before != self._held():
-            raise Broken(f"the group was at rest, and tasks moved: it was {before}, and is {self._held()}")
+            raise Broken(f"the group was at rest, and changed: it was {before}, and is {self._held()}")
+        await self._ask_for_a_round()
+
+    async def _ask_for_a_round(self) -> None:
+        """A rebalance that changes nothing moves nothing."""
+        chosen = self._world.draw.choice(self._world.population.running)
+        if chosen.worker is None or chosen.worker.group is None:
+            raise Broken(f"{chosen.process.name} has no group")
+        before = self._held()
+        chosen.process.context().run(chosen.worker.group.rejoin, "to see whether anything moves")
+        await asyncio.sleep(_ROUND_S)
+        after = self._held()
+        if any(after.get(name, held)[1] != held[1] for name, held in before.items()):
+            raise Broken(f"a rebalance that changes nothing moved tasks: it was {before}, and is {after}")
+        if before[chosen.process.name][0] == after[chosen.process.name][0]:
+            raise Broken(f"{chosen.process.name} asked for a rebalance, and there was none: {after}")
 
     def unsettled(self) -> str:
         """What is not yet as it has to be when nothing happens any more."""
@@ -102,7 +133,7 @@ class Owners:
         counts = [len(manager.tasks) for manager in managers.values()]
         return f"out of balance: {counts}" if max(counts) - min(counts) > 1 else ""
 
-    def _held(self) -> dict[str, Any]:
+    def _held(self) -> dict[str, tuple[object, dict[str, int]]]:
         """What must not change: who is in which generation, with which tasks as they were opened."""
         return {each.process.name: _held_by(each) for each in self._world.population.running}
 

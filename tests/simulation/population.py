@@ -169,7 +169,7 @@ class Population:
 
     def _change(self, process: Process, point: str) -> None:
         live = [each for each in self.live() if not each.is_stopping]
-        what = self._draw.choice(["join", "join", "leave", "another leaves", "away"])
+        what = self._draw.choice(["join", "join", "leave", "another leaves", "away", "round"])
         mine = [each for each in live if each.process is process]
         others = [each for each in live if each.process is not process]
         if what == "join":
@@ -179,8 +179,16 @@ class Population:
             self.leave(mine[0], point, for_good=self._may_leave(live))
         elif what == "another leaves" and others:
             self.leave(self._draw.choice(others), point, for_good=self._may_leave(live))
+        elif what == "round" and live:
+            self.rejoin(self._draw.choice(live), point)
         elif what == "away" and live:
             self._stop_for(self._draw.choice(live).process, self._draw.uniform(1.2, 3.0) * SESSION_S, point)
+
+    def rejoin(self, running: Running, where: str) -> None:
+        """Have a member ask for a new round."""
+        if running.worker is not None and running.worker.group is not None:
+            self._world.trace(f"{running.process.name} asks for a round at {where}")
+            running.process.context().run(running.worker.group.rejoin, "simulated")
 
     def _may_leave(self, live: list[Running]) -> bool:
         return len(live) > 2 and self._draw.random() < 0.5
@@ -199,7 +207,7 @@ class Population:
         while world.faulty and world.plan.restarts:
             await asyncio.sleep(self._draw.expovariate(world.plan.restarts))
             live = self.live()
-            what = self._draw.choice(["join", "leave", "leave", "fence"])
+            what = self._draw.choice(["join", "leave", "leave", "fence", "round"])
             if not world.faulty or self.is_over or not live:
                 continue
             chosen = self._draw.choice(live)
@@ -207,6 +215,8 @@ class Population:
                 self.start(self.new_seat())
             elif what == "leave":
                 self.leave(chosen, "a moment")
+            elif what == "round":
+                self.rejoin(chosen, "a moment")
             elif what == "fence" and world.plan.guarantee == "exactly_once":
                 world.trace(f"{chosen.process.name} is fenced")
                 self.fenced.add(chosen.process.name)

@@ -10,7 +10,7 @@ from streamflow.log.codec import COMPRESSIONS
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.model.partitioner import partition_for
 from streamflow.model.record import TopicPartition
-from tests.simulation.apps import APP_ID, key_of
+from tests.simulation.apps import key_of
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -27,7 +27,7 @@ class Sources:
 
     def partitions(self) -> list[TopicPartition]:
         """All of them, and those of the topics that the app groups anew."""
-        grouped = [f"{APP_ID}-{work.sink}-by-group-repartition" for work in self._plan.works if work.kind == "distinct"]
+        grouped = [work.input for work in self._plan.works if work.kind == "distinct"]
         counts = {**self.counts, **dict.fromkeys(grouped, self._plan.partitions)}
         return [TopicPartition(topic, number) for topic, count in counts.items() for number in range(count)]
 

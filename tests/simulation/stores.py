@@ -48,4 +48,5 @@ class FaultyStore(MemoryStore):
             raise StateFullError("simulated: no room")
         if self._wire.process.state != "dead":
             super().write(batch)
+            self._wire.world.owners.stored(self._wire.process, self.identity, self.checkpoint)
         self._wire.strike(f"store {self.path} is written", commit=True)

@@ -62,6 +62,7 @@ class World:
         self.under_way: set[asyncio.Task[object]] = set()
         self._hash = hashlib.sha256()
         self._out = out
+        self.marks: dict[TopicPartition, OffsetMark] = {}
         self._offsets: dict[TopicPartition, int] = {}
         self._times: dict[tuple[TopicPartition, str], int] = {}
         self.population = Population(self)
@@ -100,6 +101,7 @@ class World:
             if mark.offset < self._offsets.get(tp, -1):
                 raise Broken(f"the committed offset of {tp} fell from {self._offsets[tp]} to {mark.offset}")
             self._offsets[tp] = mark.offset
+            self.marks[tp] = mark
             for table, time_ms in CommitMark.of(mark).times.items():
                 if time_ms < self._times.get((tp, table), time_ms):
                     raise Broken(f"stream time of {table} with {tp} fell to {time_ms}")
