@@ -209,10 +209,15 @@ class Standbys:
         """Those that are followed now."""
         return self._held
 
-    def are_warm(self, acceptable_lag_records: int) -> bool:
-        """Whether there are warm-ups, and all of them are near enough."""
-        lags = [standby.lag for task in self.warm_ups if (standby := self._held.get(task)) is not None]
-        return bool(lags) and all(lag is not None and lag <= acceptable_lag_records for lag in lags)
+    def are_warm(self, tasks: Iterable[TaskId], acceptable_lag_records: int) -> bool:
+        """Whether any of these tasks are followed, and all that are, are near enough; those given up count for nothing.
+
+        Args:
+            tasks: Warm-ups.
+            acceptable_lag_records: See the setting.
+        """
+        followed = [each for task in tasks if (each := self._held.get(task)) is not None and not each.given_up]
+        return bool(followed) and all(each.lag is not None and each.lag <= acceptable_lag_records for each in followed)
 
     def status(self) -> tuple[StandbyStatus, ...]:
         """A snapshot of each, in order of name."""

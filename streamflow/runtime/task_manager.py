@@ -163,9 +163,9 @@ class TaskManager:
             else:
                 await self._open_anew(event.task)
             if not self.is_finishing:
-                self.standbys.go_on(self._has)
+                self.standbys.go_on(self.has)
 
-    def _has(self, task: TaskId) -> bool:
+    def has(self, task: TaskId) -> bool:
         """Whether a task is open here."""
         return task in self.tasks
 

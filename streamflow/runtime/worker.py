@@ -37,6 +37,7 @@ from streamflow.runtime.assignor import TaskAssignor
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.births import noting_births
+from streamflow.runtime.conversation import Conversation, says
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.first_assignment import first_assignment, is_idle
@@ -127,6 +128,7 @@ class Worker:
         self.standbys: Standbys | None = None
         self.table_reads: TableReads | None = None
         self.routes = Routes()
+        self.conversation: Conversation | None = None
         self.url = ""
         self._delivery: AtLeastOnce | ExactlyOnce | None = None
         self._sender: ProcessSender | None = None
@@ -291,7 +293,9 @@ class Worker:
                 Standbys.open(self.app.id, layout, local, log, self.clock, self.sensors, self._fail)
             )
             assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
-            async with log.group(self.app.id, frozenset(layout.counts), assignor, self._group_settings()) as group:
+            words = says(self.settings, self.url, standbys, standbys.lags())
+            topics = frozenset(layout.counts)
+            async with log.group(self.app.id, topics, assignor, self._group_settings(), words) as group:
                 self.group = group
                 open_parts = OpenLog(group, reader, log.admin, self._delivery)
                 await self._process(open_parts, known, layout, local, restorer, standbys)
@@ -390,6 +394,10 @@ class Worker:
             manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, local, standbys, tasks)
             if ends is not None:
                 manager.limits = ends.limits
+            conversation = self.conversation = Conversation(
+                self.settings, lambda: self.url, manager, standbys, self.routes, log.group
+            )
+            manager.on_told = conversation.heard
             tasks.start_soon(self._announce, manager, log)
             stack.enter_context(registered_holder(self.app, HeldTables(manager, layout, shared.homes)))
             self.table_reads = await stack.enter_async_context(
@@ -400,6 +408,7 @@ class Worker:
             async with anyio.create_task_group() as services:
                 loops.start(services, manager)
                 services.start_soon(restorer.run)
+                services.start_soon(conversation.run)
                 self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task, self._fail)
                 services.start_soon(self._jobs.run)
                 services.start_soon(purge.run)

@@ -79,7 +79,7 @@ async def follow(running: Running, *tasks: str, warm_up: bool = False) -> None:
     assert running.worker.manager is not None
     of = [TaskId(*_parts(task)) for task in tasks]
     told: tuple[list[TaskId], list[TaskId]] = ([], of) if warm_up else (of, [])
-    await standbys_of(running).follow(*told, running.worker.manager._has)
+    await standbys_of(running).follow(*told, running.worker.manager.has)
 
 
 def _parts(task: str) -> tuple[str, int]:
@@ -389,7 +389,7 @@ async def test_nothing_is_followed_of_a_task_that_has_committed_nothing() -> Non
         standby = standby_of(second, "numbers-0")
         await until(lambda: standby.lag == 0)
         assert standby.state is None
-        assert standbys_of(second).are_warm(0)
+        assert standbys_of(second).are_warm([TaskId("numbers", 0)], 0)
         await summing.send(machine, 5)
         await machine.settle()
         await until(lambda: standby.state is not None and standby.lag == 0)

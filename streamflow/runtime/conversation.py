@@ -1,0 +1,118 @@
+"""What a worker says to the leader of its group with each round, and what it is told beside its partitions.
+
+It says where it is reached, how much it can take, and how far behind each state is that it has. It is told which tasks
+to be a standby of, which are to come to it, and where the others are reached. The words are in `assignment/words.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import anyio
+
+from streamflow.config import Settings
+from streamflow.log.api import Group
+from streamflow.log.api import Told as ToldBytes
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.words import Says, Told
+from streamflow.runtime.routes import Routes
+from streamflow.runtime.standbys import Standbys
+from streamflow.runtime.task_manager import TaskManager
+
+logger = logging.getLogger("streamflow.standbys")
+
+_SAY_EVERY_S = 0.25
+_ASK_AGAIN_S = 30.0
+
+
+def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int]) -> bytes:
+    """What a worker says of itself.
+
+    Args:
+        settings: Its settings.
+        url: Where other workers reach its HTTP server; empty where they do not.
+        standbys: Its standbys.
+        lags: How far behind each state is that it has.
+    """
+    word = Says(
+        url=url,
+        rack=settings.rack,
+        capacity=settings.capacity,
+        follows=True,
+        standby=standbys.told,
+        lags=lags,
+    )
+    return word.encode()
+
+
+class Conversation:
+    """One member's side.
+
+    Args:
+        settings: The worker's settings.
+        url: Where other workers reach its HTTP server now; empty where they do not.
+        manager: Its tasks.
+        standbys: Its standbys.
+        routes: Told where tasks are.
+        group: Its membership.
+
+    Attributes:
+        told: What it was told last.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        url: Callable[[], str],
+        manager: TaskManager,
+        standbys: Standbys,
+        routes: Routes,
+        group: Group,
+    ) -> None:
+        self._settings = settings
+        self._url = url
+        self._manager = manager
+        self._standbys = standbys
+        self._routes = routes
+        self._group = group
+        self._asked_at_s: float | None = None
+        self.told = Told()
+
+    async def heard(self, event: ToldBytes) -> None:
+        """Act on what the leader tells."""
+        told = self.told = Told.decode(event.told)
+        self._asked_at_s = None
+        self._routes.told(told.routes.values())
+        before = self._standbys.told | self._standbys.warm_ups
+        if told.standby | told.warm_up != before:
+            logger.info("standbys: %s; warm-ups: %s", _named(told.standby), _named(told.warm_up))
+        if self._manager.is_finishing:
+            return
+        await self._standbys.follow(told.standby, told.warm_up, self._manager.has)
+
+    async def run(self) -> None:
+        """Keep what is said current, and ask for a round when all that is to come here is near enough."""
+        while True:
+            self._group.say(says(self._settings, self._url(), self._standbys, self._manager.lags()))
+            self._ask()
+            await anyio.sleep(_SAY_EVERY_S)
+
+    def _ask(self) -> None:
+        now_s = anyio.current_time()
+        if self._asked_at_s is not None and now_s - self._asked_at_s < _ASK_AGAIN_S:
+            return
+        coming = self._to_ask_for()
+        if self._standbys.are_warm(coming, self._settings.acceptable_lag_records):
+            self._asked_at_s = now_s
+            self._group.rejoin(f"warmed up {_named(coming)}")
+
+    def _to_ask_for(self) -> frozenset[TaskId]:
+        """What comes only if it is asked for; what is this worker's by the plan comes as its owner lets go of it."""
+        membership = self._group.membership
+        own = self.told.routes.get(membership.member_id) if membership is not None else None
+        return self.told.warm_up if own is None else self.told.warm_up - own.active
+
+
+def _named(tasks: frozenset[TaskId]) -> str:
+    return ", ".join(map(str, sorted(tasks))) or "none"
