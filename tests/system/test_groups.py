@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.system.harness import DOUBLE, STOPPED, Key, System, Worker, numbered, per_key, until, without_repeats
+from tests.system.harness import DOUBLE, STOPPED, Key, System, Worker, numbered, until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -25,15 +25,10 @@ async def double(stream: sf.Stream[int]) -> AsyncIterator[int]:
 """
 
 
-async def check(system: System, *, exactly: bool) -> None:
-    """The results are the map of the input: record by record, or apart from repeats."""
+async def check(system: System) -> None:
+    """The results are the map of the input, record by record."""
     taken, made = await system.read("numbers"), await system.read("results")
-    if exactly:
-        assert made == {partition: [(key, 2 * value) for key, value in rows] for partition, rows in taken.items()}
-        return
-    for partition, rows in taken.items():
-        kept = {key: without_repeats(values) for key, values in per_key(made[partition]).items()}
-        assert kept == {key: [2 * value for value in values] for key, values in per_key(rows).items()}
+    assert made == {partition: [(key, 2 * value) for key, value in rows] for partition, rows in taken.items()}
 
 
 async def test_two_workers_split_and_take_over(system: System) -> None:
@@ -58,7 +53,7 @@ async def test_two_workers_split_and_take_over(system: System) -> None:
         await first.owns(system.topic("numbers"), PARTITIONS, within_s=SESSION_S)
     await system.has_committed("numbers", sent.total())
     assert await first.stops() == STOPPED
-    await check(system, exactly=not system.is_kafka)
+    await check(system)
 
 
 async def test_what_a_worker_keeps_is_not_disturbed_when_another_joins(system: System) -> None:
@@ -86,8 +81,7 @@ async def test_what_a_worker_keeps_is_not_disturbed_when_another_joins(system: S
         await system.has_committed("numbers", sent.total())
     await system.has_committed("numbers", sent.total())
     assert await again.stops() == STOPPED
-    # Nobody crashed: not even at least once repeats anything.
-    await check(system, exactly=True)
+    await check(system)
 
 
 async def stop_between_writes(worker: Worker, sent: Counter[Key]) -> None:
@@ -125,7 +119,7 @@ async def test_a_stopped_process_that_wakes_up_changes_nothing(system: System) -
     await system.has_committed("numbers", sent.total())
     for worker in (first, second):
         assert await worker.stops() == STOPPED
-    await check(system, exactly=not system.is_kafka)
+    await check(system)
 
 
 async def test_a_worker_that_waits_to_join_can_be_stopped(system: System) -> None:
@@ -189,7 +183,7 @@ async def test_more_workers_than_partitions(system: System) -> None:
         assert await owner.stops() == STOPPED
         await system.has("results", await system.count("results") + 100)
     await system.has_committed("numbers", sent.total())
-    await check(system, exactly=True)
+    await check(system)
 
 
 # --- long and stuck records -------------------------------------------------------------------------------------------
@@ -217,7 +211,7 @@ async def test_a_blocked_event_loop_keeps_its_partitions(system: System) -> None
     assert "lost: " not in first.said, first.said
     assert await first.stops() == STOPPED
     assert await second.stops() == STOPPED
-    await check(system, exactly=True)
+    await check(system)
 
 
 async def test_an_agent_that_hangs_loses_its_partitions(system: System) -> None:
@@ -235,7 +229,7 @@ async def test_an_agent_that_hangs_loses_its_partitions(system: System) -> None:
     await system.has("results", 60)
     second.kill()
     first.kill()
-    await check(system, exactly=not system.is_kafka)
+    await check(system)
 
 
 async def test_waiting_for_the_rest_of_a_unit_is_not_hanging(system: System) -> None:
@@ -270,7 +264,7 @@ async def slow(stream: sf.Stream[int]) -> AsyncIterator[int]:
     await system.has("results", 6)
     assert "lost: " not in worker.said, worker.said
     assert await worker.stops() == STOPPED
-    await check(system, exactly=True)
+    await check(system)
 
 
 async def test_workers_that_start_all_at_once_on_a_new_log(system: System) -> None:
@@ -285,7 +279,7 @@ async def test_workers_that_start_all_at_once_on_a_new_log(system: System) -> No
     again = await system.started()
     await system.has_committed("numbers", sent.total())
     assert await again.stops() == STOPPED
-    await check(system, exactly=True)
+    await check(system)
 
 
 NEWER = (
