@@ -31,6 +31,7 @@ from streamflow.processing.agent import Agent
 from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.out import Out
 from streamflow.processing.policy import DeadLetter, Retry, Skip, Stop
+from streamflow.processing.remote import TableRead
 from streamflow.processing.set_table import SetTable
 from streamflow.processing.stream import Event, Stream
 from streamflow.processing.table import Table
@@ -82,6 +83,7 @@ __all__ = [
     "Stream",
     "StreamFlowError",
     "Table",
+    "TableRead",
     "Topic",
     "TopicPartition",
     "Topology",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
-import anyio.to_thread
 import msgspec
 
 from streamflow.metrics import fleet_metrics, merge
+from streamflow.runtime.http_client import HttpClient, UnreachableError
 from streamflow.runtime.status import WorkerStatus
 from streamflow.web.site import ProcessView
 
@@ -48,6 +47,16 @@ class Member:
         """
         self.pid, self.answered, self.state = pid, False, "starting"
 
+    @property
+    def url(self) -> str | None:
+        """Where the supervisor reaches it; None while it does not run, and without the web."""
+        if self.pid is None or self.listener is None:
+            return None
+        host: str = self.listener.getsockname()[0]
+        port: int = self.listener.getsockname()[1]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
     def ended(self) -> None:
         """It does not run any more."""
         self.pid = None
@@ -58,10 +67,16 @@ class Fleet:
 
     Args:
         members: One each.
+        client: Asks them.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], client: HttpClient) -> None:
         self.members = members
+        self._client = client
+
+    def urls(self) -> list[str]:
+        """Where those that run are reached."""
+        return [url for member in self.members if (url := member.url) is not None]
 
     async def metrics(self) -> bytes:
         """Their metrics, each sample with a label `process`, and how often each was started again."""
@@ -87,28 +102,17 @@ class Fleet:
         answers: dict[int, bytes] = {}
 
         async def ask(member: Member) -> None:
-            if member.pid is None or member.listener is None:
+            if (url := member.url) is None:
                 return
-            port = member.listener.getsockname()[1]
-            answer = await anyio.to_thread.run_sync(_get, port, path, abandon_on_cancel=True)
-            if answer is not None:
+            try:
+                answer = await self._client.get(url + path, {}, timeout_s=TIMEOUT_S)
+            except UnreachableError:
+                return
+            if answer.status == 200:
                 member.answered = True
-                answers[member.index] = answer
+                answers[member.index] = answer.body
 
         async with anyio.create_task_group() as tasks:
             for member in self.members:
                 tasks.start_soon(ask, member)
         return answers
-
-
-def _get(port: int, path: str) -> bytes | None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    return body if answer.status == 200 else None

@@ -23,8 +23,10 @@ from streamflow.cli.errors import FAILED, REFUSED
 from streamflow.cli.fleet import Fleet, Member
 from streamflow.cli.options import Session
 from streamflow.cli.signals import HANDLED, Requests
+from streamflow.runtime.http_client import HttpClient
 from streamflow.runtime.worker import Worker
 from streamflow.web.overview import overview_of
+from streamflow.web.passed_on import PassedOn
 from streamflow.web.server import address_of, listen, serving
 from streamflow.web.site import build_site
 
@@ -58,7 +60,8 @@ class _Supervisor:
         session.app.topology()
         facade = Worker(session.app, session.settings)
         self._overview = overview_of(session.app, session.settings, facade.address, facade.guarantee)
-        self._fleet = Fleet([Member(index) for index in range(processes)])
+        self._client = HttpClient()
+        self._fleet = Fleet([Member(index) for index in range(processes)], self._client)
         self._running: dict[int, Process] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
@@ -87,11 +90,16 @@ class _Supervisor:
     async def _serve(self, stack: contextlib.AsyncExitStack) -> str:
         if not self._settings.web:
             return "off"
-        listener = listen(self._settings.web_host, self._settings.web_port)
+        settings = self._settings
+        listener = listen(settings.web_host, settings.web_port)
+        await stack.enter_async_context(self._client)
         for member in self._fleet.members:
-            # Bound here, so that the port is known and stays the same over restarts.
-            member.listener = stack.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
-        await stack.enter_async_context(serving(build_site(self._fleet, lambda: self._overview), listener))
+            # Bound here, so that the port is known and stays the same over restarts. Workers of other machines ask for
+            # tables there.
+            own = listen(settings.web_host if settings.serve_tables else "127.0.0.1", 0)
+            member.listener = stack.enter_context(contextlib.closing(own))
+        tables = PassedOn(self._fleet.urls, self._client).routes() if settings.serve_tables else []
+        await stack.enter_async_context(serving(build_site(self._fleet, lambda: self._overview, tables), listener))
         return address_of(listener)
 
     # --- one process -----------------------------------------------------------------------------------------------

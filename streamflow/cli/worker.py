@@ -67,7 +67,7 @@ def worker(
         if json and not until_end:
             raise ConfigurationError("--json says how a bounded run went: it goes with --until-end")
         if me is None and processes is not None:
-            _check_processes(session)
+            _check_processes(session, processes)
             code = supervise(session, processes)
         else:
             code = _run(session, me, until_end=until_end, json=json)
@@ -81,7 +81,12 @@ def worker(
     raise typer.Exit(code)
 
 
-def _check_processes(session: Session) -> None:
+def _check_processes(session: Session, processes: int) -> None:
+    url = session.settings.advertised_url
+    if processes > 1 and url is not None and "{port}" not in url:
+        raise ConfigurationError(
+            f"advertised_url={url!r}: each of {processes} processes has a port of its own: write {{port}} in it"
+        )
     if str(session.settings.broker).startswith("memory://"):
         raise ConfigurationError("--processes: memory:// lives inside one process; use sqlite:///PATH or kafka://")
 

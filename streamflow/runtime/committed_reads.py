@@ -8,7 +8,7 @@ after it, so it held throughout. A process that was stopped and wakes up does no
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -23,13 +23,13 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
+from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.read_question import Answer, Question
-from streamflow.runtime.task import Task
+from streamflow.runtime.readable import Copied, Owned, Readable, Row
+from streamflow.runtime.standby import Standby
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.state.keys import ByteRange
-from streamflow.state.overlay import Overlay
-from streamflow.state.values import MISSING
 
 MOST_ROWS = 1_000
 _MOST_BYTES = 4 * 1024 * 1024
@@ -90,7 +90,7 @@ class CommittedReads:
 
     def has_copy(self, sub: SubTopology, partition: int) -> bool:
         """Whether this worker has a standby of a task."""
-        return False
+        return self._standby(sub, partition) is not None
 
     def check_positions(self, table: Table[Any, Any], sub: SubTopology, at: str) -> None:
         """Refuse positions that this table never comes to.
@@ -127,22 +127,22 @@ class CommittedReads:
         at = positions_of(question.at)
         key = None if question.key is None else key_of(table, question.key)
         give_up_s = anyio.current_time() + question.timeout_s
-        tasks = [await self._held(table, sub, number, at, give_up_s) for number in question.partitions]
-        position = text_of(_union(task.committed_positions(table.name) for task in tasks))
-        overlays = [_tables(task).overlays[table.name] for task in tasks]
+        parts = [await self._held(table, sub, number, at, give_up_s, question) for number in question.partitions]
         try:
             if question.key is not None:
-                rows, is_complete = _value(key, overlays, question.key), True
+                rows, is_complete = _value(parts, key, question.key), True
             else:
                 span = bounds_of(table, question)
                 rows, is_complete = await anyio.to_thread.run_sync(
-                    _scan, overlays, span, question.limit, limiter=self._scans
+                    _scan, parts, span, question.limit, limiter=self._scans
                 )
         except StreamFlowError as error:
-            self._check_still(sub, tasks)
+            self._check_still(table, sub, parts)
             raise NotReadableYet(str(error)) from error
-        self._check_still(sub, tasks)
-        return Answer(rows, is_complete, position)
+        self._check_still(table, sub, parts)
+        position = text_of({tp: offset for part in parts for tp, offset in part.positions.items()})
+        lags = [part.lag for part in parts if part.lag is not None]
+        return Answer(rows, is_complete, position, sum(lags) if lags else None)
 
     async def _held(
         self,
@@ -151,15 +151,16 @@ class CommittedReads:
         partition: int,
         at: Mapping[TopicPartition, int],
         give_up_s: float,
-    ) -> Task:
-        """A task whose tables can be read and have come far enough."""
+        question: Question,
+    ) -> Readable:
+        """A partition that can be read and has come far enough."""
         while True:
             try:
-                task = self._standing(sub, partition)
-                behind = _behind(task.committed_positions(table.name), at)
-                if behind is None:
-                    return task
-                error = NotReadableYet(f"partition {partition} of table {table.name!r} has not come to {behind} yet")
+                part = self._readable(table, sub, partition, stale_ok=question.stale_ok)
+                late = part.behind(at)
+                if late is None:
+                    return part
+                error = NotReadableYet(f"partition {partition} has not come to offset {at[late]} of {late} yet")
             except NotReadableYet as exc:
                 error = exc
             left_s = give_up_s - anyio.current_time()
@@ -167,24 +168,38 @@ class CommittedReads:
                 raise error
             await anyio.sleep(min(left_s, _POLL_S))
 
-    def _standing(self, sub: SubTopology, partition: int) -> Task:
-        """A task that may be read now."""
+    def _readable(self, table: Table[Any, Any], sub: SubTopology, partition: int, *, stale_ok: bool) -> Readable:
+        """A partition that may be read now."""
         if self._group.membership is None or not self.owns(sub, partition):
-            raise Misdirected(f"partition {partition} of {', '.join(sub.topics)} is not this worker's")
+            if not stale_ok:
+                raise Misdirected(f"partition {partition} is not this worker's")
+            return self._copied(table, sub, partition)
         age_s = self._group.statistics().last_heartbeat_age_s
         if age_s is None or age_s >= self._session_timeout_s:
             raise NotReadableYet("this worker was not heard of in its group for a session")
         task = self._manager.tasks.get((sub.name, partition))
         if task is None or not task.is_readable:
-            raise NotReadableYet(
-                f"partition {partition} of {', '.join(sub.topics)} is being opened, restored or closed"
-            )
-        return task
+            raise NotReadableYet(f"partition {partition} is being opened, restored or closed")
+        return Owned(task, table)
 
-    def _check_still(self, sub: SubTopology, tasks: list[Task]) -> None:
-        for task in tasks:
-            if self._standing(sub, task.partition) is not task:
-                raise NotReadableYet(f"task {task.name} was opened anew while it was read")
+    def _copied(self, table: Table[Any, Any], sub: SubTopology, partition: int) -> Readable:
+        standby = self._standby(sub, partition)
+        if standby is None:
+            raise Misdirected(f"partition {partition} is not this worker's, and it has no copy of it")
+        lag, state = standby.lag, standby.state
+        if lag is None or state is None or table.name not in standby.positions:
+            raise NotReadableYet(f"how far the copy of partition {partition} is behind is not known yet")
+        return Copied(standby, table, state.store, lag)
+
+    def _standby(self, sub: SubTopology, partition: int) -> Standby | None:
+        return self._manager.standbys.held().get(TaskId(sub.name, partition))
+
+    def _check_still(self, table: Table[Any, Any], sub: SubTopology, parts: list[Readable]) -> None:
+        for part in parts:
+            holder = part.holder
+            now = self._readable(table, sub, holder.partition, stale_ok=part.lag is not None)
+            if now.holder is not holder:
+                raise NotReadableYet(f"partition {holder.partition} was opened anew while it was read")
 
 
 def bounds_of(table: Table[Any, Any], question: Question) -> ByteRange:
@@ -204,22 +219,6 @@ def bounds_of(table: Table[Any, Any], question: Question) -> ByteRange:
     return max(low, question.low), high
 
 
-def _tables(task: Task) -> Any:
-    return task.tables
-
-
-def _behind(positions: Mapping[TopicPartition, int], at: Mapping[TopicPartition, int]) -> str | None:
-    """What is asked for of these partitions and not there yet; None where nothing is."""
-    for tp, offset in at.items():
-        if positions.get(tp, offset) < offset:
-            return f"{tp.topic}:{tp.partition}:{offset}"
-    return None
-
-
-def _union(several: Iterator[dict[TopicPartition, int]]) -> dict[TopicPartition, int]:
-    return {tp: offset for positions in several for tp, offset in positions.items()}
-
-
 def key_of(table: Table[Any, Any], store_key: bytes) -> Any:
     """A key of which another worker gives the bytes.
 
@@ -232,19 +231,16 @@ def key_of(table: Table[Any, Any], store_key: bytes) -> Any:
         raise ConfigurationError(str(error)) from error
 
 
-def _value(key: Any, overlays: list[Overlay], store_key: bytes) -> list[tuple[bytes, bytes]]:
-    for overlay in overlays:
-        held = overlay.committed(key)
-        if held is not MISSING:
-            return [(store_key, overlay.values.payload(held))]
-    return []
+def _value(parts: list[Readable], key: Any, store_key: bytes) -> list[Row]:
+    values = (part.value(key, store_key) for part in parts)
+    return [(store_key, value) for value in values if value is not None]
 
 
-def _scan(overlays: list[Overlay], span: ByteRange, limit: int) -> tuple[list[tuple[bytes, bytes]], bool]:
+def _scan(parts: list[Readable], span: ByteRange, limit: int) -> tuple[list[Row], bool]:
     """The first rows of a range of several partitions, and whether these are all; in a thread."""
-    entries = [overlay.entries(*span, committed=True) for overlay in overlays]
+    entries = [part.entries(*span) for part in parts]
     merged = entries[0] if len(entries) == 1 else heapq.merge(*entries)
-    rows: list[tuple[bytes, bytes]] = []
+    rows: list[Row] = []
     size_bytes = 0
     for row in islice(merged, min(limit, MOST_ROWS)):
         rows.append(row)

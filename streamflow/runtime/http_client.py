@@ -91,6 +91,7 @@ class HttpClient:
     def __init__(self) -> None:
         self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
         self._tls: ssl.SSLContext | None = None
+        self._is_closed = False
 
     async def __aenter__(self) -> HttpClient:
         return self
@@ -98,10 +99,11 @@ class HttpClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for kept in self._idle.values():
-            for connection in kept:
-                await anyio.aclose_forcefully(connection.stream)
-        self._idle.clear()
+        self._is_closed = True
+        with anyio.CancelScope(shield=True):  # a cancelled wait for the first one would leave the others open
+            for kept in self._idle.values():
+                while kept:
+                    await anyio.aclose_forcefully(kept.pop().stream)
 
     async def get(self, url: str, headers: Mapping[str, str], *, timeout_s: float) -> Response:
         """Ask once; again where a connection that was kept turns out to be closed.
@@ -152,7 +154,7 @@ class HttpClient:
         is_kept = False
         try:
             response = await connection.exchange(target, headers)
-            is_kept = connection.is_reusable() and len(kept) < _MAX_IDLE
+            is_kept = connection.is_reusable() and len(kept) < _MAX_IDLE and not self._is_closed
             return response
         finally:
             if is_kept:

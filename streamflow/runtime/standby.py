@@ -211,6 +211,11 @@ class Standby:
         """By table: the offset that follows what the store has."""
         return {each.table.name: each.position for _, each in self._each()}
 
+    @property
+    def times(self) -> Mapping[str, int]:
+        """By table whose values expire: the task's stream time, as of the commit that was heard of last."""
+        return {} if self._mark is None else self._mark.times
+
     def status(self) -> StandbyStatus:
         """A snapshot."""
         return StandbyStatus(self.name, self.is_warm_up, self.lag, self.records, self.given_up)

@@ -52,7 +52,9 @@ class _KeyConvertor(Convertor[str]):
         return value
 
 
-register_url_convertor("streamflow_key", _KeyConvertor())
+KEY = "streamflow_key"
+"""Name of the convertor of keys in paths."""
+register_url_convertor(KEY, _KeyConvertor())
 
 
 class TableSite:
@@ -72,7 +74,7 @@ class TableSite:
         answers: dict[str, Handler] = {
             "/tables": self._index,
             "/tables/{table}": self._many,
-            "/tables/{table}/{key:streamflow_key}": self._one,
+            f"/tables/{{table}}/{{key:{KEY}}}": self._one,
             PATH: self._for_workers,
         }
         return [Route(path, _answering(answer), methods=["GET"]) for path, answer in answers.items()]
@@ -132,7 +134,7 @@ class TableSite:
         else:
             found = await self._reader().get(table, key, options)
         if not found.is_there:
-            return _error(404, f"{table.kind} {table.name!r} has no key {text!r}", _headers(found))
+            return failure(404, f"{table.kind} {table.name!r} has no key {text!r}", _headers(found))
         return _json({"key": plain(key), "value": plain(found.value)}, _headers(found))
 
     async def _members(self, table: SetTable[Any, Any], request: Request, query: Query, text: str) -> Response:
@@ -147,7 +149,7 @@ class TableSite:
         after = None if cursor is None else cursor.after
         page = await self._reader().members_page(pairs, key, after, query.limit, options)
         if not page.rows and after is None:
-            return _error(404, f"set table {table.name!r} has no key {text!r}", _headers(page))
+            return failure(404, f"set table {table.name!r} has no key {text!r}", _headers(page))
         following = None if page.after is None else Cursor(table.name, low, high, page.after).text()
         members = [plain(member) for (_, member), _ in page.rows]
         return _json({"key": plain(key), "members": members, "cursor": following}, _headers(page))
@@ -232,20 +234,20 @@ def _answering(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except UnknownTable as error:
-            return _error(404, str(error))
+            return failure(404, str(error))
         except Misdirected as error:
-            return _error(421, str(error))
+            return failure(421, str(error))
         except PermissionError as error:
-            return _error(403, str(error) or "forbidden")
+            return failure(403, str(error) or "forbidden")
         except DeserializationError as error:
-            return _error(500, shown_error(error))
+            return failure(500, shown_error(error))
         except (ConfigurationError, RecordError) as error:
-            return _error(400, shown_error(error))
+            return failure(400, shown_error(error))
         except (NotHeld, NotReadableYet) as error:
-            return _error(503, str(error), {"retry-after": "1"})
+            return failure(503, str(error), {"retry-after": "1"})
         except StreamFlowError as error:
             logger.warning("a read of a table failed: %s", error)
-            return _error(503, str(error), {"retry-after": "1"})
+            return failure(503, str(error), {"retry-after": "1"})
 
     return answered
 
@@ -259,7 +261,8 @@ def _json(answer: object, headers: Mapping[str, str] | None = None, status: int 
     )
 
 
-def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
+def failure(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer that says what is wrong."""
     return _json({"error": text.encode(errors="replace").decode()}, headers, status)
 
 

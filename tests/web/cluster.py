@@ -12,6 +12,7 @@ import httpx
 import streamflow as sf
 from streamflow.hosting import served
 from streamflow.metrics import PrometheusSensors
+from streamflow.model.partitioner import partition_for
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route
 from streamflow.web.server import listen
@@ -95,6 +96,14 @@ class Cluster:
     def table(self, name: str, worker: int = 0) -> Any:
         app = self.apps[worker]
         return app.set_tables.get(name) if name in app.set_tables else app.tables[name]
+
+    def home_of(self, topic: str, key: Any) -> int:
+        """The partition of a record's key."""
+        manager = self.workers[0].worker.manager
+        assert manager is not None
+        data = self.apps[0].topics[topic].key_codec.encode(key)
+        assert data is not None
+        return partition_for(data, manager._layout.counts[topic])
 
     def owner(self, name: str, key: Any) -> int:
         """The worker that holds a key."""

@@ -1,9 +1,17 @@
+import asyncio
+import base64
+import dataclasses
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import pytest
 
 import streamflow as sf
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.words import Route
+from streamflow.runtime.read_question import Question
+from streamflow.runtime.readable import Owned
 from tests.web.cluster import Cluster
 
 ODD = ["tea", "", "a/b", "a//b/", "../up", "ü€𝄞", "per%20cent", "a+b&c=d?e#f", "line\nend\n", " ", "'\"", "\0"]
@@ -52,3 +60,392 @@ async def test_what_is_not_there_is_404_and_a_bad_key_400() -> None:
         assert await cluster.table("stock").get_remote("coffee", 7) == 7
         with pytest.raises(sf.ProductionError, match="str"):
             await cluster.table("stock").get_remote(3)
+
+
+async def test_nothing_is_written() -> None:
+    async with Cluster(shop, workers=1) as cluster:
+        for path in ("/tables", "/tables/stock", "/tables/stock/tea", "/-/table-reads"):
+            for method in ("POST", "PUT", "PATCH", "DELETE"):
+                answer = await cluster.http.request(method, cluster.urls[0] + path)
+                assert answer.status_code == 405, (method, path)
+
+
+# --- types ---------------------------------------------------------------------------------------------------------
+
+
+class Place(msgspec.Struct, frozen=True):
+    city: str
+    floor: int
+
+
+def kinds() -> sf.App:
+    """Tables with keys and values of several types, filled by one agent: its records say which table, key and value."""
+    app = sf.App("kinds", partitions=3)
+    source = app.topic("source", key_type=str, value_type=int)
+    raw = app.topic("raw", key_type=bytes, value_type=bytes)
+    numbers = app.topic("numbers", key_type=int, value_type=Place)
+    blobs = app.table("blobs", key_type=bytes, value_type=bytes)
+    places = app.table("places", key_type=int, value_type=Place)
+    pairs = app.table("pairs", key_type=tuple[str, int], value_type=float, partition_by=lambda key: key[0])
+    brief = app.table("brief", key_type=str, value_type=int, ttl_s=1)
+    tags = app.set_table("tags", key_type=str, member_type=str)
+    rates = app.topic("rates", key_type=str, value_type=float, partitions=2, compacting=True)
+    app.global_table("all-rates", source=rates)
+
+    @app.agent(source, tables=[pairs, brief, tags])
+    async def fill(stream: sf.Stream[int, str]) -> None:
+        async for event in stream.events():
+            pairs[event.key, event.value] = event.value / 2
+            brief[event.key] = event.value
+            tags[event.key].add(f"t{event.value:03}")
+
+    @app.agent(raw, tables=[blobs])
+    async def fill_raw(stream: sf.Stream[bytes, bytes]) -> None:
+        async for key, value in stream.items():
+            blobs[key] = value
+
+    @app.agent(numbers, tables=[places])
+    async def fill_numbers(stream: sf.Stream[Place, int]) -> None:
+        async for key, value in stream.items():
+            places[key] = value
+
+    return app
+
+
+async def test_keys_are_read_by_their_type() -> None:
+    async with Cluster(kinds) as cluster:
+        odd = [b"", b"\xff\x00/", b"a", "ü".encode()]
+        await filled(cluster, {key: key + b"\xfe" for key in odd}, "raw")
+        await filled(cluster, {-5: Place("Rome", 2), 7: Place("Bern", 1)}, "numbers")
+        await filled(cluster, {"a/b": 4}, "source")
+        for worker in range(2):
+            for key in odd:
+                answer = await cluster.json(f"/tables/blobs/{quote(key, safe='')}", worker=worker)
+                assert answer["value"] == {"base64": base64.b64encode(key + b"\xfe").decode()}
+                assert await cluster.table("blobs", worker).get_remote(key) == key + b"\xfe"
+            assert await cluster.json("/tables/places/-5", worker=worker) == {
+                "key": -5,
+                "value": {"city": "Rome", "floor": 2},
+            }
+            assert await cluster.table("places", worker).get_remote(7) == Place("Bern", 1)
+            path = "/tables/pairs/" + quote('["a/b", 4]', safe="")
+            assert await cluster.json(path, worker=worker) == {"key": ["a/b", 4], "value": 2.0}
+            assert await cluster.table("pairs", worker).get_remote(("a/b", 4)) == 2.0
+        for path, what in (
+            ("/tables/places/seven", "key for table 'places'"),
+            ("/tables/pairs/a", "tuple[str, int]"),
+            ("/tables/pairs?prefix=5&from=6", "prefix="),
+        ):
+            answer = await cluster.get(path)
+            assert answer.status_code == 400
+            assert what in answer.json()["error"]
+
+
+async def test_set_tables_are_read_by_their_members() -> None:
+    async with Cluster(kinds) as cluster:
+        for number in range(7):
+            await cluster.machine.send(cluster.machine.app.topics["source"], number, key="tea")
+        await cluster.machine.send(cluster.machine.app.topics["source"], 1, key="cake")
+        await cluster.machine.settle()
+        expected = [f"t{number:03}" for number in range(7)]
+        for worker in range(2):
+            assert await cluster.json("/tables/tags/tea", worker=worker) == {
+                "key": "tea",
+                "members": expected,
+                "cursor": None,
+            }
+            first = await cluster.json("/tables/tags/tea?limit=5", worker=worker)
+            rest = await cluster.json(f"/tables/tags/tea?limit=5&cursor={first['cursor']}", worker=worker)
+            assert first["members"] + rest["members"] == expected
+            assert rest["cursor"] is None
+            assert (await cluster.json("/tables/tags/tea?in=t003", worker=worker))["in"] is True
+            assert (await cluster.json("/tables/tags/tea?in=t007", worker=worker))["in"] is False
+            assert (await cluster.get("/tables/tags/milk", worker=worker)).status_code == 404
+            every = await cluster.json("/tables/tags", worker=worker)
+            assert every["items"] == [{"key": "cake", "member": "t001"}] + [
+                {"key": "tea", "member": member} for member in expected
+            ]
+            assert await cluster.json("/tables/tags?from=cake&to=tea", worker=worker) == {
+                "items": every["items"][:1],
+                "cursor": None,
+            }
+            assert await cluster.table("tags", worker).get_remote("tea") == set(expected)
+            assert await cluster.table("tags", worker).get_remote("milk") == set()
+        assert "no set table" in (await cluster.get("/tables/brief/tea?in=x")).text
+
+
+async def test_expired_values_are_absent() -> None:
+    async with Cluster(kinds) as cluster:
+        source = cluster.machine.app.topics["source"]
+        await cluster.machine.client.send(source, key="tea", value=1, timestamp_ms=1_000)
+        await cluster.machine.settle()
+        path = "/tables/brief/tea"
+        assert [(await cluster.get(path, worker=worker)).status_code for worker in (0, 1)] == [200, 200]
+        # The same partition's stream time goes on by another key of it.
+        homes = {key: cluster.home_of("source", key) for key in ("tea", *"abcdefgh")}
+        other = next(key for key in "abcdefgh" if homes[key] == homes["tea"])
+        await cluster.machine.client.send(source, key=other, value=1, timestamp_ms=5_000)
+        await cluster.machine.settle()
+        assert [(await cluster.get(path, worker=worker)).status_code for worker in (0, 1)] == [404, 404]
+        assert [row["key"] for row in (await cluster.json("/tables/brief"))["items"]] == [other]
+
+
+async def test_global_tables_are_answered_by_all() -> None:
+    async with Cluster(kinds) as cluster:
+        await filled(cluster, {f"r{number}": number / 2 for number in range(8)}, "rates")
+        for worker in range(2):
+            await cluster.apps[worker].global_tables["all-rates"].caught_up()
+            assert await cluster.json("/tables/all-rates/r3", worker=worker) == {"key": "r3", "value": 1.5}
+            assert (await cluster.get("/tables/all-rates/none", worker=worker)).status_code == 404
+            found, cursor = [], ""
+            while cursor is not None:
+                page = await cluster.json(f"/tables/all-rates?prefix=r&limit=3{cursor and '&cursor=' + cursor}")
+                found += [row["key"] for row in page["items"]]
+                cursor = page["cursor"]
+            assert found == [f"r{number}" for number in range(8)]
+        late = await cluster.get("/tables/all-rates/r3?at=rates:0:999&timeout_s=0.05")
+        assert (late.status_code, late.headers["retry-after"]) == (503, "1")
+        assert (await cluster.get("/tables/all-rates/r3?at=source:0:1")).status_code == 400
+
+
+# --- ranges --------------------------------------------------------------------------------------------------------
+
+
+async def test_pages_are_complete_and_in_order_over_all_workers() -> None:
+    async with Cluster(shop, workers=3) as cluster:
+        keys = [f"k{number:03}" for number in range(150)]
+        await filled(cluster, dict.fromkeys(keys, 1))
+        for worker, limit in ((0, 1000), (1, 7), (2, 64)):
+            found: list[str] = []
+            cursor = ""
+            while cursor is not None:
+                page = await cluster.json(f"/tables/stock?limit={limit}{cursor and '&cursor=' + cursor}", worker=worker)
+                assert len(page["items"]) <= limit
+                found += [row["key"] for row in page["items"]]
+                cursor = page["cursor"]
+            assert found == keys
+            table = cluster.table("stock", worker)
+            assert [key async for key, _ in table.scan_remote()] == keys
+            assert [key async for key, _ in table.scan_remote("k010", "k020")] == keys[10:20]
+        answer = await cluster.json("/tables/stock?from=k010&to=k013")
+        assert [row["key"] for row in answer["items"]] == ["k010", "k011", "k012"]
+        assert [row["key"] for row in (await cluster.json("/tables/stock?prefix=k14"))["items"]] == keys[140:150]
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=1001", "limit=x", "cursor=nonsense", "stale=yes", "timeout_s=61", "pefix=a", "at=x"]
+)
+async def test_what_cannot_be_read_is_400(query: str) -> None:
+    async with Cluster(shop, workers=1) as cluster:
+        answer = await cluster.get(f"/tables/stock?{query}")
+        assert answer.status_code == 400, answer.text
+        assert query.split("=")[0] in answer.json()["error"] or "position" in answer.text
+
+
+async def test_a_cursor_is_for_its_own_read() -> None:
+    async with Cluster(shop, workers=1) as cluster:
+        await filled(cluster, {"a": 1, "b": 1, "c": 1})
+        cursor = (await cluster.json("/tables/stock?prefix=&limit=1"))["cursor"]
+        assert [row["key"] for row in (await cluster.json(f"/tables/stock?cursor={cursor}"))["items"]] == ["b", "c"]
+        assert (await cluster.get(f"/tables/stock?from=b&cursor={cursor}")).status_code == 400
+
+
+# --- who may read --------------------------------------------------------------------------------------------------
+
+asked: list[sf.TableRead] = []
+
+
+def guarded() -> sf.App:
+    app = shop()
+
+    @app.authorize_reads
+    async def allowed(read: sf.TableRead) -> bool:
+        asked.append(read)
+        if read.headers.get("authorization") == "Bearer ann":
+            return read.key == "ann"
+        if read.headers.get("authorization") == "Bearer root":
+            return True
+        raise PermissionError("who are you?")
+
+    return app
+
+
+async def test_who_may_read_is_asked_for_on_both_workers() -> None:
+    async with Cluster(guarded) as cluster:
+        await filled(cluster, {"ann": 1, "bob": 2})
+        asked.clear()
+        for worker in range(2):
+            for key, who, status in (
+                ("ann", "Bearer ann", 200),
+                ("bob", "Bearer ann", 403),
+                ("bob", "Bearer root", 200),
+                ("bob", "Basic x", 403),
+            ):
+                answer = await cluster.get(f"/tables/stock/{key}", worker=worker, Authorization=who)
+                assert answer.status_code == status
+            assert (await cluster.get("/tables/stock", worker=worker, Authorization="Bearer ann")).status_code == 403
+            assert (await cluster.get("/tables/stock", worker=worker, Authorization="Bearer root")).status_code == 200
+        assert "who are you?" in (await cluster.get("/tables/stock/ann")).text
+        # Each read that was passed on was asked for twice.
+        assert [read.key for read in asked].count("ann") >= 3
+        elsewhere = cluster.table("stock", 1 - cluster.owner("stock", "bob"))
+        with pytest.raises(PermissionError, match="who are you"):
+            await elsewhere.get_remote("bob")
+        assert await elsewhere.get_remote("bob", headers={"authorization": "Bearer root"}) == 2
+
+
+async def test_the_way_between_workers_is_guarded_like_the_others() -> None:
+    async with Cluster(guarded) as cluster:
+        await filled(cluster, {"ann": 1, "bob": 2})
+        owner = cluster.owner("stock", "bob")
+        order = cluster.table("stock").keys_in_order
+        partition = cluster.home_of("moves", "bob")
+        for question in (
+            Question("stock", (partition,), order.name, key=order.encode("bob")),
+            Question("stock", (partition,), order.name, limit=10),
+        ):
+            path = f"/-/table-reads?{question.query()}"
+            assert (await cluster.get(path, worker=owner, Authorization="Bearer ann")).status_code == 403
+            assert (await cluster.get(path, worker=owner, Authorization="Bearer root")).status_code == 200
+            assert (await cluster.get(path, worker=1 - owner, Authorization="Bearer root")).status_code == 421
+        assert (await cluster.get("/-/table-reads?q=x", worker=owner)).status_code == 400
+
+
+def test_one_function_decides() -> None:
+    app = guarded()
+    with pytest.raises(sf.TopologyError, match="already"):
+        app.authorize_reads(lambda read: True)
+
+
+# --- moves, waits --------------------------------------------------------------------------------------------------
+
+
+async def test_a_read_waits_for_its_position() -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"tea": 1})
+        machine = cluster.machine
+        sent = await machine.client.send(machine.app.topics["moves"], key="tea", value=5)
+        for worker in range(2):
+            late = await cluster.get(f"/tables/stock/tea?at={sent.position}&timeout_s=0.05", worker=worker)
+            assert late.status_code == 503
+            assert "has not come to offset" in late.text
+        reads = [
+            asyncio.create_task(cluster.get(f"/tables/stock/tea?at={sent.position}", worker=worker))
+            for worker in range(2)
+        ]
+        await machine.settle()
+        for read in reads:
+            answer = await read
+            assert answer.json()["value"] == 6
+            assert f"moves:{sent.partition}:{sent.offset + 1}" in answer.headers["streamflow-position"]
+        assert (await cluster.get("/tables/stock/tea?at=other:0:1")).status_code == 400
+
+
+async def test_a_change_is_read_by_the_position_behind_it() -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"tea": 1})
+        owner = cluster.owner("stock", "tea")
+        table = cluster.table("stock", owner)
+        change = asyncio.create_task(table.update_async("tea", lambda count: 40))
+        await cluster.machine.settle()
+        await change
+        position = table.position("tea")
+        assert "stock-changelog" in position
+        assert await cluster.table("stock", 1 - owner).get_remote("tea", at=position) == 40
+        with pytest.raises(sf.NotHeld):
+            cluster.table("stock", 1 - owner).position("tea")
+
+
+async def test_what_moves_is_found_again() -> None:
+    async with Cluster(shop) as cluster:
+        counts = {f"k{number}": number for number in range(20)}
+        await filled(cluster, counts)
+        await cluster.start()
+        for worker in range(3):
+            assert {key: await cluster.table("stock", worker).get_remote(key) for key in counts} == counts
+        stopped = cluster.workers[0]
+        reads = [
+            asyncio.create_task(cluster.table("stock", 1 + number % 2).get_remote(key))
+            for number, key in enumerate(counts)
+        ]
+        await cluster.machine.stop(stopped)
+        await cluster.shared()
+        assert [await read for read in reads] == list(counts.values())
+        for worker in (1, 2):
+            assert (await cluster.json("/tables/stock?limit=1000", worker=worker))["cursor"] is None
+            assert {key: await cluster.table("stock", worker).get_remote(key) for key in counts} == counts
+        assert (await cluster.get("/tables/stock/k1", worker=0)).status_code == 503  # it has stopped
+
+
+async def test_who_was_not_heard_of_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"tea": 1})
+        owner = cluster.owner("stock", "tea")
+        group = cluster.workers[owner].worker.group
+        assert group is not None
+        silent = dataclasses.replace(group.statistics(), last_heartbeat_age_s=90_000.0)
+        monkeypatch.setattr(group, "statistics", lambda: silent)
+        for worker in range(2):
+            answer = await cluster.get("/tables/stock/tea?timeout_s=0.1", worker=worker)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "was not heard of" in answer.text
+        with pytest.raises(sf.NotHeld, match="was not heard of"):
+            await cluster.table("stock", 1 - owner).get_remote("tea", timeout_s=0.1)
+        monkeypatch.undo()
+        assert await cluster.table("stock", 1 - owner).get_remote("tea", timeout_s=0.1) == 1
+
+
+async def test_what_a_read_lost_meanwhile_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Cluster(shop, workers=1) as cluster:
+        await filled(cluster, {"tea": 1})
+        group = cluster.workers[0].worker.group
+        assert group is not None
+        silent = dataclasses.replace(group.statistics(), last_heartbeat_age_s=90_000.0)
+        value = Owned.value
+
+        def stopped_in_between(self: Owned, key: Any, store_key: bytes) -> bytes | None:
+            monkeypatch.setattr(group, "statistics", lambda: silent)
+            return value(self, key, store_key)
+
+        monkeypatch.setattr(Owned, "value", stopped_in_between)
+        assert (await cluster.get("/tables/stock/tea?timeout_s=0.1")).status_code == 503
+
+
+async def test_a_worker_without_a_web_server_is_named() -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"tea": 1})
+        asker = 1 - cluster.owner("stock", "tea")
+        routes = cluster.workers[asker].worker.routes
+        tasks = frozenset(TaskId(sub, number) for sub, number in routes._owners)
+        routes.told([Route("http://127.0.0.1:9", tasks)])
+        routes.told([Route("", tasks)])
+        answer = await cluster.get("/tables/stock/tea?timeout_s=0", worker=asker)
+        assert answer.status_code == 503
+        assert "serves no HTTP" in answer.text
+        routes.told([])
+        assert "nobody is known to hold" in (await cluster.get("/tables/stock/tea?timeout_s=0", worker=asker)).text
+
+
+async def test_reads_are_counted() -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"tea": 1})
+        await cluster.json("/tables/stock/tea")
+        await cluster.get("/tables/stock/coffee")
+        await cluster.get("/tables/stock/tea?timeout_s=0.01&at=moves:0:99,moves:1:99,moves:2:99,moves:3:99")
+        assert cluster.sensors[0].table_reads == {
+            ("stock", "found"): 1,
+            ("stock", "absent"): 1,
+            ("stock", "unavailable"): 1,
+        }
+        assert (
+            'streamflow_table_reads_total{outcome="absent",table="stock"} 1.0' in (await cluster.get("/metrics")).text
+        )
+
+
+async def test_tables_are_listed_and_may_be_kept_to_oneself() -> None:
+    async with Cluster(kinds, workers=1) as cluster:
+        listed = {each["table"]: each for each in await cluster.json("/tables")}
+        assert sorted(listed) == ["all-rates", "blobs", "brief", "pairs", "places", "tags"]
+        assert listed["tags"]["value_type"] == "set of str"
+    async with Cluster(shop, workers=1, serve_tables=False) as cluster:
+        assert cluster.urls == [""]
