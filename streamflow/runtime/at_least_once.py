@@ -245,16 +245,8 @@ class AtLeastOnce(Commits):
     def _owned(
         self, taken: list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]
     ) -> list[tuple[TaskView, dict[TopicPartition, OffsetMark]]]:
-        """Those of the tasks whose partitions are all still this member's.
-
-        The others are lost from here on, also where the group's event that says so is still to come: what was sealed of
-        them is in no later commit, so none may be made for them when their partitions are back before that event.
-        """
-        assignment = self._group().assignment
-        for task, _ in taken:
-            if not task.lost and not assignment.issuperset(task.committed):
-                logger.warning("task %s has gone to another worker; what it had is dropped", task.name)
-                self._is_overtaken(task)
+        """Those of the tasks whose partitions are all still this member's."""
+        self._let_go_of_others(task for task, _ in taken)
         return [each for each in taken if not each[0].lost]
 
 

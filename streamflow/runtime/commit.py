@@ -76,12 +76,25 @@ class Commits:
         self.wanted.set()
         await self._committed.wait()
 
+    def _let_go_of_others(self, tasks: Iterable[TaskView]) -> None:
+        """Mark the tasks lost whose partitions are not all this member's now.
+
+        Their event may be still to come, and their partitions may be back before it; whoever had them in between was
+        free to commit, also in a generation in which this member looked already. So nothing of them may be committed.
+        """
+        assignment = self._group().assignment
+        for task in tasks:
+            if not task.lost and not assignment.issuperset(task.committed):
+                logger.warning("task %s has gone to another worker; what it had is dropped", task.name)
+                self._is_overtaken(task)
+
     async def _keep_owned(self, sealed: Sequence[Sealed], generation: int) -> None:
         """Make sure, once per generation, that nobody else has committed for these tasks meanwhile.
 
         A partition may leave and come back while this member hears of neither; what it goes on with then stands on old
         positions. The commit id in the log tells: it has to be the task's own last one, or one of those whose answers
-        were lost. Tasks it does not fit are marked lost, and told.
+        were lost. Tasks it does not fit are marked lost, and told. They have to be this member's in that generation
+        already: until it has them, another one may commit.
         """
         tasks = {each.task.anchor: each.task for each in sealed if each.task.checked_generation != generation}
         if not tasks:

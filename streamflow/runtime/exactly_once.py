@@ -148,6 +148,7 @@ class ExactlyOnce(Commits):
     async def _commit_first(self) -> None:
         """Commit what is first in line, under the membership of now."""
         taken = self._taken[0]
+        self._let_go_of_others(each.task for each in taken.sealed)
         taken.drop_lost()
         if taken.sealed:
             self._tried = self._group().membership

@@ -238,6 +238,18 @@ async def test_a_task_that_has_moved_away_is_dropped_and_the_others_are_committe
     assert at.producer.stored[1:] == [([b"4"], {B: 4}, 7)]
 
 
+async def test_nothing_is_committed_for_a_task_that_is_another_workers_in_this_generation() -> None:
+    """What was looked up before the partition was this member's would say nothing of what its owner commits after."""
+    at = Fixture(ExactlyOnce)
+    at.group.assignment = frozenset({B})  # the session was over, and a new one began before anybody was told
+    await at.commit()
+    at.group.assignment = frozenset({A, B})
+    at.a.work(9)
+    await at.commit()
+    assert at.producer.stored == [([b"3"], {B: 3}, 7)]
+    assert at.overtaken == [at.a]
+
+
 async def test_no_membership_drops_everything() -> None:
     at = Fixture(ExactlyOnce)
     at.group.membership = None
