@@ -107,6 +107,13 @@ class Build:
         for kind, arguments in stage.steps:
             getattr(self, f"_{kind.lower()}")(arguments)
 
+    def reaches_the_index(self) -> bool:
+        """Whether packages can be fetched; what stands between them and the image is then a fault of the Dockerfile."""
+        command = ["pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--dest", self.image / "tried", "h11"]
+        return (
+            subprocess.run(command, env=self.environment, capture_output=True, timeout=120, check=False).returncode == 0
+        )
+
     def _workdir(self, path: str) -> None:
         self.directory = self.image / path.lstrip("/")
         self.directory.mkdir(parents=True, exist_ok=True)

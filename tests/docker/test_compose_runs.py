@@ -1,0 +1,90 @@
+"""What docker/compose.yaml describes, without containers: its broker, and both workers with their settings."""
+
+import re
+import shutil
+import time
+
+import pytest
+
+from tests.cli.commands import get, get_until, shell_in
+from tests.docker.dockerfile import read_dockerfile
+from tests.docker.reading import DOCKER, read_yaml
+from tests.kafka.broker import HOST, Broker, free_port
+from tests.kafka.fixtures import unavailable
+from tests.kafka.jars import JarsMissingError
+
+pytestmark = [pytest.mark.kafka, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(240)]
+
+SERVICES = read_yaml(DOCKER / "compose.yaml")["services"]
+WAIT_S = 60
+
+
+class ComposeBroker(Broker):
+    """The broker of the compose file: its variables as the image turns them into properties, but for places."""
+
+    def __init__(self, directory) -> None:
+        self._variables = dict(SERVICES["kafka"]["environment"])
+        super().__init__(directory, cluster_id=self._variables.pop("CLUSTER_ID"))
+        self.places = {"19092": free_port(), "9092": self._ports["PLAINTEXT"], "9093": free_port()}
+
+    def _properties(self) -> dict[str, str]:
+        found = {}
+        for variable, text in self._variables.items():
+            name = variable.removeprefix("KAFKA_").lower().replace("_", ".")
+            found[name] = re.sub(
+                r"(//|@)[\w.]*:(\d+)", lambda place: f"{place[1]}{HOST}:{self.places[place[2]]}", str(text)
+            )
+        return found | {"log.dirs": str(self.directory / "data")}
+
+
+@pytest.fixture
+def broker(tmp_path):
+    try:
+        broker = ComposeBroker(tmp_path / "kafka")
+    except JarsMissingError as error:
+        unavailable(str(error))
+        raise
+    with broker:
+        yield broker
+
+
+def environment_of(name: str, broker: ComposeBroker, folder, port: int) -> dict[str, str]:
+    """What the container of a worker would have, with the places of this machine in it."""
+    (image,) = [text for kind, text in read_dockerfile(DOCKER / "Dockerfile")[-1].steps if kind == "ENV"]
+    given = dict(pair.split("=", 1) for pair in image.split() if pair.startswith("STREAMFLOW_"))
+    given |= {key: str(text) for key, text in SERVICES[name]["environment"].items()}
+    assert given["STREAMFLOW_BROKER"] == "kafka://kafka:19092"
+    changed = {
+        "STREAMFLOW_BROKER": f"kafka://{HOST}:{broker.places['19092']}",
+        "STREAMFLOW_DATA_DIR": str(folder / name),
+        "STREAMFLOW_WEB_HOST": HOST,
+        "STREAMFLOW_WEB_PORT": str(port),
+        "STREAMFLOW_ADVERTISED_URL": given["STREAMFLOW_ADVERTISED_URL"].replace(f"{name}:6066", f"{HOST}:{port}"),
+        "ORDERS_PER_S": "200",
+    }
+    assert set(changed) <= set(given)
+    return given | changed
+
+
+def test_both_workers_process_and_one_goes_on_alone(broker, tmp_path):
+    with shell_in(tmp_path) as shell:
+        shutil.copy(DOCKER / "app" / "orders.py", shell.folder / "orders.py")
+        workers = {}
+        for name in ("worker-1", "worker-2"):
+            arguments = SERVICES[name]["command"]
+            assert arguments == ["worker", "${APP:-orders.py}"]
+            environment = environment_of(name, broker, tmp_path, free_port())
+            workers[name] = shell.start("worker", "orders.py", **environment)
+        for running in workers.values():
+            get_until(f"{running.url}/metrics", r"\nstreamflow_assigned_partitions 4\.0")
+            get_until(f"{running.url}/metrics", r'\nstreamflow_records_out_total\{topic="totals-by-user"\} [1-9]')
+            assert "sets nothing" not in running.err
+        workers["worker-1"].process.kill()
+        left = workers["worker-2"].url
+        deadline = time.monotonic() + WAIT_S
+        while "\nstreamflow_assigned_partitions 8.0" not in (text := get(f"{left}/metrics")[1]):
+            assert time.monotonic() < deadline, text
+            time.sleep(0.1)
+        get_until(f"{left}/ready", '"ready":true')
+        get_until(f"{left}/tables/totals/user-1", r'"orders":[1-9]')
+        assert workers["worker-2"].stop() == 0
