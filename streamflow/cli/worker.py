@@ -7,6 +7,7 @@ import gc
 import logging
 import socket
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -93,6 +94,8 @@ def _check_processes(session: Session, processes: int) -> None:
 
 def _run(session: Session, me: Child | None, *, until_end: bool, json: bool) -> int:
     settings = session.settings
+    if me is not None and settings.instance_id is not None:
+        settings = replace(settings, instance_id=f"{settings.instance_id}-{me.index}")
     listener = _listener(session, me)
     web = "off" if listener is None else address_of(listener)
     sensors = PrometheusSensors()

@@ -127,11 +127,13 @@ class Membership:
         member_id: Never empty.
         generation: One in which the partitions were owned, and since which they were kept: through later rounds it
             stays good for them. >= 0; a negative one is refused by every implementation (Kafka would take it unfenced).
+        instance_id: The static name it is held under (`GroupSettings.instance_id`); who took that name over fences it.
     """
 
     group_id: str
     member_id: str
     generation: int
+    instance_id: str | None = None
 
 
 class Producer(ABC):
@@ -308,12 +310,18 @@ class GroupSettings:
         heartbeat_interval_ms: How often it says it is alive.
         rebalance_timeout_ms: How long a rebalance waits for a member to revoke.
         max_poll_interval_ms: Silence of `report_progress` after which the member gives its partitions up.
+        instance_id: A name that outlives the process (KIP-345), which makes the member static: on exit it does not
+            leave, and who joins under the name within the session takes its place. All that it had is assigned to the
+            newcomer at once, in the generation that goes on, and the others notice nothing; only when the session is
+            over do they take over. If the one before still runs, its `next_event` raises a `FatalError`, and its
+            commits a `TaskMigratedError`: of two with one name the later one stays. None: a member that leaves.
     """
 
     session_timeout_ms: int = 10_000
     heartbeat_interval_ms: int = 300
     rebalance_timeout_ms: int = 60_000
     max_poll_interval_ms: int = 300_000
+    instance_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -347,7 +355,7 @@ class Unheard:
 
 
 class Group(ABC):
-    """Membership in a consumer group: joins on entering its context, leaves it (at once) on exit.
+    """Membership in a consumer group: joins on entering its context, leaves it (at once, unless static) on exit.
 
     It speaks deltas: what stays is never mentioned. Heartbeats go on whatever the event loop does.
     """
@@ -357,7 +365,8 @@ class Group(ABC):
         """Wait for the next change, in order.
 
         Raises:
-            FatalError: The group cannot be joined (authorization, protocol mismatch).
+            FatalError: The group cannot be joined (authorization, protocol mismatch), or another member has joined
+                under this one's `instance_id`.
 
         Cancellation: atomic; an event that was not returned comes with the next call.
         """

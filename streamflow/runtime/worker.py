@@ -364,6 +364,7 @@ class Worker:
             heartbeat_interval_ms=self.settings.heartbeat_interval_ms,
             rebalance_timeout_ms=self.settings.rebalance_timeout_ms,
             max_poll_interval_ms=self.settings.max_poll_interval_ms,
+            instance_id=self.settings.instance_id,
         )
 
     async def _run_without_agents(self) -> None:

@@ -11,7 +11,7 @@ import anyio
 
 from streamflow.errors import ConfigurationError, GroupInUseError, LogUnavailableError, StreamFlowError
 from streamflow.log.api import Admin, NewTopic, OffsetMark, TopicDescription
-from streamflow.log.kafka import codes, wire, wire_admin
+from streamflow.log.kafka import codes, wire, wire_admin, wire_group
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.offsets import EARLIEST, LATEST, list_offsets
 from streamflow.model.record import TopicPartition
@@ -207,7 +207,7 @@ class KafkaAdmin(Admin):
     async def group_offsets(self, group_id: str, *, stable: bool = False) -> Mapping[TopicPartition, OffsetMark]:
         async def attempt() -> Mapping[TopicPartition, OffsetMark]:
             node = await self._client.coordinator("group", group_id)
-            response = await self._client.send(node, wire.OFFSET_FETCH(group_id, None, stable))
+            response = await self._client.send(node, wire_group.OFFSET_FETCH(group_id, None, stable))
             if response.error_code == codes.GROUP_ID_NOT_FOUND:
                 return {}
             if response.error_code:

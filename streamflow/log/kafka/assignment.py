@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamflow.errors import InternalError
 from streamflow.log.api import Assignor, Given, Member
-from streamflow.log.kafka import user_data, wire
+from streamflow.log.kafka import user_data, wire_group
 from streamflow.log.kafka.user_data import Answer, Spoken
 from streamflow.model.record import TopicPartition
 
@@ -37,14 +38,14 @@ class Claim:
 
 def read_claim(member_id: str, instance_id: str | None, metadata: bytes) -> Claim:
     """Decode a member's subscription."""
-    topics, data, owned, generation = wire.decode_subscription(metadata)
+    topics, data, owned, generation = wire_group.decode_subscription(metadata)
     spoken = user_data.read_spoken(data)
     return Claim(member_id, frozenset(topics), flat(owned), generation, spoken, instance_id)
 
 
 def write_claim(topics: frozenset[str], owned: frozenset[TopicPartition], generation: int, says: bytes) -> bytes:
     """Encode this member's subscription."""
-    return wire.encode_subscription(sorted(topics), user_data.write(Spoken(says)), nested(owned), generation)
+    return wire_group.encode_subscription(sorted(topics), user_data.write(Spoken(says)), nested(owned), generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,38 +55,54 @@ class Share:
     Attributes:
         partitions: What it is to own.
         answer: What it is told beside.
+        is_spoken: Whether it was told anything beside: not so by a leader of before, or one that takes this member for
+            a worker of before, as which a static member was here last.
     """
 
     partitions: frozenset[TopicPartition]
     answer: Answer
+    is_spoken: bool = True
 
 
 def read_share(assignment: bytes) -> Share:
     """Decode what the leader gave, whatever its version."""
-    assigned, data = wire.decode_assignment(assignment)
-    return Share(flat(assigned), user_data.read_answer(data))
+    assigned, data = wire_group.decode_assignment(assignment)
+    answer = user_data.read_answer(data)
+    if answer is None:
+        return Share(flat(assigned), Answer(unread=user_data.read_old_lines(data)), is_spoken=False)
+    return Share(flat(assigned), answer)
 
 
 def write_shares(
-    claims: Sequence[Claim], given: Mapping[str, Given], unread: frozenset[str]
+    claims: Sequence[Claim], given: Mapping[str, Given], counts: Mapping[str, int], leader: str
 ) -> list[tuple[str, bytes]]:
     """Encode what each member is given, so that it can read it.
 
     Args:
         claims: What every member said.
         given: What each is given.
-        unread: Topics that nobody reads.
+        counts: Partitions per topic.
+        leader: Member id of who leads.
     """
-    return [
-        (
-            claim.member_id,
-            wire.encode_assignment(
-                nested(given[claim.member_id].partitions),
-                user_data.write_answer(Answer(given[claim.member_id].told, sorted(unread)), claim.spoken),
-            ),
+    unread = sorted(unread_topics(claims, counts, given))
+    shares: list[tuple[str, bytes]] = []
+    for claim in claims:
+        mine = given[claim.member_id]
+        answer = Answer(
+            mine.told,
+            unread,
+            not claim.owned <= mine.partitions,
+            checksum(claim.topics),
+            dict(counts) if claim.member_id == leader else {},
         )
-        for claim in claims
-    ]
+        data = user_data.write_answer(answer, claim.spoken)
+        shares.append((claim.member_id, wire_group.encode_assignment(nested(mine.partitions), data)))
+    return shares
+
+
+def checksum(topics: frozenset[str]) -> int:
+    """A number that tells other topics."""
+    return zlib.crc32("\n".join(sorted(topics)).encode())
 
 
 def assign(assignor: Assignor, claims: Sequence[Claim], counts: Mapping[str, int]) -> Mapping[str, Given]:

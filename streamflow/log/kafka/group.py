@@ -28,7 +28,7 @@ from streamflow.log.api import (
     Revoked,
     Told,
 )
-from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka import codes, wire, wire_group
 from streamflow.log.kafka.admin import by_topic
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.control import ControlThread
@@ -143,7 +143,7 @@ class KafkaGroup(Group):
         topics: dict[str, list[int]] = {}
         for topic, partition in partitions:
             topics.setdefault(topic, []).append(partition)
-        call = wire.OFFSET_FETCH(self._group_id, [(topic, parts, {}) for topic, parts in topics.items()], True)
+        call = wire_group.OFFSET_FETCH(self._group_id, [(topic, parts, {}) for topic, parts in topics.items()], True)
         response = await self._ask(call)
         told = [(topic, *part) for topic, parts, _tags in response.topics for part in parts]
         worst = response.error_code or next((part[5] for part in told if part[5]), codes.NONE)
@@ -161,7 +161,7 @@ class KafkaGroup(Group):
     async def commit(self, offsets: Mapping[TopicPartition, OffsetMark], membership: Membership) -> None:
         sent = self.current(offsets, membership)
         fields = by_topic((tp, (mark.offset, -1, mark.metadata)) for tp, mark in offsets.items())
-        call = wire.OFFSET_COMMIT(self._group_id, sent.generation, sent.member_id, None, fields)
+        call = wire_group.OFFSET_COMMIT(self._group_id, sent.generation, sent.member_id, sent.instance_id, fields)
         response = await self._ask(call)
         told = {code for _topic, parts in response.topics for _partition, code in parts} - {codes.NONE}
         if told & codes.MEMBERSHIP_REFUSED:
@@ -208,7 +208,7 @@ class KafkaGroup(Group):
         """
         who = check_membership(sent)
         reason = ", ".join(codes.name(code) for code in sorted(told))
-        if codes.UNKNOWN_MEMBER_ID in told:
+        if told & {codes.UNKNOWN_MEMBER_ID, codes.FENCED_INSTANCE_ID}:
             self._control.call(self._nudge)
             return TaskMigratedError(f"{who} is not in the group any more ({reason}); nothing was stored")
         again = RetriableError(f"{who}: a rebalance is under way ({reason}); commit again with the current membership")

@@ -27,13 +27,13 @@ from streamflow.log.api import (
     Revoked,
     Told,
 )
-from streamflow.log.kafka import codes, wire
+from streamflow.log.kafka import codes, wire_group
 from streamflow.log.kafka.assignment import (
     Share,
     assign,
+    checksum,
     read_claim,
     read_share,
-    unread_topics,
     write_claim,
     write_shares,
 )
@@ -115,10 +115,13 @@ class GroupMember:
         self._topics = topics
         self._assignor = assignor
         self._settings = settings
+        self._instance_id = settings.instance_id
         self._host = host
         self._vitals = vitals
         self._member_id = ""
         self._generation = -1
+        # The last round that it took part in, to its end or not.
+        self._joined = -1
         self._owned: Partitions = frozenset()
         self._assigned: Partitions = frozenset()
         self._revoking: dict[TopicPartition, float] = {}
@@ -127,6 +130,7 @@ class GroupMember:
         # What was told last; None: whatever was is not valid any more.
         self._told: bytes | None = b""
         self._is_leader = False
+        self._settled = False
         self._coordinator: int | None = None
         self._rejoin = False
         self._wake = anyio.Event()
@@ -145,8 +149,9 @@ class GroupMember:
         except* StreamFlowError as group:
             self._host.failed(cast("StreamFlowError", main_error(group)))
         finally:
-            with anyio.move_on_after(_LEAVE_TIMEOUT_S, shield=True):
-                await self._leave()
+            if self._instance_id is None:  # a static one may come back
+                with anyio.move_on_after(_LEAVE_TIMEOUT_S, shield=True):
+                    await self._leave()
 
     def answered(self, partitions: Partitions) -> None:
         """The tasks of these partitions are closed: they may go."""
@@ -194,14 +199,14 @@ class GroupMember:
         node = await self._find_coordinator()
         self._rejoin = False  # what was asked for so far is answered by this round
         claim = write_claim(self._topics, self._owned, self._generation, self._vitals.says)
-        call = wire.JOIN_GROUP(
+        call = wire_group.join_group(
             self._group_id,
             self._settings.session_timeout_ms,
             self._settings.rebalance_timeout_ms,
             self._member_id,
-            None,
-            "consumer",
-            [(PROTOCOL, claim)],
+            self._instance_id,
+            PROTOCOL,
+            claim,
         )
         # A round may take as long as others need to revoke. Its answer may be on a connection that is dead in silence
         # all the same, so it is asked for again: the broker takes a repeated request of a member for the same one.
@@ -214,13 +219,20 @@ class GroupMember:
             self._on_error(joined.error_code, "join")
             return None
         self._member_id = joined.member_id
+        if 0 <= self._joined < joined.generation - 1:  # only a static one is waited for without its joining
+            reason = "the group went on for a round without this member: it was silent for too long"
+            self._lose(reason, joined.member_id)
+        self._joined = joined.generation
         if self._owned:
             # Nobody gets what this member claims, so its commits go on. The broker takes them under the new generation
             # only: those within a transaction at once, others when the leader has assigned.
-            self._host.news(Membership(self._group_id, self._member_id, joined.generation), [])
+            now = Membership(self._group_id, self._member_id, joined.generation, self._instance_id)
+            self._host.news(now, [])
         self._is_leader = joined.leader == joined.member_id
-        assignments = await self._lead(joined) if self._is_leader else []
-        call = wire.SYNC_GROUP(self._group_id, joined.generation, self._member_id, None, assignments)
+        # Who comes back as the leader of a group that stands still has nothing to assign (KIP-814).
+        is_done = getattr(joined, "skip_assignment", False)
+        assignments = await self._lead(joined) if self._is_leader and not is_done else []
+        call = wire_group.SYNC_GROUP(self._group_id, joined.generation, self._member_id, self._instance_id, assignments)
         sent_s = time.monotonic()
         synced = await self._client.send(node, call, "join", timeout_s=timeout_s)
         if synced.error_code:
@@ -229,6 +241,8 @@ class GroupMember:
         self._generation = joined.generation
         self._vitals.last_heartbeat = sent_s
         share = read_share(synced.assignment)
+        if is_done:
+            self._counts = share.answer.counts
         self._tell_unread(self._topics.intersection(share.answer.unread))
         return share
 
@@ -246,7 +260,7 @@ class GroupMember:
         self._unread = topics
 
     async def _lead(self, joined: Any) -> list[tuple[str, bytes]]:
-        claims = [read_claim(*member) for member in joined.members]
+        claims = [read_claim(*member[:3]) for member in joined.members]
         self._counts = await self._partition_counts(frozenset[str]().union(*(claim.topics for claim in claims)))
         try:
             given = assign(self._assignor, claims, self._counts)
@@ -254,7 +268,7 @@ class GroupMember:
             raise
         except Exception as exc:
             raise FatalError(f"the assignor of group {self._group_id} failed: {exc!r}") from exc
-        return write_shares(claims, given, unread_topics(claims, self._counts, given))
+        return write_shares(claims, given, self._counts, joined.leader)
 
     async def _partition_counts(self, topics: frozenset[str]) -> dict[str, int]:
         try:
@@ -277,6 +291,11 @@ class GroupMember:
             self._lose("the session expired: the group went on without this member")
         elif code in (codes.ILLEGAL_GENERATION, codes.REBALANCE_IN_PROGRESS):
             pass  # a round was missed, not the membership: nobody gets what this member still claims
+        elif code == codes.FENCED_INSTANCE_ID:
+            raise FatalError(
+                f"{what}: another worker was started with instance_id {self._instance_id!r} and has taken this one's "
+                "place. Give every worker an instance_id of its own"
+            )
         elif code in _FATAL_JOIN:
             raise FatalError(f"{what}: {_FATAL_JOIN[code]} ({codes.name(code)})")
         else:
@@ -295,6 +314,9 @@ class GroupMember:
         events: list[GroupEvent] = []
         if going:
             events.append(Revoked(going))
+        is_first, self._settled = not self._settled, True
+        if not self._revoking and self._is_behind(share, is_first):
+            self._rejoin = True
         if share.answer.told != self._told:
             self._told = share.answer.told
             events.append(Told(self._told, self._generation))
@@ -302,11 +324,20 @@ class GroupMember:
             events.append(Assigned(coming, self._generation))
         self._host.news(self._membership, events)
 
+    def _is_behind(self, share: Share, is_first: bool) -> bool:
+        """Whether a share is that of the static member whose place this one has taken, and asks for a round.
+
+        It had to give something up and cannot do so any more, had other topics, or spoke as workers of before.
+        """
+        if not share.is_spoken:
+            return is_first and self._instance_id is not None
+        return share.answer.withheld or share.answer.topics != checksum(self._topics)
+
     @property
     def _membership(self) -> Membership | None:
         if not self._member_id or self._generation < 0:
             return None
-        return Membership(self._group_id, self._member_id, self._generation)
+        return Membership(self._group_id, self._member_id, self._generation, self._instance_id)
 
     def _release(self, partitions: Partitions) -> None:
         """Given up by its tasks; a round since may have given some of it back."""
@@ -329,10 +360,15 @@ class GroupMember:
             self._host.news(self._membership, [Lost(late, reason)])
             self._release(late)
 
-    def _lose(self, reason: str) -> None:
-        """Everything is gone; a member joins anew, with an id of its own."""
+    def _lose(self, reason: str, member_id: str = "") -> None:
+        """Everything is gone; a member joins anew, with an id of its own.
+
+        Args:
+            reason: Why.
+            member_id: The id it has yet.
+        """
         lost = self._owned
-        self._member_id, self._generation = "", -1
+        self._member_id, self._generation, self._joined = member_id, -1, -1
         self._owned = self._assigned = frozenset()
         self._revoking.clear()
         self._is_leader = False
@@ -358,7 +394,7 @@ class GroupMember:
     async def _heartbeat(self) -> None:
         try:
             node = await self._find_coordinator()
-            call = wire.HEARTBEAT(self._group_id, self._generation, self._member_id, None)
+            call = wire_group.HEARTBEAT(self._group_id, self._generation, self._member_id, self._instance_id)
             timeout_s = max(self._settings.session_timeout_ms / 3000, 1.0)
             # Its session begins anew when the coordinator has it, and an answer may be read much later: by a process
             # that was stopped in between.
@@ -385,7 +421,7 @@ class GroupMember:
             # A connection of its own: a parked join would hold it up.
             await self._client.send(
                 self._coordinator,
-                wire.LEAVE_GROUP(self._group_id, self._member_id),
+                wire_group.LEAVE_GROUP(self._group_id, [(self._member_id, self._instance_id)]),
                 "leave",
                 timeout_s=_LEAVE_TIMEOUT_S,
             )
@@ -410,7 +446,9 @@ class GroupMember:
         await self._leave()
         self._lose(
             f"no progress for more than max_poll_interval_ms ({limit_ms} ms): an agent hangs or blocks the event loop "
-            "in one record. Make the record's work shorter, or raise max_poll_interval_ms"
+            "in one record. Make the record's work shorter, or raise max_poll_interval_ms",
+            # Under its old id the broker can tell it from one that took its name meanwhile.
+            "" if self._instance_id is None else self._member_id,
         )
         while self._is_stuck(limit_ms / 1000):  # noqa: ASYNC110  # another thread says so by writing a number
             await anyio.sleep(0.05)

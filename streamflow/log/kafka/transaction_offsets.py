@@ -87,7 +87,7 @@ class TransactionOffsets:
             identity.epoch,
             membership.generation,
             membership.member_id,
-            None,
+            membership.instance_id,
             [(topic, parts, {}) for topic, parts in topics.items()],
         )
         what = f"commit offsets of group {membership.group_id} transactionally"

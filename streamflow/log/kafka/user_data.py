@@ -32,10 +32,16 @@ class Answer(msgspec.Struct, omit_defaults=True, frozen=True):
     Attributes:
         told: The app's own words.
         unread: Topics that nobody reads.
+        withheld: Whether it was not given all that it claimed: it has to join again, once it gave that up.
+        topics: Checksum of the topics that it subscribed to then: a static member may have come back with others.
+        counts: To the leader: partitions per topic that this is made of.
     """
 
     told: bytes = b""
     unread: list[str] = []
+    withheld: bool = False
+    topics: int = 0
+    counts: dict[str, int] = {}
 
 
 _Data = TypeVar("_Data", Spoken, Answer)
@@ -51,13 +57,9 @@ def read_spoken(data: bytes) -> Spoken | None:
     return _read(data, Spoken)
 
 
-def read_answer(data: bytes) -> Answer:
-    """Decode the user data of an assignment, whatever the leader's version."""
-    answer = _read(data, Answer)
-    if answer is None:
-        is_lines = data[:1] >= b"-"  # names begin with a letter, a digit, `.`, `_` or `-`; versions are lower
-        answer = Answer(unread=data.decode().split() if is_lines else [])
-    return answer
+def read_answer(data: bytes) -> Answer | None:
+    """Decode the user data of an assignment; None is what a leader wrote that knows of none, or took us for one."""
+    return _read(data, Answer)
 
 
 def write_answer(answer: Answer, spoken: Spoken | None) -> bytes:
@@ -73,6 +75,12 @@ def write_answer(answer: Answer, spoken: Spoken | None) -> bytes:
 def old_lines(unread: Sequence[str]) -> bytes:
     """The topics that nobody reads, as workers of before wrote and read them."""
     return "\n".join(unread).encode()
+
+
+def read_old_lines(data: bytes) -> list[str]:
+    """The topics that nobody reads, as a leader of before wrote them; none where it is something else."""
+    is_lines = data[:1] >= b"-"  # names begin with a letter, a digit, `.`, `_` or `-`; versions are lower
+    return data.decode().split() if is_lines else []
 
 
 def _read(data: bytes, kind: type[_Data]) -> _Data | None:

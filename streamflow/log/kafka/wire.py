@@ -5,7 +5,8 @@ in `log/codec.py`. What is missing or has moved is said at import, with the vers
 
 Requests are our own, one fixed version each, all of them spoken by Kafka 2.5 to 4.x. Fetch and Produce, which are sent
 thousands of times a second, are packed by hand (`log/kafka/hot.py`); the rest are declared by schema. Those of
-transactions stand in `log/kafka/wire_transaction.py`, those of administration in `log/kafka/wire_admin.py`.
+groups stand in `log/kafka/wire_group.py`, those of transactions in `log/kafka/wire_transaction.py`, those of
+administration in `log/kafka/wire_admin.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import struct
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from io import BytesIO
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ try:
         Boolean,
         Bytes,
         CompactArray,
+        CompactBytes,
         CompactString,
         Int8,
         Int16,
@@ -62,6 +64,7 @@ __all__ = [
     "Call",
     "CloseReason",
     "CompactArray",
+    "CompactBytes",
     "Int8",
     "Int16",
     "Int32",
@@ -262,6 +265,28 @@ class Call:
         return f"{self._api.name} v{self._api.version}"
 
 
+class Newest(Call):
+    """A call in the newest of several versions that the broker speaks.
+
+    Args:
+        calls: The same call in each version, newest first.
+    """
+
+    __slots__ = ("_calls",)
+
+    def __init__(self, *calls: Call) -> None:
+        super().__init__(calls[0]._api, calls[0]._body)
+        self._calls = calls
+
+    def prepare(self, versions: Mapping[int, tuple[int, int]]) -> Call:
+        """Choose, see `Call.prepare`."""
+        for call in self._calls[:-1]:
+            lowest, highest = versions.get(call._api.key, (0, -1))
+            if lowest <= call._api.version <= highest:
+                return call
+        return self._calls[-1].prepare(versions)
+
+
 class ApiVersion(Protocol):
     """One request type in one version."""
 
@@ -457,148 +482,3 @@ INIT_PRODUCER_ID = Api(
     Schema(THROTTLE, ERROR, ("producer_id", Int64), ("producer_epoch", Int16), TAGS),
     flexible=True,
 )
-
-
-# --- groups ------------------------------------------------------------------------------------------------------
-
-JOIN_GROUP = Api(
-    "JoinGroup",
-    11,
-    5,
-    Schema(
-        ("group", S),
-        ("session_timeout_ms", Int32),
-        ("rebalance_timeout_ms", Int32),
-        ("member_id", S),
-        ("instance_id", S),
-        ("protocol_type", S),
-        ("protocols", each(("name", S), ("metadata", Bytes))),
-    ),
-    Schema(
-        THROTTLE,
-        ERROR,
-        ("generation", Int32),
-        ("protocol", S),
-        ("leader", S),
-        ("member_id", S),
-        ("members", each(("member_id", S), ("instance_id", S), ("metadata", Bytes))),
-    ),
-)
-SYNC_GROUP = Api(
-    "SyncGroup",
-    14,
-    3,
-    Schema(
-        ("group", S),
-        ("generation", Int32),
-        ("member_id", S),
-        ("instance_id", S),
-        ("assignments", each(("member_id", S), ("assignment", Bytes))),
-    ),
-    Schema(THROTTLE, ERROR, ("assignment", Bytes)),
-)
-HEARTBEAT = Api(
-    "Heartbeat",
-    12,
-    3,
-    Schema(("group", S), ("generation", Int32), ("member_id", S), ("instance_id", S)),
-    Schema(THROTTLE, ERROR),
-)
-LEAVE_GROUP = Api("LeaveGroup", 13, 1, Schema(("group", S), ("member_id", S)), Schema(THROTTLE, ERROR))
-OFFSET_COMMIT = Api(
-    "OffsetCommit",
-    8,
-    7,
-    Schema(
-        ("group", S),
-        ("generation", Int32),
-        ("member_id", S),
-        ("instance_id", S),
-        (
-            "topics",
-            each(
-                ("name", S),
-                (
-                    "partitions",
-                    each(("partition", Int32), ("offset", Int64), ("leader_epoch", Int32), ("metadata", S)),
-                ),
-            ),
-        ),
-    ),
-    Schema(THROTTLE, ("topics", each(("name", S), ("partitions", each(("partition", Int32), ERROR))))),
-)
-OFFSET_FETCH = Api(
-    "OffsetFetch",
-    9,
-    7,
-    Schema(
-        ("group", CS),
-        ("topics", CompactArray(("name", CS), ("partitions", CompactArray(Int32)), TAGS)),
-        ("require_stable", Boolean),
-        TAGS,
-    ),
-    Schema(
-        THROTTLE,
-        (
-            "topics",
-            each(
-                ("name", CS),
-                (
-                    "partitions",
-                    each(
-                        ("partition", Int32),
-                        ("offset", Int64),
-                        ("leader_epoch", Int32),
-                        ("metadata", CS),
-                        ERROR,
-                        flexible=True,
-                    ),
-                ),
-                flexible=True,
-            ),
-        ),
-        ERROR,
-        TAGS,
-    ),
-    flexible=True,
-)
-
-_SUBSCRIPTION = Schema(
-    ("version", Int16),
-    ("topics", Array(S)),
-    ("user_data", Bytes),
-    ("owned", each(("topic", S), ("partitions", Array(Int32)))),
-    ("generation", Int32),
-)
-_ASSIGNMENT = Schema(
-    ("version", Int16), ("assigned", each(("topic", S), ("partitions", Array(Int32)))), ("user_data", Bytes)
-)
-_SUBSCRIPTION_VERSION = 2  # with owned partitions (KIP-429) and the generation they were owned in (KIP-792)
-
-
-def encode_subscription(
-    topics: Sequence[str], user_data: bytes, owned: Mapping[str, Sequence[int]], generation: int
-) -> bytes:
-    """What a member says when it joins."""
-    encoded: bytes = _SUBSCRIPTION.encode([_SUBSCRIPTION_VERSION, topics, user_data, list(owned.items()), generation])
-    return encoded
-
-
-def decode_subscription(data: bytes) -> tuple[list[str], bytes, list[tuple[str, list[int]]], int]:
-    """Topics, user data, owned partitions per topic, and the generation these were owned in."""
-    decoded: Any = _SUBSCRIPTION.decode(BytesIO(data))
-    _version, topics, user_data, owned, generation = decoded
-    return topics, user_data or b"", owned, generation
-
-
-def encode_assignment(assigned: Mapping[str, Sequence[int]], user_data: bytes) -> bytes:
-    """What the leader gives a member."""
-    encoded: bytes = _ASSIGNMENT.encode([0, list(assigned.items()), user_data])
-    return encoded
-
-
-def decode_assignment(data: bytes) -> tuple[list[tuple[str, list[int]]], bytes]:
-    """Partitions per topic, and user data; a member without any partitions may get no bytes at all."""
-    decoded: Any = _ASSIGNMENT.decode(BytesIO(data)) if data else (0, [], b"")
-    _version, assigned, user_data = decoded
-    return assigned, user_data or b""

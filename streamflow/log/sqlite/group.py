@@ -118,8 +118,8 @@ class Heart:
         return self.session.direct(lambda sql: membership.version(sql, self._mine.group_id)) != self.standing.version
 
     def leave(self) -> None:
-        """Leave the group."""
-        if self.standing.member_id:
+        """Leave the group; a static member stays, until it comes back or its session is over."""
+        if self.standing.member_id and self._mine.settings.instance_id is None:
             self.session.write(lambda sql: membership.leave(sql, self._mine.group_id, self.standing.member_id))
 
     def _stuck(self, quiet_s: float) -> str | None:
@@ -197,7 +197,8 @@ class SqliteGroup(Group):
     def membership(self) -> Membership | None:
         if not self._standing.member_id:
             return None
-        return Membership(self._mine.group_id, self._standing.member_id, self._standing.generation)
+        standing, instance_id = self._standing, self._mine.settings.instance_id
+        return Membership(self._mine.group_id, standing.member_id, standing.generation, instance_id)
 
     @property
     def assignment(self) -> frozenset[TopicPartition]:

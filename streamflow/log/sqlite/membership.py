@@ -10,7 +10,7 @@ answer; there is no leader. Invariants:
   later than the commit's.
 - Nobody reads another process's clock. A member is dead when its process has certainly ended, or when its heartbeat
   count stood still while the observer itself wrote heartbeats for a whole session: a log that was locked, a machine
-  that slept or an observer that was stopped says nothing about the others.
+  that slept or an observer that was stopped says nothing about the others. A static member's process may have ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from streamflow.log.api import (
     Told,
     Unheard,
 )
-from streamflow.log.sqlite import process
+from streamflow.log.sqlite import process, static_members
 from streamflow.model.record import TopicPartition
 
 _Partitions = frozenset[TopicPartition]
@@ -118,6 +118,7 @@ class _Stepping:
         self.mine = mine
         self.group = mine.group_id
         self.standing = standing
+        self.instance_id = mine.settings.instance_id
         self.elapsed_s = elapsed_s
         self.says = says
         self.told = standing.told
@@ -138,6 +139,8 @@ class _Stepping:
             if kept:
                 self.speak()
                 return
+            if static_members.holder(self.sql, self.group, self.instance_id) is not None:
+                raise static_members.fenced(self.group, self.instance_id)
             self.lose(
                 self.owned,
                 f"the session of member {self.member_id} of group {self.group!r} expired: the others saw no heartbeat "
@@ -145,19 +148,29 @@ class _Stepping:
             )
             self.revoking.clear()
             self.forget()
+        self.join()
+
+    def join(self) -> None:
+        """Add a row, in the place of who has this one's static name: of two the later one stays."""
+        before = static_members.holder(self.sql, self.group, self.instance_id)
+        if before is not None and self.standing.version >= 0:  # it was here before that one
+            raise static_members.fenced(self.group, self.instance_id)
         self.member_id = self.mine.new_id()
         self.sql.execute(
-            "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms, says) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO members (group_id, member_id, topics, process, session_timeout_ms, instance_id, says) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 self.group,
                 self.member_id,
                 json.dumps(sorted(self.mine.topics)),
                 self.mine.process,
                 self.mine.settings.session_timeout_ms,
+                self.instance_id,
                 self.says,
             ),
         )
+        if before is not None:
+            static_members.take_place(self.sql, self.group, before, self.member_id)
         self.changed = True
 
     def speak(self) -> None:
@@ -175,13 +188,14 @@ class _Stepping:
     def bury(self) -> None:
         """Remove members that are dead."""
         rows = self.sql.execute(
-            "SELECT member_id, beat, session_timeout_ms, process FROM members WHERE group_id = ? AND member_id <> ?",
+            "SELECT member_id, beat, session_timeout_ms, process, instance_id FROM members "
+            "WHERE group_id = ? AND member_id <> ?",
             (self.group, self.member_id),
         ).fetchall()
-        for member_id, beat, timeout_ms, other in rows:
+        for member_id, beat, timeout_ms, other, instance_id in rows:
             seen, silence = self.standing.silent.get(member_id, (-1, 0.0))
             silence = silence + self.elapsed_s if seen == beat else 0.0
-            gone = silence > 0.0 and process.is_gone(other)
+            gone = silence > 0.0 and instance_id is None and process.is_gone(other)
             if gone or silence * 1000 > timeout_ms:
                 remove_member(self.sql, self.group, member_id)
                 self.changed = True
@@ -242,17 +256,23 @@ class _Stepping:
             (self.group, self.member_id, self.member_id),
         ).fetchall()
         mine = {TopicPartition(t, p): target for t, p, owner, target in rows if owner == self.member_id}
+        # What it has from a static member whose place it took, nobody works on.
+        inherited = frozenset(mine.keys() - self.owned)
+        self.free(tp for tp in inherited if mine[tp] != self.member_id)
         # While their topic does not exist they stay: its reader is the one who says so, which stops the worker.
         gone = {tp for tp in self.owned | self.revoking.keys() if tp not in mine and self.exists(tp.topic)}
         self.lose(self.owned & gone, "their topic was deleted and made anew")
         for tp in gone & self.revoking.keys():
             del self.revoking[tp]
-        to_go = frozenset(tp for tp, target in mine.items() if target != self.member_id and tp not in self.revoking)
+        to_go = frozenset(
+            tp for tp in mine.keys() & self.owned if mine[tp] != self.member_id and tp not in self.revoking
+        )
         if to_go:
             self.events.append(Revoked(to_go))
             self.revoking.update(dict.fromkeys(to_go, 0.0))
         self.listen()
         free = frozenset(TopicPartition(t, p) for t, p, owner, _ in rows if owner is None)
+        free |= {tp for tp in inherited if mine[tp] == self.member_id}
         self.sql.executemany(
             "UPDATE owners SET member_id = ?, generation = (SELECT generation FROM groups WHERE id = ?) "
             "WHERE group_id = ? AND topic = ? AND partition = ?",

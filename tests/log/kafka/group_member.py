@@ -1,6 +1,6 @@
 """A group member in a process of its own: `python -m tests.log.kafka.group_member SERVERS GROUP TOPIC SESSION_MS`.
 
-Prints one line of JSON for every event; a test kills or stops it.
+A static name and a rebalance time-out may follow. Prints one line of JSON for every event; a test kills or stops it.
 """
 
 import asyncio
@@ -13,8 +13,20 @@ from streamflow.log.kafka.options import Kafka
 from tests.contracts.records import spread
 
 
-async def main(servers: str, group_id: str, topic: str, session_timeout_ms: str) -> None:
-    settings = GroupSettings(session_timeout_ms=int(session_timeout_ms), heartbeat_interval_ms=100)
+async def main(
+    servers: str,
+    group_id: str,
+    topic: str,
+    session_timeout_ms: str,
+    instance_id: str | None = None,
+    rebalance_timeout_ms: str = "60000",
+) -> None:
+    settings = GroupSettings(
+        session_timeout_ms=int(session_timeout_ms),
+        heartbeat_interval_ms=100,
+        rebalance_timeout_ms=int(rebalance_timeout_ms),
+        instance_id=instance_id,
+    )
     async with (
         KafkaLog(Kafka(servers=servers), client_id="member") as log,
         log.group(group_id, frozenset({topic}), spread, settings) as group,

@@ -6,11 +6,12 @@ import pytest
 
 from streamflow.errors import InternalError
 from streamflow.log.api import Given, Member
-from streamflow.log.kafka import wire
+from streamflow.log.kafka import wire_group
 from streamflow.log.kafka.assignment import (
     Claim,
     Share,
     assign,
+    checksum,
     flat,
     nested,
     read_claim,
@@ -101,17 +102,24 @@ partitions = st.frozensets(
     owned=partitions,
     generation=st.integers(-1, 2**31 - 1),
     words=st.binary(max_size=50),
-    unread=st.frozensets(st.text(max_size=10)),
 )
-def test_claims_and_shares_come_back_as_they_went(topics, owned, generation, words, unread):
+def test_claims_and_shares_come_back_as_they_went(topics, owned, generation, words):
     claim = read_claim("a", "shop-0", write_claim(topics, owned, generation, words))
     assert claim == Claim("a", topics, owned, generation, Spoken(words), "shop-0")
-    ((member_id, assignment),) = write_shares([claim], {"a": Given(owned, words)}, unread)
-    assert (member_id, read_share(assignment)) == ("a", Share(owned, Answer(words, sorted(unread))))
+    ((member_id, assignment),) = write_shares([claim], {"a": Given(owned, words)}, {}, "b")
+    assert (member_id, read_share(assignment)) == ("a", Share(owned, Answer(words, topics=checksum(topics))))
+
+
+def test_a_share_says_what_who_takes_its_place_has_to_know():
+    claims = [Claim("a", T, tps(0, 1), 4, Spoken()), Claim("b", frozenset({"t", "n"}), tps(), 4, Spoken())]
+    shares = dict(write_shares(claims, given(a=tps(0), b=tps()), {"t": 2, "n": 1}, "a"))
+    assert read_share(shares["a"]).answer == Answer(b"", ["n"], True, checksum(T), {"t": 2, "n": 1})
+    assert read_share(shares["b"]).answer == Answer(b"", ["n"], False, checksum(frozenset({"n", "t"})))
+    assert checksum(T) != checksum(frozenset({"n", "t"})) != 0
 
 
 def test_a_member_may_get_no_bytes_at_all():
-    assert read_share(b"") == Share(tps(), Answer())
+    assert read_share(b"") == Share(tps(), Answer(), is_spoken=False)
 
 
 def test_the_assignor_hears_what_members_say_and_each_is_told_what_it_says_of_it():
@@ -143,25 +151,27 @@ def test_a_worker_of_before_says_nothing():
 
 
 def test_a_worker_of_before_is_told_what_it_can_read():
-    claims = [read_claim("old", None, OLD_CLAIM), Claim("new", T, tps(), 4, Spoken(b"words"))]
+    old, topics = read_claim("old", None, OLD_CLAIM), frozenset({"n", "new.er-1", "t"})
+    claims = [old, Claim("new", topics, tps(), 4, Spoken(b"words"))]
     shares = {"old": Given(tps(0, 3), b"told"), "new": Given(tps(1), b"told")}
-    written = dict(write_shares(claims, shares, frozenset({"n", "new.er-1"})))
+    written = dict(write_shares(claims, shares, {"t": 4, "n": 1, "new.er-1": 1}, "new"))
     assert written["old"] == OLD_SHARE_WITH_UNREAD
-    assert read_share(written["new"]) == Share(tps(1), Answer(b"told", ["n", "new.er-1"]))
-    assert dict(write_shares(claims, shares, frozenset()))["old"] == OLD_SHARE
+    assert read_share(written["new"]).answer.unread == ["n", "new.er-1"]
+    assert dict(write_shares(claims, shares, {"t": 4}, "old"))["old"] == OLD_SHARE
 
 
 def test_a_leader_of_before_tells_nothing_but_what_nobody_reads():
-    assert read_share(OLD_SHARE) == Share(tps(0, 3), Answer())
-    assert read_share(OLD_SHARE_WITH_UNREAD) == Share(tps(0, 3), Answer(unread=["n", "new.er-1"]))
+    assert read_share(OLD_SHARE) == Share(tps(0, 3), Answer(), is_spoken=False)
+    assert read_share(OLD_SHARE_WITH_UNREAD) == Share(tps(0, 3), Answer(unread=["n", "new.er-1"]), is_spoken=False)
 
 
-@pytest.mark.parametrize("data", [b"\x02\x80", b"\x01\xc1", b"\x01", b"\x01\x81\xa4says\x05"])
+@pytest.mark.parametrize("data", [b"\x02\x80", b"\x01\xc1", b"\x01", b"\x01\x81\xa4says\x05\xa4told\x05"])
 def test_what_cannot_be_read_counts_as_nothing_said(data):
-    assert read_claim("a", None, wire.encode_subscription(["t"], data, {}, 1)) == Claim("a", T, tps(), 1, None)
-    assert read_share(wire.encode_assignment(nested(tps(1)), data)) == Share(tps(1), Answer())
+    claim = read_claim("a", None, wire_group.encode_subscription(["t"], data, {}, 1))
+    assert claim == Claim("a", T, tps(), 1, None)
+    assert read_share(wire_group.encode_assignment(nested(tps(1)), data)) == Share(tps(1), Answer(), is_spoken=False)
 
 
 def test_fields_of_a_later_version_are_passed_over():
     later = b"\x01" + b"\x82\xa4says\xc4\x01w\xa4more\x05"
-    assert read_claim("a", None, wire.encode_subscription(["t"], later, {}, 1)).spoken == Spoken(b"w")
+    assert read_claim("a", None, wire_group.encode_subscription(["t"], later, {}, 1)).spoken == Spoken(b"w")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamflow.errors import LogUnavailableError, RetriableError
-from streamflow.log.kafka import wire
+from streamflow.log.kafka import wire, wire_group
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
@@ -35,7 +35,7 @@ class Answering:
         pass
 
 
-CALL = wire.HEARTBEAT("g", 1, "m", None)
+CALL = wire_group.HEARTBEAT("g", 1, "m", None)
 
 
 async def client_with(connection):

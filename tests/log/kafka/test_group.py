@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from streamflow.errors import FatalError, RetriableError, TaskMigratedError
 from streamflow.log.api import Assigned, AtomicCommit, GroupSettings, Lost, Membership, NewTopic, OffsetMark, Revoked
-from streamflow.log.kafka import wire
+from streamflow.log.kafka import wire_group
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import TopicPartition
@@ -178,7 +178,7 @@ async def test_a_transaction_commits_between_join_and_sync_under_the_new_generat
 
 
 @contextlib.asynccontextmanager
-async def process(broker, group_id, topic, session_timeout_ms):
+async def process(broker, group_id, topic, session_timeout_ms, *more):
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -187,6 +187,7 @@ async def process(broker, group_id, topic, session_timeout_ms):
         group_id,
         topic,
         str(session_timeout_ms),
+        *map(str, more),
         stdout=asyncio.subprocess.PIPE,
     )
     try:
@@ -421,7 +422,7 @@ async def test_a_commit_never_goes_out_without_a_member_id_or_generation(open_lo
     async with open_log() as log:
         await log.admin.create([NewTopic(topic, 1)])
         async with log.group(group_id, frozenset({topic}), spread, SETTINGS) as group:
-            monkeypatch.setattr(wire, "OFFSET_COMMIT", lambda *fields: pytest.fail("sent"))
+            monkeypatch.setattr(wire_group, "OFFSET_COMMIT", lambda *fields: pytest.fail("sent"))
             for bad in (Membership(group_id, "", 1), Membership(group_id, "m", -1), Membership("other", "m", 1)):
                 with pytest.raises(TaskMigratedError):
                     await group.commit({tp: OffsetMark(1)}, bad)

@@ -5,7 +5,7 @@ import pytest
 from streamflow.errors import FatalError, RetriableError
 from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, Revoked, Told
 from streamflow.log.kafka import codes
-from streamflow.log.kafka.assignment import Share
+from streamflow.log.kafka.assignment import Share, checksum
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.member import GroupMember, Vitals
 from streamflow.log.kafka.options import Kafka
@@ -38,7 +38,7 @@ class Rounds:
         self.generation += 1
         self.member._rejoin = False
         self.member._member_id, self.member._generation = "m", self.generation
-        self.member._settle(Share(assigned, Answer(told)))
+        self.member._settle(Share(assigned, Answer(told, topics=checksum(frozenset({"t"})))))
         return list(self.events)
 
 

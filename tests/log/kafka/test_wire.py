@@ -14,7 +14,7 @@ from streamflow.errors import (
     RetriableError,
     UnknownTopicError,
 )
-from streamflow.log.kafka import codes, wire, wire_admin
+from streamflow.log.kafka import codes, wire, wire_admin, wire_group
 from streamflow.log.kafka.hot import FETCH, PRODUCE
 from streamflow.log.kafka.producer import next_sequence
 from streamflow.log.kafka.wire_transaction import (
@@ -40,7 +40,7 @@ def test_aiokafkas_debug_log_shows_no_credentials():
 
 def test_a_broker_that_does_not_speak_a_version_is_named():
     with pytest.raises(wire.errors.IncompatibleBrokerVersion) as info:
-        wire.OFFSET_FETCH("g", None, True).prepare({9: (0, 6)})
+        wire_group.OFFSET_FETCH("g", None, True).prepare({9: (0, 6)})
     error = codes.translated(info.value, "kafka broker h:1")
     assert isinstance(error, ConfigurationError)
     assert "OffsetFetch v7" in str(error)
