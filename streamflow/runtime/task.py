@@ -320,7 +320,7 @@ class Task:
 
     def committed_positions(self, table: str) -> dict[TopicPartition, int]:
         """How far it is committed: in its sources, and in a table's changelog, where that is one of its own."""
-        positions = {tp: offset for tp, offset in self.committed.items() if offset >= 0}
+        positions = {tp: max(0, offset) for tp, offset in self.committed.items()}  # below 0 is in no commit yet
         if self.tables is not None:
             of_table = (
                 (tp, self.tables.positions.get(name)) for tp, name in self.tables.changelogs().items() if name == table

@@ -44,6 +44,7 @@ class Overview:
         data_dir: Absolute.
         agents: In order of declaration.
         topics: Names of all its topics.
+        tables: Names of the tables that its web server answers reads of.
     """
 
     app: str
@@ -53,6 +54,7 @@ class Overview:
     data_dir: str
     agents: Sequence[AgentLine]
     topics: Sequence[str]
+    tables: Sequence[str] = ()
 
 
 def agent_lines(app: Declarations) -> list[AgentLine]:
@@ -84,4 +86,5 @@ def overview_of(app: Declarations, settings: Settings, broker: str, guarantee: s
         guarantee: Processing guarantee in force.
     """
     topics = tuple(app.every_topic())
-    return Overview(app.id, package_version(), broker, guarantee, settings.data_dir, agent_lines(app), topics)
+    tables = (*app.tables, *app.global_tables) if settings.serve_tables else ()
+    return Overview(app.id, package_version(), broker, guarantee, settings.data_dir, agent_lines(app), topics, tables)

@@ -105,10 +105,11 @@ def render(overview: Overview, views: Sequence[View]) -> str:
 
 
 def _header(overview: Overview, views: Sequence[View]) -> str:
+    tables = '<a href="/tables">tables</a> ' if overview.tables else ""
     return f"""<header>
 <h1>{escape(overview.app)}</h1>
 {_badge(views)} <span id="connection"></span>
-<nav><a href="/metrics">metrics</a> <a href="/live">live</a> <a href="/ready">ready</a></nav>
+<nav>{tables}<a href="/metrics">metrics</a> <a href="/live">live</a> <a href="/ready">ready</a></nav>
 </header>"""
 
 

@@ -341,6 +341,16 @@ async def test_a_read_waits_for_its_position() -> None:
         assert (await cluster.get("/tables/stock/tea?at=other:0:1")).status_code == 400
 
 
+async def test_the_first_record_of_a_partition_is_waited_for() -> None:
+    async with Cluster(shop) as cluster:
+        machine = cluster.machine
+        sent = await machine.client.send(machine.app.topics["moves"], key="tea", value=5)
+        late = await cluster.get(f"/tables/stock/tea?at={sent.position}&timeout_s=0.05")
+        assert late.status_code == 503
+        await machine.settle()
+        assert (await cluster.json(f"/tables/stock/tea?at={sent.position}"))["value"] == 5
+
+
 async def test_a_change_is_read_by_the_position_behind_it() -> None:
     async with Cluster(shop) as cluster:
         await filled(cluster, {"tea": 1})
