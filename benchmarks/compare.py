@@ -25,7 +25,7 @@ def main() -> None:
     names = _chosen(settings)
     for name in names:
         environments.prepare(name)
-    with _broker() as bootstrap:
+    with broker() as bootstrap:
         topic = f"orders-{settings.records}-{settings.keys}"
         topics.fill(bootstrap, topic, settings.records, settings.keys)
         runs = [
@@ -33,11 +33,16 @@ def main() -> None:
             for number in range(1, settings.rounds + 1)
             for name in names
         ]
-    results = {"settings": asdict(settings), "machine": _machine(), "runs": runs}
-    path = bench_home() / "results" / f"{settings.mode}-{settings.records}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    results = {"settings": asdict(settings), "machine": machine(), "runs": runs}
+    print(report.table(results))
+    write_results(f"{settings.mode}-{settings.records}", results)
+
+
+def write_results(name: str, results: dict[str, Any]) -> None:
+    """Keep the figures of a measurement."""
+    path = bench_home() / "results" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(report.table(results))
     print(f"\nThe figures are in {path}", file=sys.stderr)
 
 
@@ -59,7 +64,7 @@ def _chosen(settings: Settings) -> list[str]:
 
 
 @contextmanager
-def _broker() -> Iterator[str]:
+def broker() -> Iterator[str]:
     """The broker named by BOOTSTRAP, or one of our own while the block runs."""
     if named := os.environ.get("BOOTSTRAP"):
         yield named
@@ -94,7 +99,7 @@ def _run(name: str, peer: Peer, bootstrap: str, topic: str, settings: Settings, 
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {
         "cpu": _processor(),
         "cores": os.cpu_count(),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.settings import APPS, MODES, ROOT, bench_home
+from benchmarks.settings import APPS, COMPARED, MODES, ROOT, bench_home
 
 Command = Callable[[], list[str]]
 
@@ -26,14 +26,16 @@ class Peer:
         requirements: What pip installs into its own virtual environment; empty for those that need none.
         modes: What it can do.
         most_records: Where a run stops for a peer that would need many minutes for all of them.
+        most_rate: Records per second that it is given at most where it is loaded steadily.
         note: What a reader of the table must know.
     """
 
     title: str
     command: Command
     requirements: tuple[str, ...] = ()
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = COMPARED
     most_records: int = 10**9
+    most_rate: int = 10**9
     note: str = ""
 
 
@@ -57,7 +59,10 @@ def kstreams() -> list[str]:
 
 PEERS = {
     "streamflow": Peer(
-        "StreamFlow", streamflow, note="typed decode and encode; metrics and their web page on, as by default"
+        "StreamFlow",
+        streamflow,
+        modes=MODES,
+        note="typed decode and encode; metrics and their web page on, as by default",
     ),
     "kstreams": Peer("Kafka Streams 4.1.1", kstreams, note="one stream thread, no record cache: every update leaves"),
     "raw": Peer(
@@ -84,9 +89,10 @@ PEERS = {
     ),
     "faust": Peer(
         "Faust 0.15.3",
-        venv_command("faust", "faust", "-A", "faust_app", "worker", "-l", "warn"),
+        venv_command("faust", "faust", "-A", "faust_app", "worker", "-l", "warn", "--without-web"),
         ("faust-streaming[rocksdb]==0.15.3", "aiokafka", "orjson", "uvloop", "setuptools"),
         most_records=100_000,
+        most_rate=600,
     ),
     "pathway": Peer(
         "Pathway 0.33.0",

@@ -22,7 +22,7 @@ class Program:
         self._log = log
 
     def __enter__(self) -> "Program":
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
                 env=self._environment,
@@ -34,12 +34,21 @@ class Program:
             )
         return self
 
+    def stop(self) -> None:
+        """Ask it to end, and wait until it has."""
+        self._signal(signal.SIGTERM)
+        self._process.wait(STOP_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self._signal(signal.SIGTERM)
-            self._process.wait(STOP_TIMEOUT_S)
+            self.stop()
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -59,7 +68,11 @@ class Program:
 
     def peak_memory_mb(self) -> float:
         """The sum of the peak resident sizes of all processes of the tree."""
-        return sum(_peak_kib(pid) for pid in self._tree()) / 1024
+        return sum(self.peak_memory_each_mb())
+
+    def peak_memory_each_mb(self) -> list[float]:
+        """The peak resident size of each process of the tree, its first one first."""
+        return [_peak_kib(pid) / 1024 for pid in self._tree()]
 
     def _tree(self) -> list[int]:
         found = [self._process.pid]

@@ -4,6 +4,8 @@
 #   benchmarks/run.sh [PEER...]        all peers by default; `benchmarks/run.sh --help` lists them
 #
 # Settings, from the environment:
+#   MEASURE=compare    compare (throughput and latency of one process) | rebalance (workers come and go; MODE=table-eos
+#                  and RATE=4000 unless set otherwise) | processes (`--processes 1` and `2`; MODE and N)
 #   MODE=map       map | table | table-eos
 #   N=500000       records a peer has to work through (a peer too slow for so many stops at its own number)
 #   SKIP=0.1       part of the run left out as warm-up; for a warm JVM: SKIP=0.5 N=3000000
@@ -19,4 +21,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export BENCH_HOME=${BENCH_HOME:-$HOME/.cache/streamflow-bench}
 .venv/bin/python -m benchmarks.environments tools
-exec "$BENCH_HOME/tools/bin/python" -m benchmarks.compare "$@"
+exec "$BENCH_HOME/tools/bin/python" -m "benchmarks.${MEASURE:-compare}" "$@"

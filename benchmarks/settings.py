@@ -9,7 +9,8 @@ APPS = ROOT / "benchmarks" / "apps"
 HOST = "127.0.0.1"
 PARTITIONS = 4
 FIRST_TIMESTAMP_MS = 1_700_000_000_000  # of the orders; each is a millisecond later than the one before
-MODES = ("map", "table", "table-eos")
+COMPARED = ("map", "table", "table-eos")  # the work that peers share
+MODES = (*COMPARED, "busy")
 
 
 def bench_home() -> Path:

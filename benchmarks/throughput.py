@@ -28,6 +28,7 @@ class Throughput:
             was spent before the warm-up's end on records that were not yet written then, so it is a little low in
             short runs of peers that work on many records at a time.)
         memory_mb: Peak resident size.
+        memory_each_mb: The same of each process.
         first_s: From the start of the program to its first output.
         problem: What it last said when it ended by itself.
     """
@@ -39,6 +40,7 @@ class Throughput:
     cpu_us: float | None
     whole_cpu_us: float | None
     memory_mb: float
+    memory_each_mb: list[float]
     first_s: float
     problem: str = ""
 
@@ -59,7 +61,7 @@ def measure(peer: Peer, bootstrap: str, topic: str, settings: Settings) -> Throu
             samples = _watch(program, counter, wanted, settings.limit_s)
         finally:
             counter.close()
-        memory_mb = program.peak_memory_mb()
+        memory_mb = program.peak_memory_each_mb()
         problem = program.log_tail() if program.ended else ""
     return _evaluate(samples, wanted, settings.skip, memory_mb, problem)
 
@@ -76,7 +78,7 @@ def _watch(program: Program, counter: Counter, wanted: int, limit_s: float) -> l
         time.sleep(POLL_S)
 
 
-def _evaluate(samples: list[_Sample], wanted: int, skip: float, memory_mb: float, problem: str) -> Throughput:
+def _evaluate(samples: list[_Sample], wanted: int, skip: float, memory_mb: list[float], problem: str) -> Throughput:
     last = samples[-1]
     first = next((sample for sample in samples if sample.records), last)
     # Of a run that was cut off, the same part is warm-up: of what it did, not of what it should have done.
@@ -93,7 +95,8 @@ def _evaluate(samples: list[_Sample], wanted: int, skip: float, memory_mb: float
         rate=measured / elapsed_s if measured and elapsed_s else None,
         cpu_us=cpu_s / measured * 1e6 if measured and cpu_s >= LEAST_CPU_S else None,
         whole_cpu_us=last.cpu_s / last.records * 1e6 if last.records else None,
-        memory_mb=memory_mb,
+        memory_mb=sum(memory_mb),
+        memory_each_mb=memory_mb,
         first_s=first.at_s,
         problem=problem,
     )

@@ -13,9 +13,9 @@ CALL_TIMEOUT_S = 10
 MOST_FAILURES = 100
 
 
-def create(bootstrap: str, *names: str) -> None:
+def create(bootstrap: str, *names: str, partitions: int = PARTITIONS) -> None:
     admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 4})
-    for created in admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names]).values():
+    for created in admin.create_topics([NewTopic(name, partitions, 1) for name in names]).values():
         created.result(CALL_TIMEOUT_S)
 
 

@@ -297,8 +297,9 @@ def test_every_page_is_in_the_navigation():
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]}
 
 
-def test_every_test_that_the_list_of_failures_names_is_there():
-    text = (ROOT / "tests" / "README.md").read_text()
+@pytest.mark.parametrize("page", ["tests/README.md", "docs/what-happens-when.md"])
+def test_every_test_that_a_list_of_failures_names_is_there(page):
+    text = (ROOT / page).read_text()
     named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", text)
     assert len(named) > 30
     for file, name in named:

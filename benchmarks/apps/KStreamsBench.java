@@ -5,6 +5,7 @@ import java.io.IOException;
 import java.io.UncheckedIOException;
 import java.util.Map;
 import java.util.Properties;
+import org.apache.kafka.common.TopicPartition;
 import org.apache.kafka.common.serialization.Serde;
 import org.apache.kafka.common.serialization.Serdes;
 import org.apache.kafka.common.utils.Bytes;
@@ -15,6 +16,7 @@ import org.apache.kafka.streams.kstream.Grouped;
 import org.apache.kafka.streams.kstream.KStream;
 import org.apache.kafka.streams.kstream.Materialized;
 import org.apache.kafka.streams.kstream.Produced;
+import org.apache.kafka.streams.processor.StateRestoreListener;
 import org.apache.kafka.streams.state.KeyValueStore;
 
 /** Kafka Streams: MODE map | table | table-eos. */
@@ -71,7 +73,26 @@ public class KStreamsBench {
         settings.put(
             "processing.guarantee", environment.get("MODE").endsWith("eos") ? "exactly_once_v2" : "at_least_once");
         settings.put("statestore.cache.max.bytes", 0); // every update leaves, as with the other peers
+        if (environment.containsKey("SESSION_MS")) { // several workers share the work, and come and go
+            settings.put("session.timeout.ms", environment.get("SESSION_MS"));
+            settings.put("heartbeat.interval.ms", environment.get("HEARTBEAT_MS"));
+            settings.put("probing.rebalance.interval.ms", 60_000); // the least it takes
+            settings.put("internal.leave.group.on.close", true); // else a stop is noticed when the session ends
+        }
         return settings;
+    }
+
+    private static class TellRestored implements StateRestoreListener {
+        @Override
+        public void onRestoreStart(TopicPartition partition, String store, long start, long end) {}
+
+        @Override
+        public void onBatchRestored(TopicPartition partition, String store, long end, long records) {}
+
+        @Override
+        public void onRestoreEnd(TopicPartition partition, String store, long records) {
+            System.out.println("restored " + records + " records");
+        }
     }
 
     public static void main(String[] arguments) {
@@ -94,6 +115,7 @@ public class KStreamsBench {
                     .mapValues((user, total) -> new Out(user, total));
         results.to(environment.get("OUT"), Produced.with(Serdes.String(), json(Out.class)));
         KafkaStreams streams = new KafkaStreams(builder.build(), settings(environment));
+        streams.setGlobalStateRestoreListener(new TellRestored());
         Runtime.getRuntime().addShutdownHook(new Thread(streams::close));
         streams.start();
     }

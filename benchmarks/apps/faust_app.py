@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 import faust
 
 MODE = os.environ["MODE"]
+PARTITIONS = int(os.environ["PARTITIONS"])
 app = faust.App(
     os.environ["APPID"],
     broker="kafka://" + os.environ["BOOTSTRAP"],
     store="memory://" if MODE == "map" else "rocksdb://",
-    topic_partitions=4,
+    topic_partitions=PARTITIONS,
     datadir=os.environ["DATADIR"],
     value_serializer="json",
     web_enabled=False,
@@ -18,6 +19,8 @@ app = faust.App(
     processing_guarantee="exactly_once" if MODE.endswith("eos") else "at_least_once",
     topic_disable_leader=True,
     producer_linger_ms=50,
+    broker_session_timeout=float(os.environ.get("SESSION_MS", "60000")) / 1000,
+    broker_heartbeat_interval=float(os.environ.get("HEARTBEAT_MS", "3000")) / 1000,
 )
 
 
@@ -45,7 +48,7 @@ if MODE == "map":
             await out.send(key=order.user, value=Out(user=order.user, total=order.amount * 2))
 
 else:
-    totals = app.Table("totals", default=float, partitions=4)
+    totals = app.Table("totals", default=float, partitions=PARTITIONS)
 
     @app.agent(orders)
     async def total(stream: AsyncIterator[Order]) -> None:

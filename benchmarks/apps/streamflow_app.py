@@ -1,6 +1,7 @@
-"""StreamFlow: MODE map | table | table-eos, as the other programs here; on Kafka, or on the log that BROKER names."""
+"""StreamFlow: MODE map | table | table-eos, as the other programs here, and busy; on Kafka, or on the log of BROKER."""
 
 import os
+import time
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -8,6 +9,7 @@ import msgspec
 import streamflow as sf
 
 MODE = os.environ["MODE"]
+BUSY_S = 100e-6  # of CPU time per record
 
 
 class Order(msgspec.Struct):
@@ -38,6 +40,16 @@ if MODE == "map":
     async def double(stream: sf.Stream[Order]) -> AsyncIterator[Out]:
         async for order in stream:
             yield Out(order.user, order.amount * 2)
+
+elif MODE == "busy":
+
+    @app.agent(orders, sink=out)
+    async def busy(stream: sf.Stream[Order]) -> AsyncIterator[Out]:
+        async for order in stream:
+            until_s = time.thread_time() + BUSY_S
+            while time.thread_time() < until_s:
+                pass
+            yield Out(order.user, order.amount)
 
 else:
     totals = app.table("totals", key_type=str, value_type=float, default=float)
