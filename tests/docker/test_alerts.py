@@ -1,5 +1,6 @@
 """Each alert of docker/prometheus fires for what it is meant for, and not for what resembles it: by promtool."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -149,6 +150,20 @@ def promtool():
 def test_configuration_and_rules_are_valid(promtool):
     run(promtool, "check", "config", "--lint=all", "--lint-fatal", PROMETHEUS / "prometheus.yml")
     run(promtool, "check", "rules", "--lint=all", "--lint-fatal", PROMETHEUS / "alerts.yml")
+
+
+def test_configurations_in_the_documentation_are_valid(promtool, tmp_path):
+    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
+    found = [text for page in pages for text in re.findall(r"```yaml\n(scrape_configs:.*?)```", page, flags=re.DOTALL)]
+    assert found
+    for text in found:
+        # Debian's Prometheus is built without what finds the pods of a cluster; the rest it reads.
+        assert "kubernetes_sd_configs:\n      - role: pod\n" in text
+        known = text.replace(
+            "kubernetes_sd_configs:\n      - role: pod\n", "static_configs:\n      - targets: [pod:6066]\n"
+        )
+        (tmp_path / "prometheus.yml").write_text(known)
+        run(promtool, "check", "config", tmp_path / "prometheus.yml")
 
 
 def unit(alert: str, series: dict[str, str], firing: bool) -> dict[str, object]:
