@@ -12,7 +12,7 @@ from streamflow.error_groups import one_error
 from streamflow.errors import GroupInUseError, RetriableError, TaskMigratedError
 from streamflow.log.api import Group, GroupSettings, Log, Lost, OffsetMark
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.assignor import TaskAssignor
+from streamflow.runtime.assignment.assignor import TaskAssignor
 
 _JOIN_S = 30.0
 _ALIVE_EVERY_S = 0.3

@@ -33,7 +33,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.holding import registered_holder
 from streamflow.processing.topology import Topology
 from streamflow.processing.visit import is_visited
-from streamflow.runtime.assignor import TaskAssignor
+from streamflow.runtime.assignment.assignor import TaskAssignor
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.births import noting_births
@@ -292,7 +292,7 @@ class Worker:
             self.standbys = standbys = await stack.enter_async_context(
                 Standbys.open(self.app.id, layout, local, log, self.clock, self.sensors, self._fail)
             )
-            assignor = TaskAssignor({sub.name: sub.topics for sub in layout.sub_topologies})
+            assignor = TaskAssignor.of(layout, self.settings)
             words = says(self.settings, self.url, standbys, standbys.lags())
             topics = frozenset(layout.counts)
             async with log.group(self.app.id, topics, assignor, self._group_settings(), words) as group:

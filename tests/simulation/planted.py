@@ -5,10 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
-from streamflow.log.api import Member
 from streamflow.model.record import TopicPartition
-from streamflow.runtime import assignor
-from streamflow.runtime.assignor import AssignedTask
+from streamflow.runtime.assignment import active
 from streamflow.runtime.commit import Commits
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.ledger import Ledger
@@ -48,8 +46,8 @@ async def _keep_what_goes(self: TaskManager, tasks: Sequence[Task], *_: Any) -> 
     """Who is told that a task has to go answers so, and goes on with it."""
 
 
-def _give_all_to_one(members: Sequence[Member], tasks: Sequence[AssignedTask]) -> dict[str, list[AssignedTask]]:
-    return {member.member_id: list(tasks) if at == 0 else [] for at, member in enumerate(members)}
+def _give_all_to_one(able: Sequence[str], count: int, *_: Any) -> dict[str, int]:
+    return {one: count if at == 0 else 0 for at, one in enumerate(able)}
 
 
 def _in_sight(_: Undo) -> AbstractContextManager[None]:
@@ -66,7 +64,7 @@ BUGS: dict[str, tuple[object, str, Any]] = {
     "a failed turn leaves its writes": (Undo, "take_out", Undo.clear),
     "a task that stays is opened anew in every generation": (Commits, "_keep_owned", _start_anew_in_every_generation),
     "a task that has to go goes on": (TaskManager, "_close", _keep_what_goes),
-    "one member is given everything": (assignor, "assign", _give_all_to_one),
+    "one member is given everything": (active, "shares", _give_all_to_one),
 }
 
 

@@ -1,0 +1,137 @@
+"""The assignor that a log's group calls: members and partitions as the log has them, in; partitions and words, out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from streamflow.config import Settings
+from streamflow.log.api import Given, Member
+from streamflow.model.record import TopicPartition
+from streamflow.runtime.assignment.cluster import AssignedTask, Cluster, ClusterMember, TaskId
+from streamflow.runtime.assignment.plan import plan
+from streamflow.runtime.assignment.words import Route, Says, Teller
+from streamflow.runtime.layout import Layout
+
+
+def tasks_of(
+    sub_topologies: Mapping[str, Sequence[str]], counts: Mapping[str, int], stateful: Collection[str] = ()
+) -> list[AssignedTask]:
+    """All tasks: partition p of a sub-topology owns partition p of each of its topics that has one.
+
+    Args:
+        sub_topologies: Source topics per sub-topology.
+        counts: Partition count per topic; a topic that is missing has none.
+        stateful: Names of the sub-topologies that have tables.
+    """
+    tasks: list[AssignedTask] = []
+    for name in sorted(sub_topologies):
+        topics = sub_topologies[name]
+        for partition in range(max((counts.get(topic, 0) for topic in topics), default=0)):
+            owned = frozenset(TopicPartition(topic, partition) for topic in topics if partition < counts.get(topic, 0))
+            tasks.append(AssignedTask(TaskId(name, partition), owned, name in stateful))
+    return tasks
+
+
+class TaskAssignor:
+    """The assignor of one app.
+
+    Args:
+        sub_topologies: Source topics per sub-topology.
+        stateful: Names of the sub-topologies that have tables.
+        standby_replicas: See `cluster.Cluster`.
+        acceptable_lag_records: See `cluster.Cluster`.
+        max_warmup_replicas: See `cluster.Cluster`.
+    """
+
+    def __init__(
+        self,
+        sub_topologies: Mapping[str, Sequence[str]],
+        stateful: Collection[str] = (),
+        *,
+        standby_replicas: int = 0,
+        acceptable_lag_records: int = 10_000,
+        max_warmup_replicas: int = 2,
+    ) -> None:
+        self._sub_topologies = sub_topologies
+        self._stateful = frozenset(stateful)
+        self._standby_replicas = standby_replicas
+        self._acceptable_lag_records = acceptable_lag_records
+        self._max_warmup_replicas = max_warmup_replicas
+
+    @classmethod
+    def of(cls, layout: Layout, settings: Settings) -> TaskAssignor:
+        """The assignor of an app as it is laid out here.
+
+        Args:
+            layout: Its tasks.
+            settings: Its settings.
+        """
+        return cls(
+            {sub.name: sub.topics for sub in layout.sub_topologies},
+            [sub.name for sub in layout.sub_topologies if sub.tables],
+            standby_replicas=settings.standby_replicas,
+            acceptable_lag_records=settings.acceptable_lag_records,
+            max_warmup_replicas=settings.max_warmup_replicas,
+        )
+
+    def __call__(self, members: Sequence[Member], counts: Mapping[str, int]) -> Mapping[str, Given]:
+        """See `log.api.Assignor`."""
+        tasks = {task.id: task for task in tasks_of(self._sub_topologies, counts, self._stateful)}
+        said = {member.member_id: Says.decode(member.says) for member in members}
+        cluster = Cluster(
+            _cluster_members(members, said, tasks),
+            list(tasks.values()),
+            self._standby_replicas,
+            self._acceptable_lag_records,
+            self._max_warmup_replicas,
+        )
+        planned = plan(cluster)
+        teller = Teller(
+            {name: Route(says.url, planned.active[name], planned.standby[name]) for name, says in said.items()}
+        )
+        return {
+            member.member_id: Given(
+                frozenset(tp for task in planned.active[member.member_id] for tp in tasks[task].partitions),
+                # Who says nothing would not understand it.
+                teller.tell(planned.standby[member.member_id], planned.warm_up[member.member_id])
+                if member.says
+                else b"",
+            )
+            for member in members
+        }
+
+
+def _cluster_members(
+    members: Sequence[Member], said: Mapping[str, Says], tasks: Mapping[TaskId, AssignedTask]
+) -> list[ClusterMember]:
+    active = _active(members, tasks)
+    return [
+        ClusterMember(
+            member.member_id,
+            member.topics,
+            active[member.member_id],
+            says.standby,
+            says.lags,
+            says.follows,
+            says.rack,
+            says.capacity,
+        )
+        for member in members
+        for says in [said[member.member_id]]
+    ]
+
+
+def _active(members: Sequence[Member], tasks: Mapping[TaskId, AssignedTask]) -> dict[str, frozenset[TaskId]]:
+    """Who owns which task: whoever has most of its partitions.
+
+    A task has got one that is nobody's when a topic has grown; when agents have come to share a table, its partitions
+    were those of two tasks, with two owners.
+    """
+    owners = {tp: member.member_id for member in members for tp in member.owned}
+    active: dict[str, list[TaskId]] = {member.member_id: [] for member in members}
+    for task in tasks.values():
+        parts = Counter(owners[tp] for tp in task.partitions if tp in owners)
+        if parts:
+            active[min(parts, key=lambda name: (-parts[name], name))].append(task.id)
+    return {name: frozenset(mine) for name, mine in active.items()}

@@ -1,0 +1,183 @@
+"""The assignor as a log's group calls it: partitions and bytes, of workers of several versions."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+import streamflow as sf
+from streamflow.log.api import Given, Member
+from streamflow.model.record import TopicPartition
+from streamflow.processing.topology import SubTopology, Topology
+from streamflow.runtime.assignment.assignor import TaskAssignor, tasks_of
+from streamflow.runtime.assignment.cluster import AssignedTask, TaskId
+from streamflow.runtime.assignment.words import VERSION, Route, Says, Told
+from streamflow.runtime.layout import Layout
+
+COUNTS = st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), st.integers(1, 9), min_size=1)
+MEMBERS = st.sets(st.sampled_from([f"m{number}" for number in range(8)]), min_size=1)
+S = frozenset({"s"})
+
+
+def tps(topic: str, *partitions: int) -> frozenset[TopicPartition]:
+    return frozenset(TopicPartition(topic, partition) for partition in partitions)
+
+
+def ids(name: str, *partitions: int) -> frozenset[TaskId]:
+    return frozenset(TaskId(name, partition) for partition in partitions)
+
+
+def members_after(names: set[str], topics: frozenset[str], before: dict[str, Given]) -> list[Member]:
+    return [Member(one, topics, before[one].partitions if one in before else frozenset()) for one in sorted(names)]
+
+
+# --- who says nothing: a group of workers without tables, or of the version before -----------------------------------
+
+
+@given(COUNTS, MEMBERS, MEMBERS)
+def test_silent_members_share_all_and_who_stays_keeps_what_balance_allows(
+    counts: dict[str, int], before: set[str], after: set[str]
+) -> None:
+    topics = frozenset(counts)
+    everything = sorted(TopicPartition(topic, number) for topic, count in counts.items() for number in range(count))
+    assignor = TaskAssignor({topic: [topic] for topic in counts}, counts)
+    first = dict(assignor(members_after(before, topics, {}), counts))
+    second = dict(assignor(members_after(after, topics, first), counts))
+    for given_out in (first, second):
+        assert sorted(tp for each in given_out.values() for tp in each.partitions) == everything
+        sizes = [len(each.partitions) for each in given_out.values()]
+        assert max(sizes) - min(sizes) <= 1
+        assert not any(each.told for each in given_out.values())
+    for one in before & after:
+        kept = first[one].partitions & second[one].partitions
+        assert len(kept) >= min(len(first[one].partitions), len(everything) // len(after))
+    assert dict(assignor(members_after(after, topics, second), counts)) == second
+
+
+def test_a_task_is_never_split() -> None:
+    assignor = TaskAssignor({"both": ["left", "right"]})
+    topics = frozenset({"left", "right"})
+    members = [Member(one, topics, frozenset()) for one in ("m0", "m1", "m2")]
+    for each in assignor(members, {"left": 4, "right": 3}).values():
+        numbers = {tp.partition for tp in each.partitions}
+        assert each.partitions == tps("left", *numbers) | tps("right", *(number for number in numbers if number < 3))
+
+
+def test_partition_p_of_each_topic_that_has_one_belongs_to_task_p() -> None:
+    assert tasks_of({"both": ["left", "right"], "none": ["missing"]}, {"left": 2, "right": 1}, ["both"]) == [
+        AssignedTask(TaskId("both", 0), tps("left", 0) | tps("right", 0), stateful=True),
+        AssignedTask(TaskId("both", 1), tps("left", 1), stateful=True),
+    ]
+
+
+def test_a_partition_that_is_added_goes_to_who_has_the_task() -> None:
+    """`right` had one partition, and has three: tasks 1 and 2 grow where they are."""
+    topics = frozenset({"left", "right"})
+    owned = {"m0": tps("left", 0, 2) | tps("right", 0), "m1": tps("left", 1)}
+    members = [Member(one, topics, partitions) for one, partitions in owned.items()]
+    given_out = TaskAssignor({"both": ["left", "right"]})(members, {"left": 3, "right": 3})
+    assert given_out["m0"].partitions == owned["m0"] | tps("right", 2)
+    assert given_out["m1"].partitions == owned["m1"] | tps("right", 1)
+
+
+def test_two_tasks_that_become_one_stay_with_who_has_more_of_it() -> None:
+    """A new version lets agents share a table: what were two sub-topologies has one owner per partition now."""
+    topics = frozenset({"a", "b", "c"})
+    members = [Member("m0", topics, tps("a", 0)), Member("m1", topics, tps("b", 0) | tps("c", 0))]
+    given_out = TaskAssignor({"a": ["a", "b", "c"]})(members, {"a": 1, "b": 1, "c": 1})
+    assert given_out["m0"].partitions == frozenset()
+    assert given_out["m1"].partitions == tps("a", 0) | tps("b", 0) | tps("c", 0)
+
+
+# --- who speaks -----------------------------------------------------------------------------------------------------
+
+
+def member(name: str, says: Says, *owned: int) -> Member:
+    return Member(name, S, tps("s", *owned), says.encode())
+
+
+def test_state_stays_and_everybody_is_told_what_it_does_and_who_does_what() -> None:
+    assignor = TaskAssignor({"s": ["s"]}, ["s"], standby_replicas=1, max_warmup_replicas=1)
+    a = member("a", Says(url="http://a", follows=True), 0, 1, 2, 3)
+    b = member("b", Says(url="http://b", follows=True, lags={TaskId("s", 2): 10_001, TaskId("s", 3): 10_000}))
+    c = member("c", Says(url="http://c", follows=True, standby=ids("s", 0, 1), lags=dict.fromkeys(ids("s", 0, 1), 0)))
+    given_out = assignor([a, b, c], {"s": 4})
+    told = {name: Told.decode(each.told) for name, each in given_out.items()}
+    # Each is to have one or two: b is caught up with 3 and gets it once a has let it go; c with 0 or 1.
+    (to_c,) = given_out["c"].partitions
+    assert given_out["b"].partitions == tps("s", 3)
+    assert given_out["a"].partitions == tps("s", 0, 1, 2) - {to_c}
+    # On their way, and so followed until they are there.
+    assert told["b"].warm_up == ids("s", 3)
+    assert told["c"].warm_up == ids("s", to_c.partition)
+    standbys = sorted(task for each in told.values() for task in each.standby)
+    assert standbys == sorted(ids("s", 0, 1, 2, 3))
+    assert told["a"].routes == told["b"].routes == told["c"].routes
+    assert told["a"].routes == {
+        name: Route(
+            f"http://{name}", ids("s", *(tp.partition for tp in given_out[name].partitions)), told[name].standby
+        )
+        for name in ("a", "b", "c")
+    }
+
+
+def test_a_lag_of_more_than_is_acceptable_is_warmed_up_first() -> None:
+    a = member("a", Says(follows=True), 0, 1)
+    b = member("b", Says(follows=True, lags={TaskId("s", 1): 501}))
+    strict = TaskAssignor({"s": ["s"]}, ["s"], acceptable_lag_records=500)([a, b], {"s": 2})
+    assert strict["a"].partitions == tps("s", 0, 1)
+    assert Told.decode(strict["b"].told).warm_up == ids("s", 1)
+    easy = TaskAssignor({"s": ["s"]}, ["s"], acceptable_lag_records=501)([a, b], {"s": 2})
+    assert easy["b"].partitions == tps("s", 1)
+
+
+def test_capacity_and_rack_are_heard() -> None:
+    assignor = TaskAssignor({"s": ["s"]}, ["s"], standby_replicas=1)
+    a = member("a", Says(follows=True, capacity=3, rack="x"))
+    b = member("b", Says(follows=True, rack="x"))
+    c = member("c", Says(follows=True, rack="y", capacity=2))
+    given_out = assignor([a, b, c], {"s": 6})
+    assert [len(each.partitions) for each in given_out.values()] == [3, 1, 2]
+    copies = {name: Told.decode(each.told).standby for name, each in given_out.items()}
+    assert copies["c"] == {TaskId(*tp) for name in "ab" for tp in given_out[name].partitions}
+    assert copies["a"] | copies["b"] == {TaskId(*tp) for tp in given_out["c"].partitions}
+
+
+def test_beside_speakers_the_silent_are_told_nothing_and_take_part() -> None:
+    assignor = TaskAssignor({"s": ["s"], "t": ["t"]}, ["s"], standby_replicas=1)
+    topics = frozenset({"s", "t"})
+    says = Says(url="http://new", follows=True).encode()
+    given_out = assignor(
+        [Member("new", topics, tps("s", 0, 1), says), Member("old", topics, frozenset())], {"s": 2, "t": 2}
+    )
+    assert given_out["new"].partitions == tps("s", 0, 1)
+    assert given_out["old"] == Given(tps("t", 0, 1))
+    told = Told.decode(given_out["new"].told)
+    assert told == Told(routes={"new": Route("http://new", ids("s", 0, 1)), "old": Route("", ids("t", 0, 1))})
+
+
+def test_what_a_newer_or_broken_worker_says_does_not_stop_the_leader() -> None:
+    newer = bytes([VERSION]) + msgspec.msgpack.encode({"follows": True, "lags": {"gone": {7: 1}}, "cores": [1, 2]})
+    unreadable = bytes([VERSION + 1]) + b"?"
+    members = [Member("a", S, frozenset(), newer), Member("b", S, frozenset(), unreadable)]
+    given_out = TaskAssignor({"s": ["s"]}, ["s"])(members, {"s": 4})
+    assert [len(each.partitions) for each in given_out.values()] == [2, 2]
+
+
+def test_what_a_worker_assigns_by_comes_from_its_topology_and_settings() -> None:
+    """A sub-topology has state if it has tables; the settings are those of the leader."""
+    subs = (SubTopology("s", ("s",), ("count",), (), ("counts",)), SubTopology("t", ("t",), ("map",), ()))
+    layout = Layout(Topology("app", (), (), subs), {"s": 2, "t": 2})
+    settings = sf.App(
+        "app", standby_replicas=1, max_warmup_replicas=1, acceptable_lag_records=7, broker="memory://"
+    ).settings()
+    topics = frozenset({"s", "t"})
+    a = Member("a", topics, tps("s", 0, 1) | tps("t", 0, 1), Says(follows=True).encode())
+    b = Member("b", topics, frozenset(), Says(follows=True, lags={TaskId("s", 1): 8}).encode())
+    given_out = TaskAssignor.of(layout, settings)([a, b], dict(layout.counts))
+    assert tps("s", 0, 1) < given_out["a"].partitions
+    assert given_out["b"].partitions < tps("t", 0, 1)
+    told = Told.decode(given_out["b"].told)
+    assert told.warm_up == ids("s", 1)
+    assert told.standby == ids("s", 0)
