@@ -485,7 +485,11 @@ class Worker:
             self._open.cancel()
 
     def _leader_task(self) -> Task | None:
-        if self.manager is None or self._layout is None:
+        if self.manager is None or self._layout is None or self.group is None:
+            return None
+        # A process that was stopped and wakes up: another one may lead since, which it has not heard of yet.
+        age_s = self.group.statistics().last_heartbeat_age_s
+        if age_s is not None and age_s >= self.settings.session_timeout_ms / 1000:
             return None
         return self.manager.tasks.get((self._layout.leading, 0))
 

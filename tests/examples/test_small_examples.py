@@ -105,33 +105,37 @@ def test_table_over_http(environment, tmp_path):
     with served("table_over_http.py", environment, tmp_path / "log") as http:
         for item in ITEMS:
             for count in (5, -2):
-                assert http.post(f"/movements/{item}", params={"count": count}).status_code == 202
-        until(lambda: http.get("/stock").json()["stock"] == dict.fromkeys(ITEMS, 3))
-        assert http.get("/stock").json()["partitions"] == [0, 1, 2, 3]
-        assert http.put("/stock/item-0", params={"count": 10}).json() == {"item": "item-0", "count": 10}
+                sent = http.post(f"/movements/{item}", params={"count": count})
+                assert sent.status_code == 202
+            # What was sent is there, without a wait of ours.
+            assert http.get(f"/stock/{item}", params={"at": sent.json()["position"]}).json()["count"] == 3
+        assert http.get("/stock").json() == dict.fromkeys(ITEMS, 3)
+        assert http.put("/stock/item-0", params={"count": 10}).json()["count"] == 10
         assert http.get("/stock/item-0").json() == {"item": "item-0", "count": 10}
         nothing = http.get("/stock/coffee")
         assert (nothing.status_code, nothing.json()["detail"]) == (404, "there is no coffee")
-        assert http.post("/movements/item-0", params={"count": 1}).status_code == 202
-        until(lambda: http.get("/stock/item-0").json()["count"] == 11)
         with served("table_over_http.py", environment, tmp_path / "other-log") as other:
             until(lambda: shared_out(http, other))
-            check_each_item_is_in_one_process(http, other)
+            check_all_is_read_and_each_item_changed_in_one_process(http, other)
 
 
 def shared_out(one: httpx.Client, other: httpx.Client) -> bool:
-    partitions = [http.get("/stock").json()["partitions"] for http in (one, other)]
+    partitions = [http.get("/health").json()["partitions"] for http in (one, other)]
     return all(partitions) and sorted(partitions[0] + partitions[1]) == [0, 1, 2, 3]
 
 
-def check_each_item_is_in_one_process(one: httpx.Client, other: httpx.Client) -> None:
+def check_all_is_read_and_each_item_changed_in_one_process(one: httpx.Client, other: httpx.Client) -> None:
+    stock = dict.fromkeys(ITEMS, 3) | {"item-0": 10}
+    for http in (one, other):
+        assert http.get("/stock").json() == stock
+        assert {item: http.get(f"/stock/{item}").json()["count"] for item in ITEMS} == stock
     for item in ITEMS:
-        for method, arguments in (("GET", {}), ("PUT", {"count": 3})):
-            answers = [http.request(method, f"/stock/{item}", params=arguments) for http in (one, other)]
-            there, elsewhere = sorted(answers, key=lambda answer: answer.status_code)
-            assert (there.status_code, elsewhere.status_code) == (200, 421)
-            assert there.json()["count"] == (11 if (item, method) == ("item-0", "GET") else 3)
-            assert f"the key '{item}' is in partition" in elsewhere.json()["detail"]
+        answers = [http.put(f"/stock/{item}", params={"count": 4}) for http in (one, other)]
+        there, elsewhere = sorted(answers, key=lambda answer: answer.status_code)
+        assert (there.status_code, elsewhere.status_code) == (200, 421)
+        assert f"the key '{item}' is in partition" in elsewhere.json()["detail"]
+        for http in (one, other):
+            assert http.get(f"/stock/{item}", params={"at": there.json()["position"]}).json()["count"] == 4
 
 
 @contextmanager
