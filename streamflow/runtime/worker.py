@@ -491,7 +491,11 @@ class Worker:
         age_s = self.group.statistics().last_heartbeat_age_s
         if age_s is not None and age_s >= self.settings.session_timeout_ms / 1000:
             return None
-        return self.manager.tasks.get((self._layout.leading, 0))
+        task = self.manager.tasks.get((self._layout.leading, 0))
+        is_own = task is not None and self.group.assignment.issuperset(
+            task.committed
+        )  # its loss may not be acted on yet
+        return task if is_own else None
 
     async def _call_stop_hooks(self) -> None:
         with anyio.CancelScope(shield=self._log_is_away or not self._may_process):

@@ -262,6 +262,13 @@ class KafkaGroup(Group):
         """Called by the control thread (see `member.Host`)."""
         self._control.tell(self._take_news, membership, events)
 
+    def heard(self, sent_s: float) -> None:
+        """Called by the control thread (see `member.Host`)."""
+        self._control.tell(self._take_heartbeat, sent_s)
+
+    def _take_heartbeat(self, sent_s: float) -> None:
+        self._vitals.last_heartbeat = sent_s
+
     def failed(self, error: StreamFlowError) -> None:
         """Called by the control thread (see `member.Host`)."""
         self._control.tell(self._take_failure, error)

@@ -62,6 +62,13 @@ class Host(Protocol):
         """The membership to commit under from now on, and what happened, in order."""
         ...
 
+    def heard(self, sent_s: float) -> None:
+        """The coordinator has answered what was sent at that monotonic time.
+
+        It is told in order with `news`: who finds a fresh heartbeat has been told what was lost before it.
+        """
+        ...
+
     def failed(self, error: StreamFlowError) -> None:
         """The group cannot be joined."""
         ...
@@ -239,7 +246,7 @@ class GroupMember:
             self._on_error(synced.error_code, "sync with")
             return None
         self._generation = joined.generation
-        self._vitals.last_heartbeat = sent_s
+        self._host.heard(sent_s)
         share = read_share(synced.assignment)
         if is_done:
             self._counts = share.answer.counts
@@ -407,7 +414,7 @@ class GroupMember:
             logger.debug("group %s: %s", self._group_id, exc)
         else:
             if not response.error_code:
-                self._vitals.last_heartbeat = sent_s
+                self._host.heard(sent_s)
 
     async def _find_coordinator(self) -> int:
         if self._coordinator is None:

@@ -161,6 +161,7 @@ class SqliteGroup(Group):
         self._waiter: asyncio.Future[None] | None = None
         self._standing = Standing()
         self.wishes = Wishes(says)
+        self._last_beat: float | None = None
         self.heart: Heart | None = None
         self.wake: Callable[[], None] = lambda: None
 
@@ -225,12 +226,17 @@ class SqliteGroup(Group):
     def statistics(self) -> GroupStatistics:
         if self.heart is None:
             return GroupStatistics()
-        told, last = self.heart.statistics, self.heart.last_beat
-        now = self._monotonic()
-        return GroupStatistics(told.rebalances, told.rebalance_s, None if last is None else now - last)
+        told, last = self.heart.statistics, self._last_beat
+        return GroupStatistics(told.rebalances, told.rebalance_s, None if last is None else self._monotonic() - last)
 
-    def apply(self, step: Step) -> None:
-        """Take over what a step gave."""
+    def apply(self, step: Step, beat_s: float | None) -> None:
+        """Take over what a step gave.
+
+        Args:
+            step: The step.
+            beat_s: When it began, monotonic: who finds a fresh heartbeat has been told what was lost before it.
+        """
+        self._last_beat = beat_s
         unanswered = frozenset[TopicPartition]() if self.heart is None else frozenset().union(*self.heart.answers)
         self._standing = _without(step.standing, unanswered)
         self._events.extend(step.events)
@@ -278,7 +284,7 @@ async def joined(database: Database, mine: Subscription, says: bytes) -> AsyncGe
             await thread.stop()
         return
     heart = group.heart = Heart(database.session(durable=False), mine, database.waits.monotonic, group.wishes)
-    group.apply(heart.beat())
+    group.apply(heart.beat(), heart.last_beat)
     try:
         async with TaskOwner(f"heartbeat {mine.group_id}", _beat_inline(group, heart, database)):
             yield group
@@ -308,7 +314,7 @@ async def _beat_inline(group: SqliteGroup, heart: Heart, database: Database) -> 
                 if not heart.is_due():
                     await due
         try:
-            group.apply(heart.beat())
+            group.apply(heart.beat(), heart.last_beat)
         except Exception as error:
             group.fail(_known(error))
             return
@@ -362,7 +368,7 @@ class HeartThread:
         try:
             session = self._database.session(durable=False, busy_timeout_s=_LOCK_WAIT_S)
             heart = self._group.heart = Heart(session, self._mine, time.monotonic, self._group.wishes)
-            self._tell(self._first, heart.beat())
+            self._tell(self._first, heart.beat(), heart.last_beat)
             self._keep_beating(heart)
             heart.leave()
         except Exception as error:
@@ -377,7 +383,7 @@ class HeartThread:
             try:
                 self._pause(heart)
                 if not self._stopping:
-                    self._tell(self._group.apply, heart.beat())
+                    self._tell(self._group.apply, heart.beat(), heart.last_beat)
             except RetriableError:
                 # Locked or full: the others cannot beat either, so nobody expires; the age of the last beat tells.
                 self._woken.wait(0.1)
@@ -393,8 +399,8 @@ class HeartThread:
             if heart.is_due():
                 return
 
-    def _first(self, step: Step) -> None:
-        self._group.apply(step)
+    def _first(self, step: Step, beat_s: float | None) -> None:
+        self._group.apply(step, beat_s)
         self._settle(self._joined)
 
     def _failed(self, error: StreamFlowError) -> None:
