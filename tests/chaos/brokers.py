@@ -62,16 +62,12 @@ class Brokers:
         await until(is_found, f"the coordinator of {kind} {key}")
         return found[0]
 
-    async def lose(self, node: int, away_s: float) -> None:
-        """`kill -9` of a broker, its restart, and the wait until it has everything that the others have."""
-        broker = self._cluster.brokers[node]
-        await asyncio.to_thread(broker.kill)
-        await asyncio.sleep(away_s)
-        await asyncio.to_thread(broker.start)
-        await self.are_whole()
+    async def kill(self, node: int) -> None:
+        """`kill -9` of a broker."""
+        await asyncio.to_thread(self._cluster.brokers[node].kill)
 
     async def are_whole(self) -> None:
-        """Wait until every replica of every partition is in sync: one more broker may die then."""
+        """Start who is dead, and wait until every replica of every partition is in sync: the next one may die then."""
         for broker in self._cluster.brokers.values():
             if not broker.runs:
                 await asyncio.to_thread(broker.start)

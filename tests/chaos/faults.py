@@ -262,8 +262,14 @@ class GroupChaos(Chaos):
         else:
             slot = self.dice.choice(sorted(self._slots().glob("*/.id")))
             node = await brokers.coordinator_of("transaction", f"{self.system.app_id}-{slot.read_text().strip()}")
-        self._tell(f"node {node}")
-        await brokers.lose(node, self.dice.uniform(0, 5))
+        stays_away = self.dice.random() < 0.7
+        self._tell(f"node {node}, {'until work goes on without it' if stays_away else 'and comes back at once'}")
+        await brokers.kill(node)
+        if stays_away:
+            began_s = time.monotonic()
+            await super()._goes_on(f"{kind}, and two brokers")
+            self._tell(f"all is committed with two brokers after {time.monotonic() - began_s:.1f} s")
+        await brokers.are_whole()
 
     # --- rebalances at a bad moment ----------------------------------------------------------------------------
 

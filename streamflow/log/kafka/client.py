@@ -65,6 +65,8 @@ class Client:
         self._connections: dict[tuple[int, Hashable], wire.Connection] = {}
         self._connecting: dict[tuple[int, Hashable], asyncio.Lock] = {}
         self._muted_until: dict[int, float] = {}
+        # Nodes that did not answer since the last metadata: what they led is others' by now, or will be.
+        self._silent: set[int] = set()
         self._wanted: set[str] = set()
         self._refreshing = asyncio.Lock()
         self._refresh_started = -1.0
@@ -132,10 +134,12 @@ class Client:
         except TimeoutError as exc:
             # A late answer would delay the next request; the next one opens a connection of its own.
             self._close(connection, wire.CloseReason.CONNECTION_TIMEOUT)
+            self._silent.add(node)
             raise codes.translated(exc, self._what(call, node)) from exc
         except StreamFlowError:
             raise
         except Exception as exc:
+            self._silent.add(node)
             raise codes.translated(exc, self._what(call, node)) from exc
         if response.throttle_time_ms > 0:
             throttle_s = min(response.throttle_time_ms / 1000, _MAX_THROTTLE_S)
@@ -162,7 +166,11 @@ class Client:
                 self._close(connection)
             if node not in self._brokers:
                 raise RetriableError(f"kafka broker {node} is not known (any more)")
-            connection = await self._open(*self._brokers[node])
+            try:
+                connection = await self._open(*self._brokers[node])
+            except StreamFlowError:
+                self._silent.add(node)
+                raise
             self._connections[key] = connection
             return connection
 
@@ -311,6 +319,7 @@ class Client:
             if brokers.get(node) != address:
                 self._drop_connections(node)
         self._brokers = brokers
+        self._silent.clear()
         self.controller = response.controller_id
         for code, name, is_internal, partitions, _acl in response.topics:
             if code == codes.NONE:
@@ -350,14 +359,14 @@ class Client:
     # --- by leader -----------------------------------------------------------------------------------------------
 
     async def leaders(self, partitions: Iterable[TopicPartition]) -> Mapping[int, list[TopicPartition]]:
-        """Partitions by the node that leads them.
+        """Partitions by the node that leads them; who does not answer is asked for no longer than another leads.
 
         Raises:
             UnknownTopicError: One does not exist.
             RetriableError: One has no leader at present.
         """
         partitions = list(partitions)
-        if any(self.leader(tp) is None for tp in partitions):
+        if any((node := self.leader(tp)) is None or node in self._silent for tp in partitions):
             await self.refresh({tp.topic for tp in partitions})
         by_node: dict[int, list[TopicPartition]] = {}
         for tp in partitions:

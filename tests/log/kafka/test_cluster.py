@@ -82,6 +82,24 @@ async def test_a_coordinator_that_dies_is_replaced(kafka_cluster):
         await asyncio.to_thread(victim.start)
 
 
+async def test_who_leads_a_partition_whose_leader_died_is_asked_for_its_offsets(kafka_cluster):
+    """Nothing else refreshes the metadata meanwhile: a worker that asks what became of its commit does only that."""
+    tp = TopicPartition("asked", 0)
+    async with KafkaLog(Kafka(servers=kafka_cluster.bootstrap), client_id="test") as log:
+        await log.admin.create([NewTopic("asked", 1, replication=3)])
+        async with log.producer() as producer:
+            await producer.enqueue(tp, numbered(range(3)))
+            await producer.flush()
+        assert await log.admin.end_offsets([tp]) == {tp: 3}
+        dead = kafka_cluster.brokers[log._client.leader(tp)]
+        await asyncio.to_thread(dead.kill)
+        try:
+            async with asyncio.timeout(20):
+                assert await log.admin.end_offsets([tp]) == {tp: 3}
+        finally:
+            await asyncio.to_thread(dead.start)
+
+
 @pytest.mark.parametrize("victim", ["transaction coordinator", "leader"])
 async def test_commits_go_on_exactly_once_when_a_broker_dies(kafka_cluster, victim, name):
     total = 80
