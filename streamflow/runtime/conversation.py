@@ -89,7 +89,9 @@ class Conversation:
             logger.info("standbys: %s; warm-ups: %s", _named(told.standby), _named(told.warm_up))
         if self._manager.is_finishing:
             return
-        await self._standbys.follow(told.standby, told.warm_up, self._manager.has)
+        # What is followed and comes here now is handed over open when it is assigned, which is said next.
+        coming = self._own() & self._standbys.held().keys()
+        await self._standbys.follow(told.standby, told.warm_up | coming, self._manager.has)
 
     async def run(self) -> None:
         """Keep what is said current, and ask for a round when all that is to come here is near enough."""
@@ -109,9 +111,13 @@ class Conversation:
 
     def _to_ask_for(self) -> frozenset[TaskId]:
         """What comes only if it is asked for; what is this worker's by the plan comes as its owner lets go of it."""
+        return self.told.warm_up - self._own()
+
+    def _own(self) -> frozenset[TaskId]:
+        """The tasks that are this worker's by the plan, whether they have come already or not."""
         membership = self._group.membership
         own = self.told.routes.get(membership.member_id) if membership is not None else None
-        return self.told.warm_up if own is None else self.told.warm_up - own.active
+        return frozenset() if own is None else own.active
 
 
 def _named(tasks: frozenset[TaskId]) -> str:

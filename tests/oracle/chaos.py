@@ -41,6 +41,7 @@ class Chaos:
         kafka: Options of `sf.Kafka` for the workers.
         links: The connections of the first worker, to be cut.
         patience_s: How long everything may take to be committed after a fault.
+        standby_replicas: See the setting.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Chaos:
         kafka: Mapping[str, object] | None = None,
         links: Links | None = None,
         patience_s: float = 40,
+        standby_replicas: int = 0,
     ) -> None:
         print(f"seed {seed}")
         self.system = system
+        self._standby_replicas = standby_replicas
         self.guarantee = guarantee
         self.partitions = partitions
         self.dice = random.Random(seed)
@@ -89,6 +92,7 @@ class Chaos:
             session_timeout_ms=round(SESSION_S * 1000),
             processing_guarantee=self.guarantee,
             partitions=self.partitions,
+            standby_replicas=self._standby_replicas,
         )
         if system.is_kafka:
             self._set_options()

@@ -52,6 +52,17 @@ async def test_exactly_once_on_an_old_kafka(make_broker: Callable[..., Broker], 
         await under_faults(chaos, ["kill"] * 2 + ["pause", "broker"])
 
 
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)], ids=["sqlite", "kafka"])
+async def test_with_standbys(kind: str, guarantee: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Who takes over goes on with the store of a standby; those of standbys are what their changelogs say, too."""
+    broker = request.getfixturevalue("make_broker")() if kind == "kafka" else None
+    address = f"sqlite:///{tmp_path / 'log.db'}" if broker is None else f"kafka://{broker.bootstrap}"
+    async with System(tmp_path, address) as system:
+        chaos = Chaos(system, SEED, guarantee, broker=broker, standby_replicas=1)
+        await under_faults(chaos, ["kill"] * 4 + ["pause"])
+
+
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("kafka", marks=pytest.mark.kafka)], ids=["sqlite", "kafka"])
 async def test_at_least_once(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Nothing is missing, tables are exact, and each fault repeats what one commit interval held (`repeats.py`)."""

@@ -1,0 +1,144 @@
+"""What a worker says to its group, and when it asks for a round."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+import streamflow as sf
+from streamflow.log.api import Membership
+from streamflow.log.api import Told as ToldBytes
+from streamflow.runtime import conversation
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.words import Route, Says, Teller
+from streamflow.runtime.conversation import Conversation
+from streamflow.runtime.routes import Routes
+from streamflow.runtime.standbys import Standbys
+
+ONE, TWO = TaskId("numbers", 0), TaskId("numbers", 1)
+
+
+class Standby:
+    def __init__(self, lag: int | None = None, given_up: str = "") -> None:
+        self.lag, self.given_up = lag, given_up
+
+
+class FakeStandbys(Standbys):
+    """Those that are told, with the lags that the test gives them."""
+
+    def __init__(self) -> None:
+        self.told: frozenset[TaskId] = frozenset()
+        self.warm_ups: frozenset[TaskId] = frozenset()
+        self._held: dict[TaskId, Any] = {}
+
+    async def follow(self, standby: Iterable[TaskId], warm_up: Iterable[TaskId], running: Any) -> None:
+        self.told, self.warm_ups = frozenset(standby), frozenset(warm_up)
+        self._held = {task: self._held.get(task) or Standby() for task in self.told | self.warm_ups}
+
+    def are(self, **lags: int | None) -> None:
+        """Set how far those of partitions `p0` and `p1` are behind; None for one that is given up."""
+        for name, lag in lags.items():
+            self._held[TaskId("numbers", int(name[1:]))] = Standby(lag, "damaged" if lag is None else "")
+
+
+class Group:
+    def __init__(self) -> None:
+        self.membership = Membership("app", "me", 1)
+        self.asked: list[str] = []
+        self.said = b""
+
+    def say(self, words: bytes) -> None:
+        self.said = words
+
+    def rejoin(self, why: str) -> None:
+        self.asked.append(why)
+
+
+class Manager:
+    is_finishing = False
+
+    def has(self, task: TaskId) -> bool:
+        return False
+
+    def lags(self) -> dict[TaskId, int]:
+        return {ONE: 7}
+
+
+class Side:
+    """One member's side of the conversation."""
+
+    def __init__(self) -> None:
+        self.standbys, self.group = FakeStandbys(), Group()
+        settings = sf.App("app").settings({"rack": "a", "capacity": 3, "acceptable_lag_records": 10})
+        routes: Any = Routes()
+        self.conversation = Conversation(
+            settings,
+            lambda: "http://here",
+            Manager(),  # type: ignore[arg-type]
+            self.standbys,
+            routes,
+            self.group,  # type: ignore[arg-type]
+        )
+
+    async def hear(
+        self, *, standby: Iterable[TaskId] = (), warm_up: Iterable[TaskId] = (), active: Iterable[TaskId] = ()
+    ) -> None:
+        told = Teller({"me": Route("http://here", frozenset(active))}).tell(standby, warm_up)
+        await self.conversation.heard(ToldBytes(told, 1))
+
+    def ask(self) -> list[str]:
+        self.conversation._ask()
+        return self.group.asked
+
+
+async def test_a_round_is_asked_for_once_when_all_warm_ups_are_near_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = Side()
+    assert not side.ask()
+    await side.hear(warm_up={ONE, TWO})
+    assert not side.ask()
+    side.standbys.are(p0=0, p1=11)
+    assert not side.ask()
+    side.standbys.are(p0=0, p1=10)
+    assert side.ask() == ["warmed up numbers-0, numbers-1"]
+    assert len(side.ask()) == 1
+    monkeypatch.setattr(conversation, "_ASK_AGAIN_S", 0.0)
+    assert len(side.ask()) == 2  # what it was told stayed the same: the round came when they had fallen behind
+    await side.hear(warm_up={TWO})
+    side.standbys.are(p1=0)
+    assert side.ask()[-1] == "warmed up numbers-1"
+
+
+async def test_nothing_is_asked_for_what_comes_by_itself() -> None:
+    side = Side()
+    await side.hear(warm_up={ONE, TWO}, active={ONE})
+    side.standbys.are(p0=50, p1=0)
+    assert side.ask() == ["warmed up numbers-1"]
+    await side.hear(warm_up={ONE}, active={ONE})
+    side.standbys.are(p0=0)
+    assert len(side.ask()) == 1
+
+
+async def test_one_that_is_given_up_keeps_no_other_waiting() -> None:
+    side = Side()
+    await side.hear(warm_up={ONE, TWO})
+    side.standbys.are(p0=None, p1=0)
+    assert len(side.ask()) == 1
+    await side.hear(warm_up={ONE})
+    side.standbys.are(p0=None)
+    assert len(side.ask()) == 1
+
+
+async def test_a_standby_whose_task_comes_is_followed_until_it_is_assigned() -> None:
+    side = Side()
+    await side.hear(standby={ONE})
+    await side.hear(active={ONE, TWO})
+    assert side.standbys.held().keys() == {ONE}
+    await side.hear()
+    assert not side.standbys.held()
+
+
+async def test_what_is_said() -> None:
+    side = Side()
+    await side.hear(standby={TWO})
+    said = conversation.says(side.conversation._settings, "http://here", side.standbys, {ONE: 7})
+    assert Says.decode(said) == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7})
