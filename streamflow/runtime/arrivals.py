@@ -73,8 +73,11 @@ class Arrivals:
     async def _out_of_range(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> None:
         """Records were deleted before they were read: go on as for a partition without offset, and say so.
 
-        Not so with tables, which would stand for records that nobody has seen, or for some twice.
+        Not so with tables, which would stand for records that nobody has seen, or for some twice. And not where another
+        worker is done with the records, and this one, which was cut off, has not heard that it lost the task.
         """
+        if await self._shared.delivery.was_overtaken(task):
+            return
         if task.tables is not None:
             self._shared.fail(_out_of_range_with_tables(task, tp, error))
             return

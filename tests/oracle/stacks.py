@@ -38,12 +38,13 @@ faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
 """
 """A part of the app: its threads tell at once, its tasks when the main thread runs Python again."""
 _WITHIN_S = 3.0
+_LINES = 60
 _DONE = "end of the tasks"
 
 
 @contextlib.contextmanager
 def telling_stacks(workers: Sequence[Worker]) -> Iterator[None]:
-    """What fails in the block, a time-out above all, is raised with the stacks of all workers that run.
+    """What fails in the block, a time-out above all, is raised with what workers said and the stacks of those that run.
 
     Args:
         workers: Looked at when it fails.
@@ -51,8 +52,15 @@ def telling_stacks(workers: Sequence[Worker]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # a time-out of pytest's, too
+        for worker in workers:
+            state = "runs" if worker.runs else "has ended"
+            error.add_note(f"--- the worker with pid {worker.pid} {state}; last it said:\n{_tail(worker.said)}")
         error.add_note(stacks_of([worker for worker in workers if worker.runs]))
         raise
+
+
+def _tail(said: str) -> str:
+    return "\n".join(said.splitlines()[-_LINES:])
 
 
 def stacks_of(workers: Sequence[Worker]) -> str:

@@ -111,8 +111,42 @@ async def test_a_new_task_that_another_worker_has_had_before_it_was_restored_sta
         assert machine.values(sums) == [7]
 
 
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_records_that_another_worker_was_done_with_and_purged_are_no_loss(guarantee: str) -> None:
+    """A worker that was cut off asks for records that the owner since has processed and deleted."""
+    app = sf.App("overtaken")
+    numbers = app.topic("numbers", key_type=int, value_type=int, partitions=1)
+    sums = app.topic("sums", key_type=int, value_type=int, partitions=1)
+    totals = app.table("totals", key_type=int, value_type=int, default=int)
+
+    @app.agent(numbers, sink=sums, tables=[totals])
+    async def add(stream: sf.Stream[int]) -> AsyncIterator[int]:
+        async for event in stream.events():
+            totals[event.key] += event.value
+            yield totals[event.key]
+
+    tp = TopicPartition("numbers", 0)
+    async with Machine(app, processing_guarantee=guarantee) as machine:
+        running = await machine.start()
+        manager = running.worker.manager
+        assert manager is not None
+        takes, missed = manager.fetched, anyio.Event()
+        manager.fetched = lambda fetched, resets: missed.set() if fetched.batches else takes(fetched, resets)
+        await machine.send(numbers, 5, key=1)
+        await missed.wait()
+        await as_another_worker(machine)
+        await machine.log.admin.delete_records({tp: 1})
+        manager.fetched = takes
+        manager._reader.add(tp, 0)
+        manager._reader.ask(tp)
+        await machine.send(numbers, 2, key=1)
+        await machine.settle()
+        assert running.error is None
+        assert machine.values(sums) == [7]
+
+
 async def as_another_worker(machine: Machine) -> None:
-    """Commit the first record, and give the task back, unheard by the one that restores it."""
+    """Commit the first record, and give the task back, unheard by the one that holds it."""
     (running,) = machine.workers
     group = running.worker.group
     assert group is not None
