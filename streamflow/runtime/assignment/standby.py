@@ -69,9 +69,11 @@ class StandbyPlacement:
         self._level()
         warm_ups.grant(self._stay_until_caught_up())
 
-    def _candidates(self, task: TaskId) -> list[str]:
+    def _candidates(self, task: TaskId) -> dict[str, None]:
+        """Who may have a copy, in order, and quickly looked up."""
         taken = self._warming.get(task, frozenset()) | {self._active[task]}
-        return [one for one in self._standing.able[task] if self._standing.follows(one) and one not in taken]
+        able = self._standing.able[task]
+        return dict.fromkeys(one for one in able if self._standing.follows(one) and one not in taken)
 
     def _fair_shares(self) -> dict[str, int]:
         """How many copies of all each member should have at most."""
@@ -113,29 +115,41 @@ class StandbyPlacement:
         for task, copies in self.copies.items():
             for one in copies:
                 mine[one].add(task)
-        while (move := self._next_move(mine)) is not None:
-            task, heavy, light = move
-            self.copies[task][self.copies[task].index(heavy)] = light
-            self._load[heavy] -= 1
-            self._load[light] += 1
-            mine[heavy].remove(task)
-            mine[light].add(task)
+        while self._level_once(mine):
+            pass
 
-    def _next_move(self, mine: Mapping[str, Collection[TaskId]]) -> tuple[TaskId, str, str] | None:
+    def _level_once(self, mine: Mapping[str, set[TaskId]]) -> bool:
+        """Look at each two members once; whether that changed anything."""
+        changed = False
         order = sorted(mine, key=lambda one: (self._load[one] / self._capacity[one], one))
         for heavy in reversed(order):
             for light in order:
-                if self._load[heavy] / self._capacity[heavy] <= (self._load[light] + 1) / self._capacity[light]:
-                    break
-                movable = [task for task in mine[heavy] if self._may_move(task, heavy, light)]
-                if movable:
-                    return min(movable, key=lambda task: (self._distance(task, light), task)), heavy, light
-        return None
+                while self._is_uneven(heavy, light):
+                    movable = [task for task in mine[heavy] if self._may_move(task, heavy, light)]
+                    if not movable:
+                        break
+                    task = min(movable, key=lambda task: (self._distance(task, light), task))
+                    self._move(task, heavy, light)
+                    mine[heavy].remove(task)
+                    mine[light].add(task)
+                    changed = True
+        return changed
+
+    def _is_uneven(self, heavy: str, light: str) -> bool:
+        """Whether one has more per capacity than the other would have with one more."""
+        return self._load[heavy] / self._capacity[heavy] > (self._load[light] + 1) / self._capacity[light]
+
+    def _move(self, task: TaskId, heavy: str, light: str) -> None:
+        self.copies[task][self.copies[task].index(heavy)] = light
+        self._load[heavy] -= 1
+        self._load[light] += 1
 
     def _may_move(self, task: TaskId, heavy: str, light: str) -> bool:
         copies = self.copies[task]
         if light in copies or light not in self._able[task]:
             return False
+        if self._racks[light] == self._racks[heavy]:
+            return True
         return not self._is_close(task, light, but=heavy) or self._is_close(task, heavy, but=heavy)
 
     def _distance(self, task: TaskId, one: str) -> float:
@@ -155,8 +169,11 @@ class StandbyPlacement:
     def _is_close(self, task: TaskId, one: str, *, but: str = "") -> bool:
         """Whether a member is in the rack of the task or of one of its copies, except the one of `but`."""
         rack = self._racks[one]
-        others = (self._active[task], *self.copies[task])
-        return bool(rack) and any(self._racks[other] == rack and other != but for other in others)
+        if not rack:
+            return False
+        if self._racks[self._active[task]] == rack:
+            return True
+        return any(self._racks[other] == rack and other != but for other in self.copies[task])
 
     def _give(self, task: TaskId, one: str) -> None:
         self.copies[task].append(one)
