@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.cli.commands import get, get_until, shell_in
+from tests.cli.commands import get, shell_in
 from tests.docker.dockerfile import read_dockerfile
 from tests.docker.reading import DOCKER, read_yaml
 from tests.kafka.broker import HOST, Broker, free_port
@@ -67,6 +67,14 @@ def environment_of(name: str, broker: ComposeBroker, folder, port: int) -> dict[
     return given | changed
 
 
+def told(url: str, pattern: str) -> None:
+    """Wait until the answer has that in it."""
+    deadline = time.monotonic() + WAIT_S
+    while not re.search(pattern, text := get(url)[1]):
+        assert time.monotonic() < deadline, f"{url} never answered {pattern!r} but:\n{text}"
+        time.sleep(0.1)
+
+
 def moved(url: str) -> list[str]:
     """What a worker says of partitions that came and went."""
     return re.findall(r"^streamflow_partitions_moved_total.*$", get(f"{url}/metrics")[1], flags=re.MULTILINE)
@@ -79,24 +87,26 @@ def test_both_workers_process_and_one_goes_on_alone(broker, tmp_path):
         assert all(SERVICES[name]["command"] == ["worker", "${APP:-orders.py}"] for name in environments)
         workers = {name: shell.start("worker", "orders.py", **given) for name, given in environments.items()}
         for running in workers.values():
-            get_until(f"{running.url}/metrics", r"\nstreamflow_assigned_partitions 4\.0")
-            get_until(f"{running.url}/metrics", r'\nstreamflow_records_out_total\{topic="totals-by-user"\} [1-9]')
+            told(f"{running.url}/metrics", r"\nstreamflow_assigned_partitions 4\.0")
+            told(f"{running.url}/metrics", r'\nstreamflow_records_out_total\{topic="totals-by-user"\} [1-9]')
             assert "sets nothing" not in running.err
+
+        # Either answers for both, and keeps a standby of what the other one has.
+        for running in workers.values():
+            told(f"{running.url}/tables/totals/user-1", r'"orders":[1-9]')
+            told(f"{running.url}/metrics", r'\nstreamflow_standbys\{kind="standby"\} 4\.0')
 
         # The container is started anew: its name is its instance_id, so the other one notices nothing.
         stays = workers["worker-2"].url
         before = moved(stays)
         assert workers["worker-1"].stop() == 0
         again = shell.start("worker", "orders.py", **environments["worker-1"])
-        get_until(f"{again.url}/metrics", r"\nstreamflow_assigned_partitions 4\.0")
-        get_until(f"{again.url}/metrics", r'\nstreamflow_records_out_total\{topic="totals-by-user"\} [1-9]')
+        told(f"{again.url}/metrics", r"\nstreamflow_assigned_partitions 4\.0")
+        told(f"{again.url}/metrics", r'\nstreamflow_records_out_total\{topic="totals-by-user"\} [1-9]')
         assert moved(stays) == before
 
         again.process.kill()
-        deadline = time.monotonic() + WAIT_S
-        while "\nstreamflow_assigned_partitions 8.0" not in (text := get(f"{stays}/metrics")[1]):
-            assert time.monotonic() < deadline, text
-            time.sleep(0.1)
-        get_until(f"{stays}/ready", '"ready":true')
-        get_until(f"{stays}/tables/totals/user-1", r'"orders":[1-9]')
+        told(f"{stays}/metrics", r"\nstreamflow_assigned_partitions 8\.0")
+        told(f"{stays}/ready", '"ready":true')
+        told(f"{stays}/tables/totals/user-1", r'"orders":[1-9]')
         assert workers["worker-2"].stop() == 0

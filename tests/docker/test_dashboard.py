@@ -23,9 +23,6 @@ WITHOUT_DATA = {
     "Failed commits": "a commit that fails",
     "Keys outside of their partition": "a group_by that is missing",
     "Lag of global tables": "an app with global tables",
-    "Lag of standbys": "workers that are told to keep standbys",
-    "Records applied by standbys": "workers that are told to keep standbys",
-    "Reads from outside": "a supervisor that passes reads on",
 }
 """What a panel needs that this test does not have; its queries must be understood all the same."""
 
