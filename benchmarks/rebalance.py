@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -107,8 +108,8 @@ class Scenario:
     def stop(self, worker: int) -> None:
         self.workers.pop(worker).stop()
 
-    def kill(self, worker: int) -> None:
-        self.workers.pop(worker).kill()
+    def kill_last(self) -> None:
+        self.workers.pop(WORKERS).kill()
 
     def change(self, name: str, act: Callable[[], None]) -> Change:
         """Make a change and wait until all is calm again."""
@@ -139,14 +140,19 @@ class Scenario:
             owners, now_s = self._owners(), time.perf_counter()
             if owners != known:
                 known, since_s = owners, now_s
-            if now_s - since_s > CALM_S and self._is_shared(owners) and self._load.all_partitions_answer(since_s):
+            if now_s - since_s > CALM_S and self._is_shared(owners) and not self._load.silent_partitions(since_s):
                 return owners, since_s
             if now_s > deadline:
-                raise Unsettled(f"the group did not settle in {self._limit_s:g} s:\n{self._last_words()}")
+                silent = self._load.silent_partitions(since_s)
+                raise Unsettled(
+                    f"the group did not settle in {self._limit_s:g} s: {len(self.workers)} workers run, the partitions "
+                    f"of each member are {sorted(Counter(owners.values()).values())}, and {silent} give no output\n"
+                    f"{self._last_words()}"
+                )
             time.sleep(POLL_S)
 
     def _is_shared(self, owners: Owners) -> bool:
-        counts = [list(owners.values()).count(member) for member in set(owners.values())]
+        counts = Counter(owners.values()).values()
         return len(owners) == PARTITIONS and len(counts) == len(self.workers) and max(counts) - min(counts) <= 1
 
     def _owners(self) -> Owners:
@@ -192,6 +198,20 @@ class Scenario:
         return max(later - earlier for earlier, later in itertools.pairwise([began_s, *times]))
 
 
+def _changes(scenario: Scenario) -> list[tuple[str, Callable[[], None]]]:
+    come = partial(scenario.start, WORKERS)
+    changes = [
+        ("a 4th worker joins", come),
+        ("it is stopped cleanly", partial(scenario.stop, WORKERS)),
+        ("it joins again", come),
+        ("it is killed (kill -9)", scenario.kill_last),
+    ]
+    for worker in range(WORKERS):
+        changes.append((f"worker {worker + 1} of 3 is stopped", partial(scenario.stop, worker)))
+        changes.append(("and started again", partial(scenario.start, worker)))
+    return changes
+
+
 def measure(peer: Peer, bootstrap: str, settings: Settings) -> dict[str, Any]:
     """All changes, one after the other."""
     everyone = set(range(PARTITIONS))
@@ -208,17 +228,16 @@ def measure(peer: Peer, bootstrap: str, settings: Settings) -> dict[str, Any]:
         began_s = time.perf_counter()
         time.sleep(settings.latency_s)
         steady = scenario.delays(everyone, began_s, time.perf_counter() - 1)
-        changes = [
-            scenario.change("a 4th worker joins", partial(scenario.start, WORKERS)),
-            scenario.change("it is stopped cleanly", partial(scenario.stop, WORKERS)),
-            scenario.change("it joins again", partial(scenario.start, WORKERS)),
-            scenario.change("it is killed (kill -9)", partial(scenario.kill, WORKERS)),
-        ]
-        doubled_by_kill = load.doubled
-        for worker in range(WORKERS):
-            changes.append(scenario.change(f"worker {worker + 1} of 3 is stopped", partial(scenario.stop, worker)))
-            changes.append(scenario.change("and started again", partial(scenario.start, worker)))
-        load.end(LAST_OUTPUTS_S)
+        changes: list[Change] = []
+        doubled_by_kill, unsettled = 0, ""
+        try:
+            for name, act in _changes(scenario):
+                changes.append(scenario.change(name, act))
+                if act == scenario.kill_last:
+                    doubled_by_kill = load.doubled
+            load.end(LAST_OUTPUTS_S)
+        except Unsettled as error:
+            unsettled = str(error)
         return {
             "steady": asdict(steady),
             "changes": [asdict(change) for change in changes],
@@ -227,6 +246,7 @@ def measure(peer: Peer, bootstrap: str, settings: Settings) -> dict[str, Any]:
             "missing": load.missing,
             "doubled": load.doubled,
             "doubled_by_kill": doubled_by_kill,
+            "unsettled": unsettled,
         }
 
 
@@ -249,6 +269,7 @@ def main() -> None:
                 print(f"{PEERS[name].title}: {error}", file=sys.stderr, flush=True)
             else:
                 print(_table(name, results[name]), end="\n\n", flush=True)
+                print(results[name]["unsettled"], file=sys.stderr, flush=True)
     write_results("rebalance", {"settings": asdict(settings), "machine": machine(), "runs": results})
 
 
@@ -271,6 +292,8 @@ def _table(name: str, found: dict[str, Any]) -> str:
         silent = "-" if each["silence_s"] is None else f"{each['silence_s']:.2f}"
         cells = [each["name"], f"{each['settled_s']:.1f}", *delays, str(each["moved"]), silent]
         lines.append(f"| {' | '.join([*cells, format(each['restored'], ','), format(each['load'], '.1f')])} |")
+    if found["unsettled"]:
+        lines += ["", f"Then it came to no rest: {found['unsettled'].splitlines()[0]}."]
     return "\n".join(lines)
 
 

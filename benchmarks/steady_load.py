@@ -77,10 +77,10 @@ class SteadyLoad:
         while self._due and time.monotonic() < deadline:
             time.sleep(0.1)
 
-    def all_partitions_answer(self, since_s: float) -> bool:
-        """Whether each partition gave an output of an order that was sent since then (`time.perf_counter`)."""
-        answers = [self.answers[partition] for partition in range(self._partitions)]
-        return all(each and each[-1].sent_s >= since_s for each in answers)
+    def silent_partitions(self, since_s: float) -> list[int]:
+        """Those that gave no output of an order that was sent since then (`time.perf_counter`)."""
+        answers = {partition: self.answers[partition] for partition in range(self._partitions)}
+        return [partition for partition, each in answers.items() if not each or each[-1].sent_s < since_s]
 
     def _producer(self) -> Producer:
         return Producer(

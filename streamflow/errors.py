@@ -152,6 +152,10 @@ class ProducerFencedError(FatalError):
     """A later producer has this one's transactional id; it commits nothing any more."""
 
 
+class InstanceTakenError(FatalError, RefusedError):
+    """Another worker was started with this one's `instance_id`, and has its place in the group."""
+
+
 class AuthorizationError(FatalError):
     """The log refuses this user; the message names the operation and the resource."""
 

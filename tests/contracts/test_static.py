@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from streamflow.errors import FatalError, TaskMigratedError
+from streamflow.errors import InstanceTakenError, TaskMigratedError
 from streamflow.log.api import Assigned, AtomicCommit, Given, GroupSettings, Lost, NewTopic, OffsetMark, Told
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import Watched, batch, read_to, spread, until
@@ -91,7 +91,7 @@ async def test_of_two_with_one_name_the_older_stops_and_commits_nothing(open_log
                     await older.commit({source: OffsetMark(5)}, was)
                 with pytest.raises(TaskMigratedError):
                     await producer.commit(AtomicCommit([(out, batch(b"no"))], {source: OffsetMark(5)}, was))
-                with pytest.raises(FatalError, match=f"(?s){group_id}.*instance_id 'same'.*instance_id of its own"):
+                with pytest.raises(InstanceTakenError, match=f"(?s){group_id}.*instance_id 'same'.*instance_id of its own"):
                     await asyncio.wait_for(older.next_event(), 10)
                 assert older.membership is None
                 with pytest.raises(TaskMigratedError):
@@ -187,7 +187,7 @@ async def test_who_hangs_while_another_takes_its_name_is_the_older_one(open_log,
                     await asyncio.sleep(0.01)
                 assert isinstance(await asyncio.wait_for(hanging.next_event(), 10), Assigned)
                 assert isinstance(await asyncio.wait_for(hanging.next_event(), 10), Lost)
-                with pytest.raises(FatalError, match="instance_id 'same'"):
+                with pytest.raises(InstanceTakenError, match="instance_id 'same'"):
                     await asyncio.wait_for(hanging.next_event(), 10)
                 await asyncio.sleep(0.3)
                 assert newer.owned

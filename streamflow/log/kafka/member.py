@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import anyio
 
 from streamflow.error_groups import main_error
-from streamflow.errors import FatalError, RetriableError, StreamFlowError
+from streamflow.errors import FatalError, InstanceTakenError, RetriableError, StreamFlowError
 from streamflow.log.api import (
     Assigned,
     Assignor,
@@ -299,7 +299,7 @@ class GroupMember:
         elif code in (codes.ILLEGAL_GENERATION, codes.REBALANCE_IN_PROGRESS):
             pass  # a round was missed, not the membership: nobody gets what this member still claims
         elif code == codes.FENCED_INSTANCE_ID:
-            raise FatalError(
+            raise InstanceTakenError(
                 f"{what}: another worker was started with instance_id {self._instance_id!r} and has taken this one's "
                 "place. Give every worker an instance_id of its own"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 
-from streamflow.errors import FatalError
+from streamflow.errors import InstanceTakenError
 
 
 def holder(sql: sqlite3.Connection, group: str, instance_id: str | None) -> str | None:
@@ -20,9 +20,9 @@ def holder(sql: sqlite3.Connection, group: str, instance_id: str | None) -> str 
     return None if row is None else str(row[0])
 
 
-def fenced(group: str, instance_id: str | None) -> FatalError:
+def fenced(group: str, instance_id: str | None) -> InstanceTakenError:
     """The error of a member whose place was taken."""
-    return FatalError(
+    return InstanceTakenError(
         f"group {group!r}: another worker was started with instance_id {instance_id!r} and has taken this one's place. "
         "Give every worker an instance_id of its own"
     )
