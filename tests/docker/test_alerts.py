@@ -49,7 +49,7 @@ CASES = {
         {f"streamflow_heartbeat_age_seconds{{{W}}}": "6x60", f"streamflow_session_timeout_seconds{{{W}}}": "45x60"},
     ),
     "StreamFlowRebalancesTooOften": Case(
-        {f"streamflow_rebalances_total{{{W}}}": "0+1x60"}, {f"streamflow_rebalances_total{{{W}}}": "0x40 0+1x8 8x12"}
+        {f"streamflow_rebalances_total{{{W}}}": "0+1x60"}, {f"streamflow_rebalances_total{{{W}}}": "0x10 0+1x20 20x30"}
     ),
     "StreamFlowPartitionsLost": Case(
         {f'streamflow_partitions_moved_total{{{W}, change="lost"}}': "0x50 4x10"},
