@@ -141,4 +141,4 @@ async def test_what_is_said() -> None:
     side = Side()
     await side.hear(standby={TWO})
     said = conversation.says(side.conversation._settings, "http://here", side.standbys, {ONE: 7})
-    assert Says.decode(said) == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7})
+    assert Says.decode(said, "w") == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7})

@@ -78,7 +78,7 @@ class TaskAssignor:
     def __call__(self, members: Sequence[Member], counts: Mapping[str, int]) -> Mapping[str, Given]:
         """See `log.api.Assignor`."""
         tasks = {task.id: task for task in tasks_of(self._sub_topologies, counts, self._stateful)}
-        said = {member.member_id: Says.decode(member.says) for member in members}
+        said = {member.member_id: Says.decode(member.says, member.member_id) for member in members}
         cluster = Cluster(
             _cluster_members(members, said, tasks),
             list(tasks.values()),

@@ -58,13 +58,14 @@ class Says:
         return _write(word)
 
     @classmethod
-    def decode(cls, data: bytes) -> Says:
-        """Read what a worker of any version said; what cannot be read counts as nothing.
+    def decode(cls, data: bytes, who: str) -> Says:
+        """Read what a worker of any version said; what cannot be read counts as nothing, with a warning.
 
         Args:
             data: The bytes; empty for nothing.
+            who: The member that said it, for the warning.
         """
-        word = _read(data, _read_says, "a worker says")
+        word = _read(data, _read_says, f"member {who!r} says")
         if word is None:
             return cls()
         lags = {TaskId(name, partition): lag for name, by in word.lags.items() for partition, lag in by.items()}
@@ -104,12 +105,12 @@ class Told:
 
     @classmethod
     def decode(cls, data: bytes) -> Told:
-        """Read what a leader of any version tells; what cannot be read counts as nothing.
+        """Read what a leader of any version tells; what cannot be read counts as nothing, with a warning.
 
         Args:
             data: The bytes; empty for nothing.
         """
-        word = _read(data, _read_told, "this worker is told")
+        word = _read(data, _read_told, "the group's leader tells this worker")
         if word is None:
             return cls()
         routes = {

@@ -28,7 +28,7 @@ def packed(version: int = VERSION, **fields: object) -> bytes:
 
 @given(SAYS)
 def test_what_is_said_is_heard(says: Says) -> None:
-    assert Says.decode(says.encode()) == says
+    assert Says.decode(says.encode(), "w") == says
 
 
 @given(SETS, SETS, ROUTES)
@@ -39,20 +39,20 @@ def test_what_is_told_is_heard(
 
 
 def test_who_says_nothing_takes_part_without_state_rack_or_address() -> None:
-    assert Says.decode(b"") == Says("", "", 1, follows=False, standby=frozenset(), lags={})
+    assert Says.decode(b"", "w") == Says("", "", 1, follows=False, standby=frozenset(), lags={})
     assert Told.decode(b"") == Told(frozenset(), frozenset(), {})
 
 
 def test_what_a_newer_version_adds_is_passed_over() -> None:
     says = packed(rack="a", capacity=3, lags={"s": {1: 5}}, cpus=4, zones={"a": [1]})
-    assert Says.decode(says) == Says(rack="a", capacity=3, lags={TaskId("s", 1): 5})
+    assert Says.decode(says, "w") == Says(rack="a", capacity=3, lags={TaskId("s", 1): 5})
     told = packed(standby={"s": [0]}, routes={"m": {"url": "u", "load": 3}}, epoch=7)
     assert Told.decode(told) == Told(frozenset({TaskId("s", 0)}), routes={"m": Route("u")})
 
 
 def test_what_an_older_version_does_not_say_has_its_default() -> None:
-    assert Says.decode(packed()) == Says()
-    assert Says.decode(packed(url="http://a")) == Says(url="http://a")
+    assert Says.decode(packed(), "w") == Says()
+    assert Says.decode(packed(url="http://a"), "w") == Says(url="http://a")
     assert Told.decode(packed()) == Told()
     assert Told.decode(packed(routes={"m": {}})) == Told(routes={"m": Route()})
 
@@ -73,11 +73,11 @@ def test_what_an_older_version_does_not_say_has_its_default() -> None:
 def test_what_cannot_be_read_is_as_if_it_were_not_said_and_is_logged(
     data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert Says.decode(data) == Says()
-    assert "a worker says" in caplog.text
+    assert Says.decode(data, "w") == Says()
+    assert "member 'w' says" in caplog.text
     caplog.clear()
     assert Told.decode(data) == Told()
-    assert "this worker is told" in caplog.text
+    assert "tells this worker" in caplog.text
 
 
 def test_words_are_short() -> None:
