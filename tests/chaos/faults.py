@@ -284,6 +284,7 @@ class GroupChaos(Chaos):
         worker = self._replace(worker)
         await worker.says(r"assigned: ", within_s=self._patience_s)
         worker.signal(signal.SIGSTOP)
+        stopped_s = _time_of_day()
         restores = "restored " not in worker.said
         self.did["stopped in a restore"] += restores
         self._tell("it restores" if restores else "it has restored already")
@@ -291,7 +292,8 @@ class GroupChaos(Chaos):
         async with self._newcomer():
             if dies:
                 self._tell("it dies")
-                self._kill_now(worker)
+                self._killed_s[worker] = stopped_s  # it did nothing any more since then
+                worker.kill()
             else:
                 worker.signal(signal.SIGCONT)
             await self.pass_time()

@@ -97,6 +97,8 @@ async def unsettled(workers: Sequence[Worker], topics: int, partitions: int) -> 
     """Why the group has not settled; empty when every partition is owned once, and every worker ready and live."""
     owners: Counter[tuple[str, int]] = Counter()
     for worker in workers:
+        if not re.search(r"web +http", worker.said):
+            return f"the worker with pid {worker.pid} has not started yet"
         code, answer = await worker.get("/status.json")
         if code != 200:
             return f"the worker with pid {worker.pid} says nothing ({code}): {answer}"

@@ -95,13 +95,14 @@ class KafkaAdmin(Admin):
             raise codes.error(code, f"create topic {name}")
 
     async def _until_usable(self, names: Sequence[str]) -> None:
-        """Until the metadata show a leader for every partition."""
+        """Until the metadata of all brokers show a leader for every partition: the next question may go to any."""
         failures = 0
         with anyio.move_on_after(_TIMEOUT_S):
             while True:
+                known = await self._client.all_know(names)
                 await self._client.refresh(names)
                 topics = [self._client.topics.get(name) for name in names]
-                if all(topic is not None and -1 not in topic.leaders.values() for topic in topics):
+                if known and all(topic is not None and -1 not in topic.leaders.values() for topic in topics):
                     return
                 failures += 1
                 await anyio.sleep(backoff_s(failures, cap_s=0.2))

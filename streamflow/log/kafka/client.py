@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -277,6 +277,19 @@ class Client:
                 if response.brokers:
                     return response
         raise LogUnavailableError(f"no broker of {self.options.address} answers: {failure}") from failure
+
+    async def all_know(self, topics: Sequence[str]) -> bool:
+        """Whether every broker that answers knows a leader of every partition: whichever is asked next."""
+        call = wire.METADATA(list(topics), False, False, False)
+        for node in list(self._brokers):
+            try:
+                response = await self.send(node, call, timeout_s=_LOOKUP_TIMEOUT_S)
+            except RetriableError:
+                continue  # it reads what it has missed before it answers again
+            leaders = {name: {each[2] for each in parts} for code, name, _, parts, _ in response.topics if not code}
+            if not all(-1 not in leaders.get(name, {-1}) for name in topics):
+                return False
+        return True
 
     async def ask_any(self, call: wire.Call) -> Any:
         """Ask any broker; those that do not answer are passed over.

@@ -1,6 +1,7 @@
 """Three brokers: leaders and coordinators that move, brokers that die."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -98,6 +99,25 @@ async def test_who_leads_a_partition_whose_leader_died_is_asked_for_its_offsets(
                 assert await log.admin.end_offsets([tp]) == {tp: 3}
         finally:
             await asyncio.to_thread(dead.start)
+
+
+async def test_a_topic_is_created_when_every_broker_knows_it(kafka_cluster, monkeypatch):
+    """One that hears of it late may be the next to be asked: a worker was refused at its start by what it had made."""
+    async with KafkaLog(Kafka(servers=kafka_cluster.bootstrap), client_id="test") as log:
+        await log.admin.topics()
+        client, late = log._client, log._client.nodes[1]
+        send, hears_at = client.send, time.monotonic() + 2
+
+        async def send_late(node, call, *args, **kwargs):
+            answer = await send(node, call, *args, **kwargs)
+            if node == late and "Metadata" in repr(call) and time.monotonic() < hears_at:
+                answer.topics = [(3, *topic[1:3], [], *topic[4:]) for topic in answer.topics]
+            return answer
+
+        monkeypatch.setattr(client, "send", send_late)
+        await log.admin.create([NewTopic("young", 3, replication=3)])
+        for _ in range(20):
+            assert "young" in await log.admin.describe(["young"])
 
 
 @pytest.mark.parametrize("victim", ["transaction coordinator", "leader"])
