@@ -91,7 +91,9 @@ async def test_of_two_with_one_name_the_older_stops_and_commits_nothing(open_log
                     await older.commit({source: OffsetMark(5)}, was)
                 with pytest.raises(TaskMigratedError):
                     await producer.commit(AtomicCommit([(out, batch(b"no"))], {source: OffsetMark(5)}, was))
-                with pytest.raises(InstanceTakenError, match=f"(?s){group_id}.*instance_id 'same'.*instance_id of its own"):
+                with pytest.raises(
+                    InstanceTakenError, match=f"(?s){group_id}.*instance_id 'same'.*instance_id of its own"
+                ):
                     await asyncio.wait_for(older.next_event(), 10)
                 assert older.membership is None
                 with pytest.raises(TaskMigratedError):

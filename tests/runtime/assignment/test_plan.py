@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamflow.runtime.assignment.cluster import Cluster, ClusterMember, Plan, TaskId
@@ -27,6 +27,9 @@ EVENTS = st.lists(
     min_size=1,
     max_size=8,
 )
+
+patient = settings(suppress_health_check=[HealthCheck.too_slow])
+"""Drawing a world makes plans, which takes long where the machine is busy."""
 
 
 @st.composite
@@ -82,6 +85,7 @@ def loads(world: World, held: dict[str, frozenset[TaskId]]) -> list[float]:
 # --- every plan -----------------------------------------------------------------------------------------------------
 
 
+@patient
 @given(worlds(silent=True))
 def test_every_task_is_active_exactly_once(world: World) -> None:
     planned = world.plan()
@@ -91,6 +95,7 @@ def test_every_task_is_active_exactly_once(world: World) -> None:
     assert set(planned.active) == set(planned.standby) == set(planned.warm_up) == set(world.workers)
 
 
+@patient
 @given(worlds(silent=True), st.randoms(use_true_random=False))
 def test_a_plan_does_not_depend_on_the_order_of_anything(world: World, shuffled: random.Random) -> None:
     cluster = world.cluster()
@@ -102,6 +107,7 @@ def test_a_plan_does_not_depend_on_the_order_of_anything(world: World, shuffled:
     assert plan(replace(cluster, members=members, tasks=tasks)) == plan(cluster)
 
 
+@patient
 @given(worlds(silent=True))
 def test_no_task_with_state_goes_where_its_state_is_not_while_somebody_is_caught_up(world: World) -> None:
     cluster = world.cluster()
@@ -119,6 +125,7 @@ def test_no_task_with_state_goes_where_its_state_is_not_while_somebody_is_caught
         assert lag_of(members[owner], task) == nearest, (task, owner)
 
 
+@patient
 @given(worlds(silent=True))
 def test_nobody_has_a_task_twice_and_only_who_follows_has_copies(world: World) -> None:
     planned = world.plan()
@@ -135,6 +142,7 @@ def test_nobody_has_a_task_twice_and_only_who_follows_has_copies(world: World) -
     assert sum(len(tasks) for tasks in planned.warm_up.values()) - on_the_way <= world.warm_ups
 
 
+@patient
 @given(worlds(silent=True))
 def test_there_are_as_many_standbys_as_there_can_be(world: World) -> None:
     planned = world.plan()
@@ -150,7 +158,7 @@ def test_there_are_as_many_standbys_as_there_can_be(world: World) -> None:
 # --- a row of plans ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@patient
 @given(worlds())
 def test_plans_come_to_rest_and_stay_there(world: World) -> None:
     """Warm-ups that are caught up make room for the next ones; what lies about falls behind meanwhile."""
@@ -162,12 +170,14 @@ def test_plans_come_to_rest_and_stay_there(world: World) -> None:
     assert world.moves == moves
 
 
+@patient
 @given(worlds(silent=True))
 def test_plans_come_to_rest_beside_workers_of_an_older_version(world: World) -> None:
     world.settle(bound(world))
     assert not world.round()
 
 
+@patient
 @given(worlds())
 def test_at_rest_nobody_has_two_more_than_another_per_unit_of_capacity(world: World) -> None:
     world.settle(bound(world))
@@ -175,6 +185,7 @@ def test_at_rest_nobody_has_two_more_than_another_per_unit_of_capacity(world: Wo
     assert max(active) - min(active) <= 1
 
 
+@patient
 @given(worlds(racks=False))
 def test_at_rest_standbys_are_balanced_where_active_tasks_leave_the_choice(world: World) -> None:
     """Who could take one from who has two more has the task itself, or a copy."""
@@ -187,6 +198,7 @@ def test_at_rest_standbys_are_balanced_where_active_tasks_leave_the_choice(world
                 assert planned.standby[heavy] <= planned.standby[light] | planned.active[light]
 
 
+@patient
 @given(worlds())
 def test_at_rest_copies_are_in_as_many_racks_as_there_are(world: World) -> None:
     world.settle(bound(world))
@@ -201,18 +213,22 @@ def test_at_rest_copies_are_in_as_many_racks_as_there_are(world: World) -> None:
             assert unused <= set(named), (task, used)
 
 
-@given(worlds(), st.sampled_from([1, 1, 2, 3]))
-def test_who_joins_takes_its_share_and_nothing_else_moves(world: World, capacity: int) -> None:
+@patient
+@given(worlds(), st.sampled_from(["a", "new"]), st.sampled_from([1, 1, 2, 3]))
+def test_who_joins_takes_its_share_and_nothing_else_moves(world: World, name: str, capacity: int) -> None:
     world.settle(bound(world))
     before = world.owners()
-    world.join("new", capacity=capacity)
+    world.join(name, capacity=capacity)
     world.settle(bound(world))
     moved = changed(before, world.owners())
-    total = sum(worker.capacity for worker in world.workers.values())
-    assert set(moved.values()) <= {"new"}
-    assert len(moved) <= math.ceil(len(world.tasks) * capacity / total)
+    capacities = [worker.capacity for worker in world.workers.values()]
+    assert set(moved.values()) <= {name}
+    assert len(moved) <= math.ceil(len(world.tasks) * capacity / sum(capacities))
+    if set(capacities) == {1}:
+        assert len(moved) == len(world.tasks) // len(capacities), "who has one more than another may as well keep it"
 
 
+@patient
 @given(worlds(), st.sampled_from(NAMES))
 def test_when_one_leaves_its_tasks_move(world: World, name: str) -> None:
     """And no others, except that a standby which takes over more than its share hands as many on."""
