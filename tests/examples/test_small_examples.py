@@ -164,7 +164,7 @@ def wait_until_served(http: httpx.Client, server: subprocess.Popen[bytes]) -> No
         if server.poll() is not None:
             pytest.fail("the application did not start")
         try:
-            return http.get("/health").json() == {"status": "ok"}
+            return http.get("/health").json()["status"] == "ok"
         except httpx.TransportError:
             return False
 

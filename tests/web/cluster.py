@@ -14,7 +14,6 @@ from streamflow.hosting import served
 from streamflow.metrics import PrometheusSensors
 from streamflow.model.partitioner import partition_for
 from streamflow.runtime.assignment.cluster import TaskId
-from streamflow.runtime.assignment.words import Route
 from streamflow.web.server import listen
 from tests.runtime.machine import Machine, Running
 from tests.runtime.waiting import until
@@ -64,24 +63,28 @@ class Cluster:
         """Wait until every worker that runs has tasks, and all know who has which."""
 
         def settled() -> bool:
-            self.tell()
             live = [each for each in self.workers if not each.ended.is_set()]
-            return all(
-                running.tasks and all(each.worker.routes.owner(_id(task)) == running.worker.url for each in live)
-                for running in live
-                for task in running.tasks.values()
+            held = [task for each in live for task in each.tasks.values()]
+            counts = [len(each.tasks) for each in live]
+            return (
+                len(held) == self._tasks_in_all
+                and max(counts) - min(counts) <= 1
+                and all(task.is_readable for task in held)
+                and all(
+                    each.worker.routes.owner(_id(task)) == running.worker.url
+                    for each in live
+                    for running in live
+                    for task in running.tasks.values()
+                )
             )
 
-        await until(settled)
+        await until(settled, within_s=20)
 
-    def tell(self) -> None:
-        routes = [
-            Route(each.worker.url, frozenset(_id(task) for task in each.tasks.values()))
-            for each in self.workers
-            if not each.ended.is_set()
-        ]
-        for each in self.workers:
-            each.worker.routes.told(routes)
+    @property
+    def _tasks_in_all(self) -> int:
+        layout = self.workers[-1].worker._layout
+        assert layout is not None
+        return sum(max(layout.counts[topic] for topic in sub.topics) for sub in layout.sub_topologies)
 
     async def get(self, path: str, *, worker: int = 0, **headers: str) -> httpx.Response:
         return await self.http.get(
