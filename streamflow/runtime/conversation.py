@@ -15,7 +15,7 @@ from streamflow.config import Settings
 from streamflow.log.api import Group
 from streamflow.log.api import Told as ToldBytes
 from streamflow.runtime.assignment.cluster import TaskId
-from streamflow.runtime.assignment.words import Says, Told
+from streamflow.runtime.assignment.words import Route, Says, Told
 from streamflow.runtime.routes import Routes
 from streamflow.runtime.standbys import Standbys
 from streamflow.runtime.task_manager import TaskManager
@@ -104,6 +104,10 @@ class Conversation:
         now_s = anyio.current_time()
         if self._asked_at_s is not None and now_s - self._asked_at_s < _ASK_AGAIN_S:
             return
+        if self._is_elsewhere():
+            self._asked_at_s = now_s
+            self._group.rejoin("the others know another address of this worker's web server")
+            return
         coming = self._to_ask_for()
         if self._standbys.are_warm(coming, self._settings.acceptable_lag_records):
             self._asked_at_s = now_s
@@ -115,9 +119,20 @@ class Conversation:
 
     def _own(self) -> frozenset[TaskId]:
         """The tasks that are this worker's by the plan, whether they have come already or not."""
-        membership = self._group.membership
-        own = self.told.routes.get(membership.member_id) if membership is not None else None
+        own = self._own_route()
         return frozenset() if own is None else own.active
+
+    def _own_route(self) -> Route | None:
+        """This worker's among the routes; under another member id where it has come back as a static member."""
+        membership, url, routes = self._group.membership, self._url(), self.told.routes
+        if membership is not None and (own := routes.get(membership.member_id)) is not None:
+            return own
+        return next((route for route in routes.values() if url and route.url == url), None)
+
+    def _is_elsewhere(self) -> bool:
+        """Whether a static member has come back with another address: that takes no round, so nobody knows it."""
+        url, routes = self._url(), self.told.routes
+        return bool(url and routes) and url not in {route.url for route in routes.values()}
 
 
 def _named(tasks: frozenset[TaskId]) -> str:
