@@ -268,48 +268,6 @@ async def test_a_rolling_restart_loses_doubles_and_repeats_nothing(system: Syste
     await check(system)
 
 
-@pytest.mark.parametrize("how", ["stop", "kill"])
-async def test_a_worker_with_a_name_that_is_back_within_its_session_moves_nothing(system: System, how: str) -> None:
-    system.write_app(SUMS, session_timeout_ms=20_000)
-    await system.create("numbers", "results", partitions=PARTITIONS)
-    async with system.load("numbers", per_s=500) as sent:
-        first, second = await system.started("--instance-id", "a"), await system.started("--instance-id", "b")
-        await shares(system, [first, second])
-        own = await first.owned(system.topic("numbers"))
-        moves = len(re.findall("assigned: |revoked: |lost: ", second.said))
-        rebalances = (await second.status())["rebalances"]
-        if how == "stop":
-            assert await first.stops() == STOPPED
-        else:
-            first.kill()
-        again = await system.started("--instance-id", "a")
-        assert await again.owns(system.topic("numbers"), len(own)) == own
-        await system.has("results", await system.count("results") + 200)
-        assert (await second.status())["rebalances"] == rebalances
-        assert len(re.findall("assigned: |revoked: |lost: ", second.said)) == moves
-    await system.has_committed("numbers", sent.total())
-    for worker in (again, second):
-        assert await worker.stops() == STOPPED
-    await check(system)
-
-
-async def test_of_two_workers_with_one_name_the_older_stops(system: System) -> None:
-    system.write_app(SUMS)
-    await system.create("numbers", "results", partitions=PARTITIONS)
-    async with system.load("numbers", per_s=500) as sent:
-        older = await system.started("--instance-id", "a")
-        await older.owns(system.topic("numbers"), PARTITIONS)
-        await system.has("results", 100)
-        newer = system.start("--instance-id", "a")
-        assert await older.ends() == 2
-        assert re.search("error: .*instance_id", older.said)
-        assert "Traceback" not in older.said
-        await newer.owns(system.topic("numbers"), PARTITIONS)
-    await system.has_committed("numbers", sent.total())
-    assert await newer.stops() == STOPPED
-    await check(system)
-
-
 # --- members and partitions that do not go together -------------------------------------------------------------------
 
 
