@@ -177,6 +177,10 @@ def test_text_becomes_a_value(name, text, value):
         ("instance_id", "shop-0\n", "at most 249 letters"),
         ("instance_id", "..", "at most 249 letters"),
         ("instance_id", "s" * 250, "at most 249 letters"),
+        ("advertised_url", "orders-0:6066", "an address such as http://orders-0:{port}"),
+        ("advertised_url", "http://", "an address such as"),
+        ("advertised_url", "http://orders:port", "an address such as"),
+        ("advertised_url", "https://orders/?a=b", "an address such as"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(name, value, message):

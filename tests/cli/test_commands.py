@@ -162,6 +162,7 @@ def test_a_failing_record_is_exit_code_1(shell):
         (["worker", "orders.py", "--partitons", "3"], "No such option: --partitons (Possible options: --partitions)"),
         (["worker", "orders.py", "--broker", "redis://x"], "redis://x"),
         (["worker", "orders.py", "--broker", "memory://", "--processes", "2"], "memory:// lives inside one process"),
+        (["worker", "orders.py", "--processes", "2", "--advertised-url", "http://h:1"], "write {port} in it"),
         (["worker", "orders.py", "--processes", "0"], "--processes"),
         (["worker", "orders.py", "--json"], "it goes with --until-end"),
         (["send", "orders.py", "order", "{}"], "has no topic 'order'; did you mean 'orders'?"),

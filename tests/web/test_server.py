@@ -9,9 +9,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from streamflow import config
+from streamflow.config import resolve
 from streamflow.errors import ConfigurationError
 from streamflow.web import server
-from streamflow.web.server import address_of, listen, serving
+from streamflow.web.server import address_of, advertised_url, listen, serving
 
 
 @pytest.fixture
@@ -67,3 +68,18 @@ async def test_an_error_in_the_block_comes_out():
         async with serving(Starlette(), listen("127.0.0.1", 0)):
             raise ValueError("mine")
     assert caught.group_contains(ValueError, match="mine")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "http://127.0.0.1:{port}"),
+        ({"advertised_url": "http://orders-0:80/x/"}, "http://orders-0:80/x"),
+        ({"advertised_url": "http://orders-0:{port}"}, "http://orders-0:{port}"),
+        ({"serve_tables": False, "advertised_url": "http://orders-0:80"}, ""),
+    ],
+)
+def test_where_other_workers_reach_it(given, expected, tmp_path):
+    settings = resolve(given, environ={}, pyproject_path=None, root=tmp_path)
+    with listen("127.0.0.1", 0) as listener:
+        assert advertised_url(settings, listener) == expected.replace("{port}", str(listener.getsockname()[1]))

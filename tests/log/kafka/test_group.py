@@ -263,6 +263,7 @@ async def test_a_loop_that_is_blocked_for_longer_than_the_session_keeps_its_part
             await until(lambda: len(a.owned) == 2)
             before = a.group.membership
             time.sleep(3)  # noqa: ASYNC251  # an agent that blocks the loop
+            await asyncio.sleep(0)  # what the control thread has told meanwhile is heard
             assert a.group.statistics().last_heartbeat_age_s < 1
             await a.group.commit({tp: OffsetMark(1)}, a.group.membership)
             assert a.group.membership == before

@@ -84,6 +84,13 @@ def migrated(key: str, value: float) -> float | None:
 async def elsewhere() -> None:
     assert_type(await totals.update_async("a", lambda value: (value or 0.0) + 1), float | None)
     await tags.update_async("a", lambda members: members.add(1))
+    assert_type(await totals.get_remote("a"), float | None)
+    assert_type(await totals.get_remote("a", 0.0, timeout_s=1), float)
+    assert_type(await totals.get_remote("a", "none", stale_ok=True, at=totals.position("a")), float | str)
+    async for key, total in totals.scan_remote(prefix="a"):
+        assert_type(key, str)
+        assert_type(total, float)
+    assert_type(await tags.get_remote("a"), set[int])
     done = await app.visit(totals, migrated)
     assert_type(done.partitions, frozenset[int])
     assert_type(done.keys, int)
@@ -109,3 +116,8 @@ async def filled() -> None:
     assert_type(prices.lag, int)
     await prices.caught_up(timeout_s=3)
     await prices.source.send(key=1, value=2.0)
+
+
+@app.authorize_reads
+async def allowed(read: sf.TableRead) -> bool:
+    return "authorization" in read.headers
