@@ -19,9 +19,11 @@ def shares(
     owned: Mapping[str, int],
     held: Mapping[str, int],
 ) -> dict[str, int]:
-    """How many of `count` tasks each member is to have: each one goes to who has least per capacity with it.
+    """How many of `count` tasks each member is to have: in proportion to its capacity, rounded to the nearest.
 
-    So no two differ by more than one task per unit of capacity, and where several are as good, who has one keeps it.
+    One after the other goes to who has least per capacity with half of it (Webster's method). So no two differ by more
+    than one task per unit of capacity, nobody gets more because another one joins, and where several are as good, who
+    has one keeps it.
 
     Args:
         able: The members.
@@ -32,12 +34,12 @@ def shares(
         held: Of those tasks, how many each one could go on with.
     """
     share = dict.fromkeys(able, 0)
-    order = [((before[one] + 1) / capacity[one], owned[one] <= 0, held[one] <= 0, one) for one in able]
+    order = [((before[one] + 0.5) / capacity[one], owned[one] <= 0, held[one] <= 0, one) for one in able]
     heapq.heapify(order)
     for _ in range(count):
         one = order[0][-1]
         has = share[one] = share[one] + 1
-        load = (before[one] + has + 1) / capacity[one]
+        load = (before[one] + has + 0.5) / capacity[one]
         heapq.heapreplace(order, (load, owned[one] <= has, held[one] <= has, one))
     return share
 

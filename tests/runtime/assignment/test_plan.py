@@ -345,6 +345,14 @@ def test_capacity_is_a_share() -> None:
     assert [len(tasks) for tasks in world.plan().active.values()] == [2, 4, 6]
 
 
+def test_a_large_worker_gets_no_more_than_its_share() -> None:
+    """12 tasks over capacities 3, 2, 1, 1, 1 and 1 are 4 for the first: to round up for all would give it 5."""
+    world = World(tasks_of({"s": 12}))
+    for number, capacity in enumerate((3, 2, 1, 1, 1, 1)):
+        world.join(f"m{number}", capacity=capacity)
+    assert sorted(len(tasks) for tasks in world.plan().active.values()) == [1, 1, 1, 2, 3, 4]
+
+
 def test_more_workers_than_tasks_are_idle_and_ready() -> None:
     world = group(World(tasks_of({"s": 2}, "s"), replicas=1), *"abcd")
     planned = world.plan()
