@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from time import perf_counter
 
 from tests.simulation.plan import Plan
@@ -46,9 +47,11 @@ def _show(seed: int) -> int:
 
 def _many(seeds: range, *, digests: bool, stop: bool = False) -> int:
     started_s, failed, kills, starts, number = perf_counter(), [], 0, 0, 0
+    settled_s, anew = 0.0, Counter[str]()
     for number, verdict in enumerate((simulate(Plan.of(seed)) for seed in seeds), start=1):
         kills += verdict.kills
         starts += verdict.starts
+        settled_s, anew = max(settled_s, verdict.settled_s), anew + verdict.opened_anew
         if digests:
             print(verdict.plan.seed, verdict.digest)
         if verdict.broken is not None:
@@ -59,7 +62,8 @@ def _many(seeds: range, *, digests: bool, stop: bool = False) -> int:
         if number % 500 == 0:
             print(f"{number} of {len(seeds)} in {perf_counter() - started_s:.0f} s", file=sys.stderr, flush=True)
     print(
-        f"{number} simulations in {perf_counter() - started_s:.1f} s, {starts} workers started, {kills} killed: "
+        f"{number} simulations in {perf_counter() - started_s:.1f} s, {starts} workers started, {kills} killed; "
+        f"at rest within {settled_s:.1f} virtual s; opened anew: {dict(sorted(anew.items()))}: "
         + (f"{len(failed)} failed: {failed}" if failed else "all as it must be")
     )
     return int(bool(failed))

@@ -199,17 +199,19 @@ class FaultyTransactionalProducer(TransactionalProducer):
         if wire.chance("lost_request"):
             raise self._unknown()
         if wire.chance("late_request"):
-            world.late.setdefault(self._id, []).append(lambda: self._store(commit))
+            sent_s = world.loop.time()
+            world.late.setdefault(self._id, []).append(lambda: self._store(commit, sent_s))
             raise self._unknown()
-        ends = await wire.decided_there("commit", lambda: self._store(commit))
+        sent_s = world.loop.time()
+        ends = await wire.decided_there("commit", lambda: self._store(commit, sent_s))
         if wire.chance("lost_reply"):
             raise self._unknown()
         return ends
 
-    async def _store(self, commit: AtomicCommit) -> Mapping[TopicPartition, int]:
+    async def _store(self, commit: AtomicCommit, sent_s: float) -> Mapping[TopicPartition, int]:
         ends = await self._inner.commit(commit)
         if commit.membership is not None:
-            self._wire.world.committed(self._wire.process, commit.offsets, commit.membership)
+            self._wire.world.committed(self._wire.process, commit.offsets, commit.membership, sent_s)
         return ends
 
     def _unknown(self) -> IndeterminateCommitError:
@@ -284,9 +286,11 @@ class FaultyGroup(Group):
         if wire.chance("migrated"):
             raise TaskMigratedError("simulated: a rebalance is under way")
 
+        sent_s = wire.world.loop.time()
+
         async def store() -> None:
             await self._inner.commit(offsets, membership)
-            wire.world.committed(wire.process, offsets, membership)
+            wire.world.committed(wire.process, offsets, membership, sent_s)
 
         await wire.decided_there("commit offsets", store)
         if wire.chance("lost_reply"):

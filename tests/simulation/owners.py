@@ -1,12 +1,15 @@
 """Who may commit, who opens a task anew and why, and whether what everybody has comes to rest, in balance."""
 
 import asyncio
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streamflow.log.api import Assigned, Membership
 from streamflow.model.record import TopicPartition
+from streamflow.runtime.assignment.cluster import Cluster, ClusterMember, Plan, TaskId
+from streamflow.runtime.assignment.plan import plan
 from streamflow.runtime.commit import Commits
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.task import Task
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 SETTLE_S = 30.0
 """For how long tasks may still move after the last fault, when everything is committed."""
-REST_S = 2.0
+REST_S = 1.0
 """For how long nothing may move then."""
 _ROUND_S = 1.0
 """For how long a rebalance takes that changes nothing, at most."""
@@ -37,19 +40,21 @@ class Owners:
         self._world = world
         self._assigned: dict[tuple[TopicPartition, int], str] = {}
         self._committers: dict[TopicPartition, tuple[int, list[str]]] = {}
-        self._last: dict[TopicPartition, str] = {}
+        self._last: dict[TopicPartition, tuple[str, float]] = {}
+        self._opened: dict[tuple[str, TopicPartition], float] = {}
         self.opened_anew: Counter[str] = Counter()
         """How many times tasks that stayed were opened anew, by why."""
         self.settled_s = 0.0
         """How long it took to come to rest."""
 
     def assigned(self, process: Process, event: Assigned) -> None:
-        """A partition has one owner in a generation."""
+        """A partition has one owner in a generation; who has its instance id takes its place within one."""
+        owner = process.instance_id or process.name
         for tp in event.partitions:
-            if self._assigned.setdefault((tp, event.generation), process.name) != process.name:
+            if self._assigned.setdefault((tp, event.generation), owner) != owner:
                 raise Broken(f"{tp} was given to two members in generation {event.generation}")
 
-    def committed(self, process: Process, partitions: Iterable[TopicPartition], by: Membership) -> None:
+    def committed(self, process: Process, partitions: Iterable[TopicPartition], by: Membership, sent_s: float) -> None:
         """Who commits is the only owner: nobody does in an older generation, nor two in turns in the same."""
         name = f"{process.name} ({by.member_id[-4:]})"
         for tp in partitions:
@@ -60,12 +65,20 @@ class Owners:
                 if by.generation < generation or name in names:
                     raise Broken(f"{name} commits {tp} in generation {by.generation} after {names} in {generation}")
                 names.append(name)
-            self._last[tp] = process.name
+            self._last[tp] = process.name, sent_s
+
+    def opened(self, process: Process, task: Task) -> None:
+        """A task begins."""
+        self._opened[process.name, task.anchor] = self._world.loop.time()
 
     def was_overtaken(self, process: Process, task: TaskView) -> None:
-        """A task that stays is dropped because another worker has committed for it: then one has to have done so."""
-        if self._last.get(task.anchor, process.name) == process.name:
-            raise Broken(f"{process.name} drops what it has of {task.name}, for which nobody else has committed")
+        """A task that stays is dropped because another one has committed for it, which has to be so.
+
+        It may be the one before it in the same process, which was lost while a commit was on its way.
+        """
+        name, sent_s = self._last.get(task.anchor, (process.name, math.inf))
+        if name == process.name and sent_s > self._opened[name, task.anchor]:
+            raise self._world.broken(f"{name} drops what it has of {task.name}, for which nobody else has committed")
 
     def stored(self, process: Process, identity: Identity, checkpoint: Checkpoint) -> None:
         """Nobody has in a store what is not committed, where the last commit says how far a changelog is."""
@@ -76,7 +89,18 @@ class Owners:
                 continue
             if checkpoint.changelogs[work.table] > ends.get(work.table, 0):
                 what = f"{work.table}-{identity.partition} up to {checkpoint.changelogs[work.table]}"
-                raise Broken(f"{process.name} has {what} in its store, and committed is only {ends}")
+                raise self._world.broken(f"{process.name} has {what} in its store, and committed is only {ends}")
+
+    def planned(self, cluster: Cluster) -> Plan:
+        """The assignor's plan, which has to give every task to one member, that is caught up if any is."""
+        made = plan(cluster)
+        for task in cluster.tasks:
+            given = [each for each in cluster.members if task.id in made.active[each.member_id]]
+            if len(given) != 1 or task.id in made.standby[given[0].member_id]:
+                raise self._world.broken(f"{task.id} is given to {[each.member_id for each in given]}: {made}")
+            if task.stateful and not _may_go_on(cluster, task.id, given[0]):
+                raise self._world.broken(f"{task.id} is to go on where its state is not: {made} of {cluster}")
+        return made
 
     # --- coming to rest ----------------------------------------------------------------------------------------
 
@@ -97,6 +121,31 @@ class Owners:
         if before != self._held():
             raise Broken(f"the group was at rest, and changed: it was {before}, and is {self._held()}")
         await self._ask_for_a_round()
+        if self._world.plan.crowd.is_static:
+            await self._bounce()
+
+    async def _bounce(self) -> None:
+        """A static member that is back within its session has what it had, and the others notice nothing."""
+        population = self._world.population
+        chosen = self._world.draw.choice(population.running)
+        before, tasks = self._held(), self._told()[chosen.process.name]
+        population.leave(chosen, "rest, to be back at once", for_good=True)
+        await chosen.gone.wait()
+        again = population.start(chosen.seat, chosen.instance_id)
+        await asyncio.sleep(_LOOK_S)
+        while chosen in population.running or self.unsettled():
+            if self._world.breaks is not None:
+                raise self._world.breaks
+            await asyncio.sleep(_LOOK_S)
+        after = self._held()
+        if self._told()[again.process.name] != tasks:
+            raise Broken(
+                f"{again.process.name} was away for a moment, and has other tasks than {tasks}: {self._told()}"
+            )
+        if changed := [name for name, held in before.items() if after.get(name, held) != held]:
+            raise Broken(
+                f"{again.process.name} was away for a moment, and {changed} had a rebalance: {before}, {after}"
+            )
 
     async def _ask_for_a_round(self) -> None:
         """A rebalance that changes nothing moves nothing."""
@@ -131,7 +180,26 @@ class Owners:
         if idle := [name for name, manager in managers.items() if not manager.has_restored]:
             return f"{idle} have tasks to open or to restore"
         counts = [len(manager.tasks) for manager in managers.values()]
-        return f"out of balance: {counts}" if max(counts) - min(counts) > 1 else ""
+        if max(counts) - min(counts) > 1:
+            return f"out of balance: {counts}"
+        return self._standbys_unsettled(managers)
+
+    def _standbys_unsettled(self, managers: Mapping[str, TaskManager]) -> str:
+        """Every task with tables has as many copies elsewhere as there are to be, level with it, and no other ones."""
+        wanted = min(self._world.plan.crowd.standby_replicas, len(managers) - 1)
+        copies: Counter[tuple[str, int]] = Counter()
+        for name, manager in managers.items():
+            standbys = manager.standbys
+            if coming := standbys.warm_ups - manager.tasks.keys():  # its own ones have come since it was told
+                return f"{name} warms {sorted(map(str, coming))} up"
+            if standbys.told != standbys.held().keys() or standbys.told & manager.tasks.keys():
+                return f"{name} is told {standbys.told}, holds {standbys.held().keys()} and runs {manager.tasks.keys()}"
+            if behind := {str(task): each.lag for task, each in standbys.held().items() if each.lag != 0}:
+                return f"{name} is behind with {behind}"
+            copies.update(standbys.told)
+        tasks = [key for each in managers.values() for key, task in each.tasks.items() if task.tables is not None]
+        wrong = {f"{sub}-{number}": copies[sub, number] for sub, number in tasks if copies[sub, number] != wanted}
+        return f"not {wanted} standbys: {wrong}" if wrong or copies.keys() - set(tasks) else ""
 
     def _held(self) -> dict[str, tuple[object, dict[str, int]]]:
         """What must not change: who is in which generation, with which tasks as they were opened."""
@@ -145,6 +213,14 @@ class Owners:
         }
 
 
+def _may_go_on(cluster: Cluster, task: TaskId, one: ClusterMember) -> bool:
+    """Whether a member is caught up with a task, or else its owner; anyone is, where nobody is and it has no owner."""
+    lags = {each.member_id: each.lags.get(task, 0 if task in each.active else math.inf) for each in cluster.members}
+    ready = {name for name, lag in lags.items() if lag <= cluster.acceptable_lag_records}
+    owners = {each.member_id for each in cluster.members if task in each.active}
+    return one.member_id in (ready or owners or lags)
+
+
 def _held_by(running: Running) -> tuple[object, dict[str, int]]:
     worker = running.worker
     if worker is None or worker.manager is None or worker.group is None:
@@ -156,6 +232,12 @@ class WatchedTasks(TaskManager):
     """The tasks of one worker; counts those that are opened anew though they stayed."""
 
     owners: Owners
+
+    async def _open(self, key: tuple[str, int], *args: Any) -> None:
+        await super()._open(key, *args)
+        process = current.get()
+        if process is not None and key in self.tasks:
+            self.owners.opened(process, self.tasks[key])
 
     async def _close(self, tasks: Sequence[Task], partitions: frozenset[TopicPartition], *args: Any) -> None:
         process = current.get()
@@ -177,4 +259,4 @@ def watched(owners: Owners) -> dict[str, Any]:
         found(self, task)
 
     manager = type("WatchedTasks", (WatchedTasks,), {"owners": owners})
-    return {"manager": manager, "is_committed_elsewhere": is_committed_elsewhere}
+    return {"manager": manager, "is_committed_elsewhere": is_committed_elsewhere, "plan": owners.planned}

@@ -33,6 +33,10 @@ class Crowd:
         hangs: How probable it is that a record takes seconds.
         rebalance_timeout_ms: The setting.
         max_poll_interval_ms: The setting.
+        standby_replicas: The setting.
+        acceptable_lag_records: The setting; where it is small, a task with tables is warmed up before it moves.
+        max_warmup_replicas: The setting.
+        is_static: Whether the members have instance ids, and are taken for each other at times.
     """
 
     points: tuple[str, ...] = ()
@@ -44,6 +48,10 @@ class Crowd:
     hangs: float = 0.0
     rebalance_timeout_ms: int = 4000
     max_poll_interval_ms: int = 300_000
+    standby_replicas: int = 0
+    acceptable_lag_records: int = 10_000
+    max_warmup_replicas: int = 2
+    is_static: bool = False
 
     @classmethod
     def of(cls, seed: int) -> "Crowd":
@@ -61,6 +69,10 @@ class Crowd:
             hangs=draw.choice([0.0, 0.0, 0.0, 0.02]),
             rebalance_timeout_ms=draw.choice([800, 4000]),
             max_poll_interval_ms=draw.choice([300_000, 300_000, 2500]),
+            standby_replicas=draw.choice([0, 0, 1, 2]),
+            acceptable_lag_records=draw.choice([0, 3, 3, 10_000]),
+            max_warmup_replicas=draw.choice([1, 2]),
+            is_static=draw.random() < 0.3,
         )
 
 

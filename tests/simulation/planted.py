@@ -6,10 +6,16 @@ from typing import Any
 from unittest import mock
 
 from streamflow.model.record import TopicPartition
+from streamflow.runtime import standby
 from streamflow.runtime.assignment import active
+from streamflow.runtime.assignment.active import ActivePlacement
+from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.commit import Commits
+from streamflow.runtime.conversation import Conversation
 from streamflow.runtime.exactly_once import ExactlyOnce
 from streamflow.runtime.ledger import Ledger
+from streamflow.runtime.local_state import LocalState
+from streamflow.runtime.standby import Standby
 from streamflow.runtime.task import Task
 from streamflow.runtime.task_manager import TaskManager
 from streamflow.runtime.task_view import Sealed
@@ -50,6 +56,22 @@ def _give_all_to_one(able: Sequence[str], count: int, *_: Any) -> dict[str, int]
     return {one: count if at == 0 else 0 for at, one in enumerate(able)}
 
 
+def _up_to_the_end(*_: Any) -> None:
+    """A standby takes whatever stands in the changelog."""
+
+
+async def _hand_over_what_is_followed(self: Standby) -> LocalState | None:
+    return self.state
+
+
+async def _hear_nothing(*_: Any) -> None:
+    pass
+
+
+def _move_at_once(_: ActivePlacement, __: TaskId, target: str) -> str:
+    return target
+
+
 def _in_sight(_: Undo) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -64,6 +86,10 @@ BUGS: dict[str, tuple[object, str, Any]] = {
     "a failed turn leaves its writes": (Undo, "take_out", Undo.clear),
     "a task that stays is opened anew in every generation": (Commits, "_keep_owned", _start_anew_in_every_generation),
     "a task that has to go goes on": (TaskManager, "_close", _keep_what_goes),
+    "a standby runs ahead of the commit": (standby, "limit_of", _up_to_the_end),
+    "a task comes, and its standby goes on": (Standby, "hand_over", _hand_over_what_is_followed),
+    "what a member is told is lost": (Conversation, "heard", _hear_nothing),
+    "a task moves to where its state is not": (ActivePlacement, "_now", _move_at_once),
     "one member is given everything": (active, "shares", _give_all_to_one),
 }
 

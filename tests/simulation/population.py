@@ -3,7 +3,7 @@
 import asyncio
 from typing import TYPE_CHECKING
 
-from streamflow.errors import ConfigurationError
+from streamflow.errors import ConfigurationError, InstanceTakenError
 from streamflow.log.api import Log
 from tests.simulation.apps import APP_ID
 from tests.simulation.plan import END, POINTS
@@ -52,9 +52,12 @@ class Population:
 
     # --- starting and ending -----------------------------------------------------------------------------------
 
-    def start(self, seat: Seat) -> Running:
-        running = Running(self._world, seat, len(self.all))
-        self._world.trace(f"{running.process.name} starts")
+    def start(self, seat: Seat, instance_id: str | None = None) -> Running:
+        """Start a worker, in a group of static members under the name of its seat unless it is given another's."""
+        if self._crowd.is_static and instance_id is None:
+            instance_id = seat.id
+        running = Running(self._world, seat, len(self.all), instance_id)
+        self._world.trace(f"{running.process.name} starts{'' if instance_id is None else f' as {instance_id}'}")
         self.running.append(running)
         self.all.append(running)
         return running
@@ -124,9 +127,21 @@ class Population:
                     continue
                 if isinstance(running.error, ConfigurationError) and running.process.name in self.fenced:
                     self._start_where_free(running.seat)
+                elif isinstance(running.error, InstanceTakenError) and self._has_twin(running):
+                    self._world.trace(f"{running.process.name} makes place for another one of its name")
                 else:
                     self._world.breaks = Broken(f"{running.process.name} ended with {running.error!r}")
                     self._world.breaks.__cause__ = running.error
+
+    def start_twin(self, running: Running) -> None:
+        """Start another worker under the name of one that runs, on a machine of its own: the older one has to end."""
+        if running.instance_id is not None:
+            self.start(self.new_seat(), running.instance_id)
+
+    def _has_twin(self, running: Running) -> bool:
+        """Whether another one has been started under the same name: of two the one that joined later stays."""
+        names = [each.instance_id for each in self.all if each is not running]
+        return running.instance_id is not None and running.instance_id in names
 
     # --- being stopped -----------------------------------------------------------------------------------------
 
@@ -169,7 +184,7 @@ class Population:
 
     def _change(self, process: Process, point: str) -> None:
         live = [each for each in self.live() if not each.is_stopping]
-        what = self._draw.choice(["join", "join", "leave", "another leaves", "away", "round"])
+        what = self._draw.choice(["join", "join", "leave", "another leaves", "away", "round", "twin"])
         mine = [each for each in live if each.process is process]
         others = [each for each in live if each.process is not process]
         if what == "join":
@@ -179,6 +194,8 @@ class Population:
             self.leave(mine[0], point, for_good=self._may_leave(live))
         elif what == "another leaves" and others:
             self.leave(self._draw.choice(others), point, for_good=self._may_leave(live))
+        elif what == "twin" and live:
+            self.start_twin(self._draw.choice(live))
         elif what == "round" and live:
             self.rejoin(self._draw.choice(live), point)
         elif what == "away" and live:

@@ -21,6 +21,8 @@ class Process:
         self.name = name
         self.state: Literal["running", "stopped", "dead"] = "running"
         self.held: list[asyncio.Handle] = []
+        self.instance_id: str | None = None
+        """Under which its worker is a member."""
 
     def context(self) -> contextvars.Context:
         """A context in which everything is done by this process."""

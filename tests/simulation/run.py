@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class Verdict:
         kills: How many processes were killed.
         starts: How many were started.
         seconds: Virtual seconds.
+        settled_s: How many of them the group took to come to rest after the last fault.
+        opened_anew: How many times tasks that stayed were opened anew, by why.
     """
 
     plan: Plan
@@ -41,6 +44,8 @@ class Verdict:
     kills: int
     starts: int
     seconds: float
+    settled_s: float
+    opened_anew: Counter[str]
 
 
 def simulate(plan: Plan, out: Callable[[str], object] | None = None) -> Verdict:
@@ -69,7 +74,16 @@ def simulate(plan: Plan, out: Callable[[str], object] | None = None) -> Verdict:
         logger.level, logger.propagate = before
         loop.close()
         asyncio.set_event_loop(None)
-    return Verdict(plan, digest, broken, plan.kills - world.population.kills_left, len(world.population.all), seconds)
+    return Verdict(
+        plan,
+        digest,
+        broken,
+        plan.kills - world.population.kills_left,
+        len(world.population.all),
+        seconds,
+        world.owners.settled_s,
+        world.owners.opened_anew,
+    )
 
 
 async def _run(world: World) -> None:

@@ -14,7 +14,7 @@ from tests.simulation.run import simulate
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = 200
 CHUNK = 20
-# A hundred seeds take ten seconds of a core; this is for a machine on which ten others want it, too.
+# A hundred seeds take fifteen seconds of a core; this is for a machine on which ten others want it, too.
 TIMEOUT_S = 600
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 30)
 

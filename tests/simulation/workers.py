@@ -55,11 +55,14 @@ class SimulatedWorker(Worker):
 class Running:
     """A worker in a process."""
 
-    def __init__(self, world: "World", seat: Seat, number: int) -> None:
+    def __init__(self, world: "World", seat: Seat, number: int, instance_id: str | None) -> None:
         self.seat = seat
+        self.instance_id = instance_id
         self.process = Process(f"w{number}@{seat.id}")
+        self.process.instance_id = instance_id
         plan = world.plan
-        self.built = build(plan.works, plan.partitions, plan.keys, plan.crowd.hangs, world.settings)
+        settings = {**world.settings, "instance_id": instance_id}
+        self.built = build(plan.works, plan.partitions, plan.keys, plan.crowd.hangs, settings)
         self.error: BaseException | None = None
         self.worker: SimulatedWorker | None = None
         self.gone = asyncio.Event()

@@ -21,6 +21,7 @@ from streamflow.log.api import Membership, OffsetMark
 from streamflow.log.connect import connect
 from streamflow.model.record import TopicPartition
 from streamflow.runtime import commit_mark, task_tables, worker
+from streamflow.runtime.assignment import assignor
 from streamflow.runtime.commit import Commits
 from streamflow.runtime.commit_mark import CommitMark
 from tests.simulation.owners import Owners, watched
@@ -78,6 +79,9 @@ class World:
             "heartbeat_interval_ms": 300,
             "rebalance_timeout_ms": plan.crowd.rebalance_timeout_ms,
             "max_poll_interval_ms": plan.crowd.max_poll_interval_ms,
+            "standby_replicas": plan.crowd.standby_replicas,
+            "acceptable_lag_records": plan.crowd.acceptable_lag_records,
+            "max_warmup_replicas": plan.crowd.max_warmup_replicas,
             "web": False,
         }
 
@@ -92,11 +96,13 @@ class World:
     def digest(self) -> str:
         return self._hash.hexdigest()
 
-    def committed(self, process: Process, offsets: Mapping[TopicPartition, OffsetMark], by: Membership) -> None:
+    def committed(
+        self, process: Process, offsets: Mapping[TopicPartition, OffsetMark], by: Membership, sent_s: float
+    ) -> None:
         """Offsets were committed."""
         told = ", ".join(f"{tp}:{mark.offset}" for tp, mark in sorted(offsets.items()))
         self.trace(f"{process.name} has committed {told} as {by.member_id[-4:]}/{by.generation}")
-        self.owners.committed(process, offsets, by)
+        self.owners.committed(process, offsets, by, sent_s)
         for tp, mark in offsets.items():
             if mark.offset < self._offsets.get(tp, -1):
                 raise Broken(f"the committed offset of {tp} fell from {self._offsets[tp]} to {mark.offset}")
@@ -116,6 +122,12 @@ class World:
         self.under_way.discard(message)
         if not message.cancelled() and isinstance(error := message.exception(), Broken):
             self.breaks = self.breaks or error
+
+    def broken(self, what: str) -> Broken:
+        """A promise was not kept, whatever becomes of the error where it is raised."""
+        error = Broken(what)
+        self.breaks = self.breaks or error
+        return error
 
     breaks: BaseException | None = None
 
@@ -166,6 +178,7 @@ def only_chance(world: World) -> Generator[None]:
         stack.enter_context(mock.patch.object(task_tables, "_STORE_EVERY_S", plan.store_every_s))
         stack.enter_context(mock.patch.object(commit_mark, "uuid4", new_id))
         stack.enter_context(mock.patch.object(worker, "TaskManager", eyes["manager"]))
+        stack.enter_context(mock.patch.object(assignor, "plan", eyes["plan"]))
         stack.enter_context(mock.patch.object(Commits, "_is_committed_elsewhere", eyes["is_committed_elsewhere"]))
         for name, module in list(sys.modules.items()):
             if name.startswith("streamflow.") and hasattr(module, "perf_counter"):
