@@ -23,7 +23,7 @@ def shares(
 
     One after the other goes to who has least per capacity with half of it (Webster's method). So no two differ by more
     than one task per unit of capacity, nobody gets more because another one joins, and where several are as good, who
-    has one keeps it.
+    has one keeps it, else who is smallest gets it.
 
     Args:
         able: The members.
@@ -34,13 +34,13 @@ def shares(
         held: Of those tasks, how many each one could go on with.
     """
     share = dict.fromkeys(able, 0)
-    order = [((before[one] + 0.5) / capacity[one], owned[one] <= 0, held[one] <= 0, one) for one in able]
+    order = [((before[one] + 0.5) / capacity[one], owned[one] <= 0, held[one] <= 0, capacity[one], one) for one in able]
     heapq.heapify(order)
     for _ in range(count):
         one = order[0][-1]
         has = share[one] = share[one] + 1
         load = (before[one] + has + 0.5) / capacity[one]
-        heapq.heapreplace(order, (load, owned[one] <= has, held[one] <= has, one))
+        heapq.heapreplace(order, (load, owned[one] <= has, held[one] <= has, capacity[one], one))
     return share
 
 
