@@ -17,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from streamflow.model.partitioner import partition_for
 from tests.system.harness import DOUBLE, STOPPED, Key, Row, System, Worker, numbered, until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(150)]
 
 PARTITIONS = 4
 KEYS = [next(b"k%d" % n for n in range(100) if partition_for(b"k%d" % n, PARTITIONS) == p) for p in range(PARTITIONS)]
@@ -249,7 +249,7 @@ async def test_a_rolling_restart_loses_doubles_and_repeats_nothing(system: Syste
     """The session is too long to end in this test: whoever takes over has been told so."""
     system.write_app(SUMS, session_timeout_ms=60_000)
     await system.create("numbers", "results", partitions=PARTITIONS)
-    async with system.load("numbers", per_s=1000) as sent:
+    async with system.load("numbers", per_s=300) as sent:
         workers = [await system.started() for _ in range(3)]
         await shares(system, workers)
         for number in range(3):
