@@ -11,7 +11,7 @@ from tests.kafka.broker import free_port
 from tests.system.harness import STOPPED, System, Worker, until
 from tests.system.test_rebalancing import PARTITIONS, SUMS, check, shares
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(180)]
 
 REFUSED = 2
 EVERYWHERE = pytest.mark.parametrize(

@@ -35,8 +35,8 @@ class Says:
         url: Where its HTTP server is reached by other workers; empty where it is not.
         rack: Setting `rack`.
         capacity: Setting `capacity`.
-        follows: Whether it takes standbys and warm-ups. If not, a task with state is moved to it at once, and is
-            restored there.
+        follows: Whether it takes standbys and warm-ups. If not, it gets a task with state only from who does not
+            either, or if nobody has any of it.
         standby: Tasks it was told to be a standby of, as it was told last: they stay where they are if they can.
         lags: By task whose state is here, active or not: how many records it is behind. A running active task has none
             to say; one that is restored says what is left.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streamflow.clock import VirtualClock
 from streamflow.errors import GroupInUseError, InternalError, TaskMigratedError
-from streamflow.log.api import Assigned, Given, GroupSettings, Lost, NewTopic, OffsetMark, Revoked
+from streamflow.log.api import Assigned, Given, GroupSettings, Lost, NewTopic, OffsetMark, Revoked, Told
 from streamflow.log.sqlite import membership, process
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.model.record import TopicPartition
@@ -320,3 +320,26 @@ def test_this_process_is_alive_and_an_ended_one_is_gone():
     assert not process.is_gone("elsewhere 1 ?")
     assert process.is_alive(process.identity())
     assert not any(map(process.is_alive, ["", told, f"{namespace} {pid} {int(started) + 1}", "elsewhere 1 ?"]))
+
+
+async def test_a_target_that_a_worker_of_before_has_set_tells_nothing(memory, clock):
+    """It writes no words, and knows nothing of those that stand in the rows."""
+    await memory.admin.create([NewTopic("t", 1)])
+
+    def tell(members, counts):
+        return {one: Given(given.partitions, b"follow") for one, given in spread(members, counts).items()}
+
+    def as_before(sql):
+        sql.execute("UPDATE groups SET generation = generation + 1, version = version + 1")
+
+    async with AsyncExitStack() as stack:
+        group = await stack.enter_async_context(memory.group("g", frozenset({"t"}), tell, SETTINGS))
+        member = await stack.enter_async_context(Watched(group))
+        await settle()
+        assert [type(event) for event in member.events] == [Told, Assigned]
+        await memory._database.writer.write(as_before)
+        await advance(clock, 0.6, group)
+        assert member.events[2:] == [Told(b"", 2)]
+        group.rejoin("the test wants it")
+        await advance(clock, 0.6, group)
+        assert member.events[3:] == [Told(b"follow", 3)]
