@@ -181,6 +181,7 @@ class Standbys:
     async def hand_over(self, task: TaskId) -> LocalState | None:
         """End the following of a task that comes here, and give its open store; None where none is open."""
         self.dormant.taken(task)
+        self.told, self.warm_ups = self.told - {task}, self.warm_ups - {task}  # it has come
         standby = self._held.pop(task, None)
         return None if standby is None else await standby.hand_over()
 
