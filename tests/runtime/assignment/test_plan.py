@@ -278,6 +278,16 @@ def test_a_task_with_state_stays_until_its_target_has_warmed_up() -> None:
     assert len(world.workers["b"].active) == 3
 
 
+def test_the_warm_up_that_is_nearest_to_its_end_goes_first() -> None:
+    """What is under way is not given up for another one."""
+    world = group(World(tasks_of({"s": 6}, "s"), warm_ups=1), "a")
+    world.join("b")
+    (task,) = world.plan().warm_up["b"]
+    under_way = TaskId("s", (task.partition + 1) % 6)
+    world.workers["b"].lags[under_way] = 5 * ACCEPTABLE
+    assert world.plan().warm_up["b"] == {under_way}
+
+
 def test_a_task_without_state_moves_at_once() -> None:
     world = group(World(tasks_of({"s": 6})), "a")
     world.join("b")
