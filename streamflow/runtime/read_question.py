@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+from typing import Annotated
 
 import msgspec
 
 from streamflow.errors import ConfigurationError
+from streamflow.processing.remote import LONGEST_READ_S
 
 PATH = "/-/table-reads"
 """Where a worker answers other workers."""
 
 
 class Question(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Committed values of some partitions of one table: of a key, of a set's members, or of a range.
+    """Committed values of some partitions of one table: of a key, of a set's members, or of a range; one of these.
 
     Attributes:
         table: Its name.
-        partitions: Which.
+        partitions: Which; none of them twice.
         order: How the asker writes keys; see `KeyOrder.name`.
         key: One key; None for a range.
         under: A key of a set table, as its source has it: its members are asked for.
@@ -31,7 +33,7 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
         limit: Most rows to give, >= 1.
         at: Positions that the partitions must have come to.
         stale_ok: Whether a standby may answer.
-        timeout_s: Seconds to wait for what is being restored, or for `at`.
+        timeout_s: Seconds to wait for what is being restored, or for `at`; 0 to 60.
     """
 
     table: str
@@ -41,10 +43,19 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
     under: bytes | None = None
     low: bytes = b""
     high: bytes | None = None
-    limit: int = 1
+    limit: Annotated[int, msgspec.Meta(ge=1)] = 1
     at: str = ""
     stale_ok: bool = False
-    timeout_s: float = 0.0
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_READ_S)] = 0.0
+
+    def __post_init__(self) -> None:
+        # Who is asked whether this may be read is told one key: it has to be the one that is read.
+        if self.key is not None and (self.under is not None or self.low or self.high is not None):
+            raise ValueError("it asks for a key and for a range at once")
+        if self.under is not None and self.high is not None:
+            raise ValueError("it asks for the members of a key and for a range at once")
+        if len(set(self.partitions)) != len(self.partitions):
+            raise ValueError("it asks for a partition twice")
 
     def query(self) -> str:
         """As part of an address."""

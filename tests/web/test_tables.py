@@ -309,6 +309,20 @@ async def test_the_way_between_workers_is_guarded_like_the_others() -> None:
             assert (await cluster.get(path, worker=owner, Authorization="Bearer root")).status_code == 200
             assert (await cluster.get(path, worker=1 - owner, Authorization="Bearer root")).status_code == 421
         assert (await cluster.get("/-/table-reads?q=x", worker=owner)).status_code == 400
+        # What two workers ask one another is one thing: a guard that is told of `ann` must not let `bob` be read.
+        bob, ann = order.encode("bob"), b"ann"
+        asked = {"table": "stock", "partitions": [partition], "order": order.name}
+        for more in (
+            {"key": bob, "under": ann},
+            {"key": bob, "low": bob},
+            {"key": bob, "partitions": [partition, partition]},
+            {"low": b"", "limit": 0},
+            {"key": bob, "timeout_s": 1e12},
+            {"key": bob, "timeout_s": float("nan")},
+        ):
+            q = base64.urlsafe_b64encode(msgspec.msgpack.encode(asked | more)).decode()
+            told = await cluster.get(f"/-/table-reads?q={q}", worker=owner, Authorization="Bearer ann")
+            assert told.status_code == 400, more
 
 
 def test_one_function_decides() -> None:

@@ -88,5 +88,5 @@ def _read(data: bytes, kind: type[_Data]) -> _Data | None:
         return None
     try:
         return msgspec.msgpack.decode(data[1:], type=kind)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
