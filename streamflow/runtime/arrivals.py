@@ -76,7 +76,7 @@ class Arrivals:
         Not so with tables, which would stand for records that nobody has seen, or for some twice. And not where another
         worker is done with the records, and this one, which was cut off, has not heard that it lost the task.
         """
-        if await self._shared.delivery.was_overtaken(task):
+        if await self._is_done_elsewhere(task, tp, error) or self._task_of(tp) is not task:
             return
         if task.tables is not None:
             self._shared.fail(_out_of_range_with_tables(task, tp, error))
@@ -95,6 +95,13 @@ class Arrivals:
         task.inputs.wake()
         self._reader.add(tp, position)
         self._reader.ask(tp)
+
+    async def _is_done_elsewhere(self, task: Task, tp: TopicPartition, error: OffsetOutOfRangeError) -> bool:
+        """Whether another worker has committed what is asked for here; the task is told to start anew then."""
+        mark = (await self._starts.committed([tp]))[tp]
+        if mark is None or mark.offset <= error.offset:
+            return False
+        return await self._shared.delivery.was_overtaken(task)
 
     async def _new_start(self, task: Task, tp: TopicPartition) -> int | None:
         """Ask until the log answers; None when the task has let the partition go meanwhile."""

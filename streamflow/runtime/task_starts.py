@@ -59,7 +59,7 @@ class TaskStarts:
 
     async def of(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, Start]:
         """Where partitions start, and what the log has committed for them."""
-        committed = await self._committed(partitions)
+        committed = await self.committed(partitions)
         missing = [tp for tp in partitions if committed[tp] is None]
         while True:
             try:
@@ -72,7 +72,8 @@ class TaskStarts:
         starts.update({tp: Start(mark.offset, mark) for tp, mark in committed.items() if mark is not None})
         return starts
 
-    async def _committed(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, OffsetMark | None]:
+    async def committed(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, OffsetMark | None]:
+        """What the group has committed; None where it has nothing."""
         while True:
             try:
                 return await self._group.committed(partitions)

@@ -58,6 +58,6 @@ def test_showing_a_run_does_not_change_it() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(BUGS))
 def test_a_planted_bug_is_found(name: str) -> None:
-    done = run("--count", "300", "--planted", name)
+    done = run("--count", "500", "--planted", name)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "again: make simulate SEED=" in done.stdout

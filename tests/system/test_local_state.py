@@ -260,7 +260,11 @@ async def test_a_stopped_worker_keeps_its_slot_and_its_stores(system: System, gu
     first.signal(signal.SIGSTOP)
     second = system.start()
     await second.owns(system.topic("numbers"), 2)
-    assert await all_restored(second) == KEYS
+    of_tasks = await all_restored(second)
+    if system.is_kafka:
+        assert of_tasks == KEYS
+    else:  # it is let in while the first one's session runs, and has a warm-up meanwhile: that one's keys are here
+        assert 0 < of_tasks < KEYS
     await counted.count()
     first.signal(signal.SIGCONT)
     await first.owns(system.topic("numbers"), 1)
