@@ -98,6 +98,8 @@ class Build:
         }
         self.environment = kept | {"PATH": f"{python / 'bin'}:{os.environ['PATH']}", "HOME": str(image)}
         self.environment.pop("VIRTUAL_ENV", None)
+        # Whom this machine trusts, pip trusts already; uv, which brings a list of its own, is told to.
+        self.environment |= {"UV_NATIVE_TLS": "true", "UV_SYSTEM_CERTS": "true"}
 
     def here(self, text: str) -> str:
         """An absolute path of the image, or a text with such, in the folder."""
