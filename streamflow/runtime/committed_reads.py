@@ -238,11 +238,12 @@ def _value(parts: list[Readable], key: Any, store_key: bytes) -> list[Row]:
 
 def _scan(parts: list[Readable], span: ByteRange, limit: int) -> tuple[list[Row], bool]:
     """The first rows of a range of several partitions, and whether these are all; in a thread."""
-    entries = [part.entries(*span) for part in parts]
+    limit = min(limit, MOST_ROWS)
+    entries = [part.entries(*span, limit + 1) for part in parts]  # one more tells whether there are more
     merged = entries[0] if len(entries) == 1 else heapq.merge(*entries)
     rows: list[Row] = []
     size_bytes = 0
-    for row in islice(merged, min(limit, MOST_ROWS)):
+    for row in islice(merged, limit):
         rows.append(row)
         size_bytes += len(row[0]) + len(row[1])
         if size_bytes >= _MOST_BYTES:

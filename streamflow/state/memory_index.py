@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _INSERTED_ONE_BY_ONE = 32
+_STEP = 1_000
 
 
 class MemoryIndex:
@@ -60,17 +61,26 @@ class MemoryIndex:
                 known[store_key] = key
                 self._new.append(store_key)
 
-    def between(self, start: bytes | None, stop: bytes | None) -> list[tuple[bytes, Any]]:
+    def walk(self, start: bytes | None, stop: bytes | None) -> Iterator[tuple[bytes, Any]]:
+        """`between`, step by step: who needs the first ones only does not copy all."""
+        while found := self.between(start, stop, _STEP):
+            yield from found
+            start = found[-1][0] + b"\0"
+
+    def between(self, start: bytes | None, stop: bytes | None, most: int | None = None) -> list[tuple[bytes, Any]]:
         """The keys of a range, in order.
 
         Args:
             start: First store key, inclusive; None for the beginning.
             stop: End, exclusive; None for the end.
+            most: How many at most; None for all.
         """
         with self._lock:
             ordered = self._in_order()
             low = 0 if start is None else bisect_left(ordered, start)
             high = len(ordered) if stop is None else bisect_left(ordered, stop)
+            if most is not None:
+                high = min(high, low + most)
             known = self._keys
             return [(store_key, known[store_key]) for store_key in ordered[low:high]]
 

@@ -89,6 +89,8 @@ class Overlay:
         dirty: See the module.
         stream_time_ms: Greatest timestamp of the turns that are done; moves expiry.
         committed_stream_time_ms: The same of what is committed.
+        settling: Counts up when a commit begins to be settled, and again when it is: even, and the same before and
+            after, says to who reads in another thread that what is committed did not change meanwhile.
         sure_key_type: See `KeyOrder`.
     """
 
@@ -116,6 +118,7 @@ class Overlay:
         self.dirty: Layer = {}
         self.stream_time_ms = -1
         self.committed_stream_time_ms = -1
+        self.settling = 0
         self.sure_key_type = keys.sure_type
         self._older: Layer = {}
         self._renewing = threading.Lock()
@@ -329,23 +332,59 @@ class Overlay:
             time_ms: Its event time, where values expire.
             committed: Committed values only.
         """
-        changes = self._committed_changes(start, stop) if committed else self._changes(start, stop, writes)
+        if committed:
+            now_ms = self.committed_stream_time_ms
+            changes, _ = self._committed_changes(start, stop, None, now_ms)
+        else:
+            now_ms = max(self.stream_time_ms, time_ms)
+            changes = self._changes(start, stop, writes)
+        return self._over_store(changes, start, stop, reverse=reverse, now_ms=now_ms)
+
+    def first_committed(self, start: bytes, stop: bytes | None, count: int) -> Iterator[tuple[bytes, bytes]]:
+        """The first committed entries of a range, in key order: `count` of them, or more, or all that there are.
+
+        They are as at one moment where `settling` says so. What is in memory behind them is not looked at: who reads a
+        table page by page would look at all of it with each page.
+
+        Args:
+            start: First key, inclusive.
+            stop: End, exclusive; None for the end.
+            count: How many are wanted, >= 1.
+        """
+        now_ms = self.committed_stream_time_ms
+        changes, stop = self._committed_changes(start, stop, count, now_ms)
+        return self._over_store(changes, start, stop, reverse=False, now_ms=now_ms)
+
+    def _over_store(
+        self, changes: Changes, start: bytes | None, stop: bytes | None, *, reverse: bool, now_ms: int
+    ) -> Iterator[tuple[bytes, bytes]]:
         with self._telling_of_damage:
             stored = self._store.scan(self.name, start, stop, reverse=reverse)
-        pairs = merged(stored, changes, start, stop, reverse=reverse)
-        now_ms = self.committed_stream_time_ms if committed else max(self.stream_time_ms, time_ms)
-        return self._payloads(pairs, now_ms)
+        return self._payloads(merged(stored, changes, start, stop, reverse=reverse), now_ms)
 
-    def _committed_changes(self, start: bytes | None, stop: bytes | None) -> Changes:
+    def _committed_changes(
+        self, start: bytes | None, stop: bytes | None, count: int | None, now_ms: int
+    ) -> tuple[Changes, bytes | None]:
+        """What is in memory of a range, up to `count` values that live; and where that ends."""
         memory = self._committed_memory
         if not memory.is_in_use:
             memory.fill(lambda: self._keys_of(self._settled, self._being_stored))
         changes: Changes = {}
-        for store_key, key in memory.between(start, stop):
+        alive = 0
+        for store_key, key in memory.walk(start, stop):
             held = self._committed_in_memory(key)
-            if held is not ABSENT:
-                changes[store_key] = self._pack(held)
-        return changes
+            if held is ABSENT:
+                continue
+            changes[store_key] = self._pack(held)
+            alive += self._lives(held, now_ms)
+            if alive == count:
+                return changes, store_key + b"\0"
+        return changes, stop
+
+    def _lives(self, held: Any, now_ms: int) -> bool:
+        if held is MISSING:
+            return False
+        return self.ttl_ms is None or held[0] is None or held[0] > now_ms
 
     def _changes(self, start: bytes | None, stop: bytes | None, writes: Mapping[Any, Any] | None) -> Changes:
         """What is in memory of a range; the index spares a look at all the rest for each of many small scans."""
@@ -454,6 +493,7 @@ class Overlay:
     def settle(self) -> None:
         """The log has committed the oldest sealed layer."""
         layer = self._sealed[-1]
+        self.settling += 1
         if self._committed_memory.is_in_use:
             self._committed_memory.add(map(self._encode_key, layer), layer)
         if self._settled:
@@ -461,6 +501,7 @@ class Overlay:
         else:
             self._settled = layer
         self._sealed = self._sealed[:-1]
+        self.settling += 1
 
     # --- the store ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -174,6 +175,11 @@ class TableMachine(RuleBasedStateMachine):
         values = overlay.values
         seen = overlay.entries(None, None, committed=True)
         assert {key.decode(): values.decoded(data, key) for key, data in seen} == self.committed
+        found, low = {}, b""
+        while page := list(islice(overlay.first_committed(low, None, 2), 2)):
+            found.update({key.decode(): values.decoded(data, key) for key, data in page})
+            low = page[-1][0] + b"\0"
+        assert found == self.committed
         for key in ("a", "ab"):
             held = overlay.committed(key)
             assert (MISSING if held is MISSING else values.value(held, key)) == self.committed.get(key, MISSING)
