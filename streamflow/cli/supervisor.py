@@ -2,6 +2,8 @@
 
 What a child's end means: 0 - it was done; 1 or 2 - it failed or was refused, and so would the others: all stop with
 that code; anything else is a crash, and it is started again after a growing pause.
+
+A bounded run (`--until-end`) is told of here and by no child: where it began is noted before the first one starts.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from anyio.abc import Process, TaskGroup, TaskStatus
 
 from streamflow.cli.banner import announce
 from streamflow.cli.child import environment_of
+from streamflow.cli.conclusion import conclude
 from streamflow.cli.errors import FAILED, REFUSED
 from streamflow.cli.fleet import Fleet, Member
 from streamflow.cli.options import Session
 from streamflow.cli.signals import HANDLED, Requests
+from streamflow.error_groups import one_error
+from streamflow.runtime.group_run import GroupRun
 from streamflow.runtime.http_client import HttpClient
+from streamflow.runtime.status import Outcome
 from streamflow.runtime.worker import Worker
 from streamflow.web.overview import overview_of
 from streamflow.web.passed_on import PassedOn
@@ -39,22 +45,32 @@ _MORE_S = 10.0
 logger = logging.getLogger("streamflow.supervisor")
 
 
-def supervise(session: Session, processes: int) -> int:
+def supervise(session: Session, processes: int, *, until_end: bool, json: bool) -> int:
     """Run worker processes until they are done, one fails, or a signal comes.
 
     Args:
         session: The command's.
         processes: How many, >= 1.
+        until_end: Whether they run until everything that was there at the start is processed.
+        json: Whether to print how that went as a JSON object.
 
     Returns:
         The exit code.
     """
-    return anyio.run(_Supervisor(session, processes).run)
+    started_s = time.monotonic()
+    supervisor = _Supervisor(session, processes)
+    with one_error():
+        outcome = anyio.run(supervisor.run, until_end)
+    if outcome is not None:
+        as_log = session.settings.log_format == "json"
+        conclude(outcome, time.monotonic() - started_s, as_json_line=json, as_log=as_log)
+    return supervisor.code
 
 
 class _Supervisor:
     def __init__(self, session: Session, processes: int) -> None:
         self._session = session
+        self._bounded: GroupRun | None = None
         self._settings = session.settings
         # Never run: it knows the guarantee. Both lines refuse, once, what each child would.
         session.app.topology()
@@ -65,11 +81,15 @@ class _Supervisor:
         self._running: dict[int, Process] = {}
         self._tasks: TaskGroup | None = None
         self._stopping = False
-        self._code = 0
+        self.code = 0
         # Read from by the children; the only write end closes when this process ends, however it ends.
         self._watch_fd, self._hold_fd = os.pipe()
 
-    async def run(self) -> int:
+    async def run(self, until_end: bool) -> Outcome | None:
+        """Start the processes and keep them; how a bounded run went, where it did not fail."""
+        if until_end:
+            self._bounded = GroupRun(self._session.app, self._settings)
+        outcome: Outcome | None = None
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(os.close, self._hold_fd)
             stack.callback(os.close, self._watch_fd)
@@ -78,14 +98,22 @@ class _Supervisor:
                 self._tasks = tasks
                 await tasks.start(self._signals)
                 announce(self._overview, web, len(self._fleet.members), self._settings.log_format)
+                if self._bounded is not None:
+                    await self._bounded.begin()
                 try:
                     async with anyio.create_task_group() as children:
                         for member in self._fleet.members:
                             children.start_soon(self._keep, member)
                 finally:
                     self._kill()
+                outcome = await self._outcome()
                 tasks.cancel_scope.cancel()
-        return self._code
+        return outcome
+
+    async def _outcome(self) -> Outcome | None:
+        if self._bounded is None or self.code:
+            return None
+        return await self._bounded.end(finished=not self._stopping)
 
     async def _serve(self, stack: contextlib.AsyncExitStack) -> str:
         if not self._settings.web:
@@ -111,12 +139,12 @@ class _Supervisor:
             code = await self._run_once(member)
             if code == 0 or self._stopping:
                 member.state = "stopped"
-                if code in {FAILED, REFUSED} and self._code == 0:
-                    self._code = code
+                if code in {FAILED, REFUSED} and self.code == 0:
+                    self.code = code
                 return
             if code in {FAILED, REFUSED}:
                 logger.error("process %d exited with %d; stopping all", member.index, code)
-                self._code = code
+                self.code = code
                 self._stop()
                 return
             if time.monotonic() - started > HEALTHY_S:
@@ -168,6 +196,8 @@ class _Supervisor:
         if self._stopping:
             return
         self._stopping = True
+        if self._bounded is not None:
+            self._bounded.request_stop()
         logger.info("stopping %d processes", len(self._running))
         for process in list(self._running.values()):
             with contextlib.suppress(ProcessLookupError):
@@ -179,7 +209,7 @@ class _Supervisor:
         await anyio.sleep(self._settings.shutdown_timeout_s + _MORE_S)
         if self._running:
             logger.error("processes %s did not stop in time; killing them", sorted(self._running))
-            self._code = self._code or FAILED
+            self.code = self.code or FAILED
             self._kill()
 
     def _kill(self) -> None:

@@ -69,7 +69,7 @@ def worker(
             raise ConfigurationError("--json says how a bounded run went: it goes with --until-end")
         if me is None and processes is not None:
             _check_processes(session, processes)
-            code = supervise(session, processes)
+            code = supervise(session, processes, until_end=until_end, json=json)
         else:
             code = _run(session, me, until_end=until_end, json=json)
     except Exception as exc:
@@ -129,9 +129,9 @@ def _run(session: Session, me: Child | None, *, until_end: bool, json: bool) -> 
             reporters.append(reporter)
             started_s = time.monotonic()
             run_async(run)
-    # One of several processes speaks for all: the group's offsets are counted.
-    if (outcome := running.outcome()) is not None and index in {None, 0}:
-        as_log = index is not None or settings.log_format == "json"
+    # The supervisor of several processes speaks for all.
+    if (outcome := running.outcome()) is not None and me is None:
+        as_log = settings.log_format == "json"
         conclude(outcome, time.monotonic() - started_s, as_json_line=json, as_log=as_log)
     return 0
 

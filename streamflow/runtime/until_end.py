@@ -11,15 +11,13 @@ found afterwards, everything had been processed, and its outputs written, before
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 
 from streamflow.clock import Clock
 from streamflow.errors import RetriableError
-from streamflow.log.api import Log
-from streamflow.model.record import TopicPartition
-from streamflow.processing.topology import Topology
-from streamflow.runtime.layout import Layout
-from streamflow.runtime.status import Outcome, Progress, TopicOutcome
+from streamflow.log.api import Admin
+from streamflow.runtime.extent import Extent
+from streamflow.runtime.status import Outcome, Progress
 from streamflow.runtime.task_manager import TaskManager
 
 _POLL_S = 0.05
@@ -30,51 +28,21 @@ class UntilEnd:
     """Watches a bounded run and says when it is over.
 
     Args:
-        layout: What reads and writes what, and the partitions of the source topics.
-        log: The log.
-        group_id: The app's group.
+        extent: Where the run begins and ends, found already.
+        admin: For offsets.
         clock: For the polls.
         on_progress: Told how far the run is.
-        begin: Where partitions begin that have no committed offset.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        log: Log,
-        group_id: str,
-        clock: Clock,
-        on_progress: Callable[[Progress], None],
-        begin: Callable[[Sequence[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]],
-    ) -> None:
-        self._log = log
-        self._group_id = group_id
+    def __init__(self, extent: Extent, admin: Admin, clock: Clock, on_progress: Callable[[Progress], None]) -> None:
+        self._extent = extent
+        self._admin = admin
         self._clock = clock
         self._on_progress = on_progress
-        self._begin = begin
-        self._upstream = upstream_topics(layout.topology)
-        self._partitions = {
-            topic: [TopicPartition(topic, number) for number in range(count)] for topic, count in layout.counts.items()
-        }
-        self._written = [topic for topic in layout.counts if self._upstream[topic]]
+        self.limits = extent.limits
         self._state: object = None
         self._still_polls = 0
-        self._starts: dict[TopicPartition, int] = {}
-        self._committed: dict[TopicPartition, int] = {}
-        self._written_ends: Mapping[TopicPartition, int] = {}
         self._finished = False
-        self.limits: dict[TopicPartition, int] = {}
-
-    async def find_ends(self) -> None:
-        """Note where the external topics end now; called before the group is joined."""
-        every = [tp for tps in self._partitions.values() for tp in tps]
-        external = [tp for tp in every if not self._upstream[tp.topic]]
-        committed = await self._log.admin.group_offsets(self._group_id)
-        starts, ends = await self._log.admin.start_offsets(every), await self._log.admin.end_offsets(every)
-        self.limits = {tp: ends[tp] for tp in external}
-        begin = await self._begin([tp for tp in every if tp not in committed])
-        for tp in every:
-            self._starts[tp] = max(committed[tp].offset, starts[tp]) if tp in committed else min(begin[tp], ends[tp])
 
     async def wait(self, manager: TaskManager, may_end: Callable[[], bool]) -> None:
         """Return when the run is over; tells tasks where written topics end as it learns it.
@@ -83,54 +51,37 @@ class UntilEnd:
             manager: The worker's tasks.
             may_end: Whether nothing else than records keeps the run.
         """
-        external = list(self.limits)
         while True:
             try:
-                if await self._step(manager, external) and may_end():
+                if await self._step(manager) and may_end():
                     self._finished = True
                     return
             except RetriableError:
                 pass  # the log is away: it is waited for
             await self._clock.sleep(_POLL_S)
 
-    async def _step(self, manager: TaskManager, external: Sequence[TopicPartition]) -> bool:
-        await self.look()
-        committed, ends = self._committed, self._written_ends
-        written = list(ends)
-        self._tell(committed, external)
-        drained = {tp for tp in external if committed.get(tp, -1) >= self.limits[tp]}
-        drained |= {tp for tp in written if committed.get(tp, -1) >= ends[tp]}
-        if len(drained) == len(external) + len(written):
+    async def _step(self, manager: TaskManager) -> bool:
+        extent = self._extent
+        await extent.look(self._admin)
+        self._on_progress(extent.progress())
+        if extent.is_done:
             return True
-        stood_still = self._stood_still((committed, ends))
-        done_topics = {topic for topic, tps in self._partitions.items() if drained.issuperset(tps)}
-        for topic in self._written if stood_still else self._ended(done_topics):
+        stood_still = self._stood_still((extent.committed, extent.written_ends))
+        drained = extent.drained()
+        done_topics = {topic for topic, tps in extent.partitions.items() if drained.issuperset(tps)}
+        for topic in extent.written if stood_still else self._ended(done_topics):
             for task in manager.running():
-                task.flush_inputs_at({tp: ends[tp] for tp in self._partitions[topic]})
+                task.flush_inputs_at({tp: extent.written_ends[tp] for tp in extent.partitions[topic]})
         return False
 
     async def look(self) -> None:
-        """See how far the group is: first what is committed, then where the written topics end; not after the end."""
-        if self._finished:
-            return
-        written = [tp for topic in self._written for tp in self._partitions[topic]]
-        committed = await self._log.admin.group_offsets(self._group_id)
-        self._written_ends = await self._log.admin.end_offsets(written) if written else {}
-        self._committed = {tp: mark.offset for tp, mark in committed.items()}
+        """See how far the group is; not after the end."""
+        if not self._finished:
+            await self._extent.look(self._admin)
 
     def outcome(self) -> Outcome:
         """How far the group was at the last look."""
-        topics: list[TopicOutcome] = []
-        for topic, partitions in self._partitions.items():
-            processed = left = 0
-            for tp in partitions:
-                start = self._starts[tp]
-                end = max(start, self.limits.get(tp, 0), self._written_ends.get(tp, 0))
-                reached = min(max(start, self._committed.get(tp, 0)), end)
-                processed += reached - start
-                left += end - reached
-            topics.append(TopicOutcome(topic, processed, left))
-        return Outcome(self._finished, tuple(topics))
+        return self._extent.outcome(finished=self._finished)
 
     def _stood_still(self, state: object) -> bool:
         """Whether nothing has been committed or written for a while, so that units wait for records of one another."""
@@ -140,30 +91,9 @@ class UntilEnd:
 
     def _ended(self, done: set[str]) -> Iterable[str]:
         """Written topics whose end is known: nothing upstream is still being processed (or they feed themselves)."""
-        ready = [topic for topic, above in self._upstream.items() if above and above - {topic} <= done]
+        upstream = self._extent.upstream
+        ready = [topic for topic, above in upstream.items() if above and above - {topic} <= done]
         if ready:
             return ready
-        external_done = all(topic in done for topic, above in self._upstream.items() if not above)
-        return [topic for topic, above in self._upstream.items() if above] if external_done else []
-
-    def _tell(self, committed: Mapping[TopicPartition, int], external: Sequence[TopicPartition]) -> None:
-        total = sum(self.limits[tp] - self._starts[tp] for tp in external)
-        done = sum(
-            min(max(committed.get(tp, 0), self._starts[tp]), self.limits[tp]) - self._starts[tp] for tp in external
-        )
-        self._on_progress(Progress(done, total))
-
-
-def upstream_topics(topology: Topology) -> dict[str, set[str]]:
-    """Per source topic of the app: the source topics from which its own records come; empty for an external one."""
-    reads: dict[str, set[str]] = {}
-    writers: dict[str, set[str]] = {}
-    for edge in topology.edges:
-        if edge.kind == "reads":
-            reads.setdefault(edge.target, set()).add(edge.source.removeprefix("topic:"))
-        else:
-            writers.setdefault(edge.target.removeprefix("topic:"), set()).add(edge.source)
-    sources = {topic for sub in topology.sub_topologies for topic in sub.topics}
-    return {
-        topic: {source for writer in writers.get(topic, ()) for source in reads.get(writer, ())} for topic in sources
-    }
+        external_done = all(topic in done for topic, above in upstream.items() if not above)
+        return [topic for topic, above in upstream.items() if above] if external_done else []

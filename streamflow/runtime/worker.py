@@ -40,6 +40,7 @@ from streamflow.runtime.births import noting_births
 from streamflow.runtime.conversation import Conversation, says
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.exactly_once import ExactlyOnce
+from streamflow.runtime.extent import Extent
 from streamflow.runtime.first_assignment import first_assignment, is_idle
 from streamflow.runtime.global_tables import GlobalTables
 from streamflow.runtime.held_tables import HeldTables
@@ -279,9 +280,9 @@ class Worker:
                 return
             if self._until_end:
                 begin = partial(beginnings, log.admin, self.app, self.settings)
-                ends = UntilEnd(layout, log, self.app.id, self.clock, self._on_progress, begin)
-                await ends.find_ends()
-                self._ends = ends
+                extent = Extent(layout, self.app.id)
+                await extent.find(log.admin, begin)
+                self._ends = UntilEnd(extent, log.admin, self.clock, self._on_progress)
             self._delivery = await self._open_delivery(stack, log, slot)
             restorer = Restorer(
                 await stack.enter_async_context(log.reader("restore")), log.admin, self.clock, self.sensors

@@ -111,11 +111,13 @@ def test_a_bounded_run_says_how_it_went(shell):
     assert said == {"finished": True, "topics": [{"topic": "orders", "processed": 3, "left": 0}]}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_bounded_run_that_is_stopped_says_what_is_left(number, shell):
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--processes", "2"))]
+)
+def test_a_bounded_run_that_is_stopped_says_what_is_left(number, processes, shell):
     shell.write("held.py", HELD)
     shell("send", "held.py", "orders", "-", stdin="".join(f"{n}\n" for n in range(5)))
-    worker = shell.start("worker", "held.py", "--until-end", "--no-web", "--json")
+    worker = shell.start("worker", "held.py", "--until-end", "--no-web", "--json", *processes)
     worker.wait_for("holding 2")
     worker.signal(number)
     worker.wait_for("finishing the records in hand")

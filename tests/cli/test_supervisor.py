@@ -117,7 +117,10 @@ def test_until_end(shell):
     )
     done = shell("worker", "orders.py", "--processes", "2", "--until-end", "--no-web")
     assert done.code == 0, done.err
-    assert re.findall(r"^(\[.\]) .* worker: done: (\d+) records processed", done.err, re.MULTILINE) == [("[0]", "50")]
+    assert re.findall(r"^done: (\d+) records processed", done.err, re.MULTILINE) == ["50"]
+    again = shell("worker", "orders.py", "--processes", "2", "--until-end", "--no-web", "--json")
+    (went,) = again.lines
+    assert (went["finished"], went["topics"]) == (True, [{"topic": "orders", "processed": 0, "left": 0}]), again.err
     assert len(shell("tail", "orders.py", "invoices", "--until-end").out.splitlines()) == 50
 
 
