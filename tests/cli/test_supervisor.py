@@ -158,7 +158,8 @@ def test_structured_logs_name_the_process(shell):
 
 @pytest.mark.needs("timeout")
 def test_timeout_signals_twice_and_still_stops_cleanly(shell):
-    limited = shell.start("3", str(COMMAND), "worker", "orders.py", "--processes", "1", "--no-web", program="timeout")
-    limited.wait()
+    limited = shell.start("60", str(COMMAND), "worker", "orders.py", "--processes", "1", "--no-web", program="timeout")
+    limited.wait_for("assigned: ")
+    limited.stop()  # it does for a signal what it does at its time: the process first, and then the group
     assert "supervisor: stopping" in limited.err
     assert "stopping: finishing the records in hand" in limited.err
