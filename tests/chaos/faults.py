@@ -88,6 +88,8 @@ class GroupChaos(Chaos):
         self._killed_s: dict[Worker, float] = {}
         self.took_s: dict[str, list[float]] = {}
         """By kind of fault: from its end until all that was there was committed and the group had settled."""
+        self.most_rss_mib = 0.0
+        """Of any worker, looked at when the group had settled."""
 
     def _environment(self, place: int) -> dict[str, str]:
         given = {"STREAMFLOW_STANDBY_REPLICAS": str(self._standbys)}
@@ -105,6 +107,7 @@ class GroupChaos(Chaos):
         await self._settles(kind)
         took_s = time.monotonic() - began_s
         self.took_s.setdefault(kind, []).append(took_s)
+        self.most_rss_mib = max(self.most_rss_mib, *(worker.rss_mib for worker in self.workers))
         print(f"{kind}: all is committed and the group has settled after {took_s:.1f} s", flush=True)
 
     async def _settles(self, why: str) -> None:

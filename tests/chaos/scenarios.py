@@ -77,6 +77,7 @@ class Ran:
         did: How often each happened.
         took_s: After each: seconds until all that was there was committed and the group had settled.
         repeated: Outputs that came more than once (at least once).
+        most_rss_mib: Of any worker, after any fault.
     """
 
     variant: Variant
@@ -86,6 +87,7 @@ class Ran:
     did: Mapping[str, int]
     took_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
     repeated: int = 0
+    most_rss_mib: float = 0
 
 
 class Surroundings:
@@ -175,4 +177,4 @@ async def run(
         seconds = time.monotonic() - began_s
         verdict = await chaos.finish()
         repeated = sum(each.records for each in verdict.rewinds) + verdict.regrouped_repeats
-        return Ran(variant, seed, verdict.total, seconds, chaos.did, chaos.took_s, repeated)
+        return Ran(variant, seed, verdict.total, seconds, chaos.did, chaos.took_s, repeated, chaos.most_rss_mib)

@@ -79,8 +79,9 @@ def report(ran: Sequence[Ran], found: Sequence[str], seed: int) -> str:
     lines = [
         f"Seed {seed}, Python {platform.python_version()}: {len(ran)} runs without objection, {len(found)} with.",
         "",
-        "| scenario | log | guarantee | standbys | instance ids | faults | records | seconds | settled after |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|",
+        "| scenario | log | guarantee | standbys | instance ids | faults | records | repeated | seconds | RSS MiB, most "
+        "| settled after |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for each in ran:
         variant = each.variant
@@ -88,7 +89,8 @@ def report(ran: Sequence[Ran], found: Sequence[str], seed: int) -> str:
         ids = "yes" if variant.instance_ids else "no"
         lines.append(
             f"| {variant.scenario} | {variant.log} | {variant.guarantee} | {variant.standbys} | {ids} "
-            f"| {len(took_s)} | {each.records:,} | {each.seconds:.0f} | {_spread(took_s)} |"
+            f"| {len(took_s)} | {each.records:,} | {each.repeated:,} | {each.seconds:.0f} "
+            f"| {each.most_rss_mib:.0f} | {_spread(took_s)} |"
         )
     return "\n".join([*lines, "", *_by_kind(ran), "", *(f"- **{each}**" for each in found), ""])
 

@@ -76,7 +76,7 @@ class Watch:
             sent=self._chaos.sent,
             committed=self.committed,
             rebalances=self._rebalances,
-            rss_mib=tuple(round(_rss_bytes(each) / _MIB, 1) for each in workers),
+            rss_mib=tuple(each.rss_mib for each in workers),
             descriptors=tuple(_descriptors(each) for each in workers),
             store_files=files,
             store_mib=round(size_bytes / _MIB, 1),
@@ -103,14 +103,6 @@ class Watch:
             return self.samples
         last = len(self.samples) - 1
         return [self.samples[round(last * number / (count - 1))] for number in range(count)]
-
-
-def _rss_bytes(worker: Worker) -> int:
-    try:
-        pages = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _descriptors(worker: Worker) -> int:

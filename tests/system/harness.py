@@ -138,6 +138,15 @@ class Worker:
     def runs(self) -> bool:
         return self.process.poll() is None
 
+    @property
+    def rss_mib(self) -> float:
+        """Its resident memory; 0 when it is gone."""
+        try:
+            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        except (OSError, IndexError):
+            return 0
+        return round(pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20), 1)
+
     async def says(self, pattern: str, *, times: int = 1, within_s: float = DEADLINE_S) -> re.Match[str]:
         """Wait until it has said that so often."""
 
