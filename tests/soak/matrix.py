@@ -21,6 +21,10 @@ from tests.chaos.scenarios import SCENARIOS, LogName, Ran, Variant, run, surroun
 PATIENCE_S = 120
 """How long after a fault what is there by then may take: whatever else runs on the machine slows it down, too."""
 ALL = "all"
+COLUMNS = (
+    *("scenario", "log", "guarantee", "standbys", "instance ids"),
+    *("faults", "records", "repeated", "seconds", "RSS MiB, most", "settled after"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +83,7 @@ def report(ran: Sequence[Ran], found: Sequence[str], seed: int) -> str:
     lines = [
         f"Seed {seed}, Python {platform.python_version()}: {len(ran)} runs without objection, {len(found)} with.",
         "",
-        "| scenario | log | guarantee | standbys | instance ids | faults | records | repeated | seconds | RSS MiB, most "
-        "| settled after |",
+        f"| {' | '.join(COLUMNS)} |",
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for each in ran:
