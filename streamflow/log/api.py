@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from streamflow.errors import StreamFlowError
 from streamflow.log.batch import RecordBatch, SealedBatch
@@ -240,6 +240,18 @@ class Member:
     instance_id: str | None = None
 
 
+class Shorter(NamedTuple):
+    """What to tell a member where the log cannot keep all that all members are told.
+
+    Attributes:
+        told: Instead of `Given.told`; shorter.
+        without: What is missing in it and what that means, for a warning.
+    """
+
+    told: bytes
+    without: str
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """What the assignor gives one member.
@@ -247,10 +259,12 @@ class Given:
     Attributes:
         partitions: What it is to own.
         told: What it is told beside; the log does not read it.
+        shorter: What to tell it instead, from the longest to the shortest: what one member is told in short, all are.
     """
 
     partitions: frozenset[TopicPartition]
     told: bytes = b""
+    shorter: Sequence[Shorter] = ()
 
 
 Assignor: TypeAlias = Callable[[Sequence[Member], Mapping[str, int]], Mapping[str, Given]]

@@ -42,6 +42,7 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         follows=True,
         standby=standbys.told,
         lags=lags,
+        unpacks=True,
     )
     return word.encode()
 
@@ -119,11 +120,13 @@ class Conversation:
 
     def _own(self) -> frozenset[TaskId]:
         """The tasks that are this worker's by the plan, whether they have come already or not."""
+        if self.told.active is not None:
+            return self.told.active
         own = self._own_route()
         return frozenset() if own is None else own.active
 
     def _own_route(self) -> Route | None:
-        """This worker's among the routes; under another member id where it has come back as a static member."""
+        """This worker's among the routes that a leader of before tells; a static member that is back has another id."""
         membership, url, routes = self._group.membership, self._url(), self.told.routes
         if membership is not None and (own := routes.get(membership.member_id)) is not None:
             return own

@@ -83,7 +83,7 @@ class Side:
     async def hear(
         self, *, standby: Iterable[TaskId] = (), warm_up: Iterable[TaskId] = (), active: Iterable[TaskId] = ()
     ) -> None:
-        told = Teller({"me": Route("http://here", frozenset(active))}).tell(standby, warm_up)
+        told, _ = Teller({"me": Route("http://here", frozenset(active))}).tell("me", standby, warm_up, unpacks=True)
         await self.conversation.heard(ToldBytes(told, 1))
 
     def ask(self) -> list[str]:
@@ -141,4 +141,4 @@ async def test_what_is_said() -> None:
     side = Side()
     await side.hear(standby={TWO})
     said = conversation.says(side.conversation._settings, "http://here", side.standbys, {ONE: 7})
-    assert Says.decode(said, "w") == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7})
+    assert Says.decode(said, "w") == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7}, unpacks=True)

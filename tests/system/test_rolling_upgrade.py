@@ -1,4 +1,8 @@
-"""Workers of before the members of a group had words, beside workers of today, whoever leads; see `old_words.py`."""
+"""Workers of before beside workers of today, whoever leads.
+
+Those of before the members of a group had words, see `old_words.py`; and of before they packed where tasks are, see
+`old_routes.py`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +25,8 @@ async def double(number: int) -> int:
 """Tasks without state beside those with tables, which stay with who can warm another one up."""
 
 
-def start_old(system: System) -> Worker:
-    program = str(Path(__file__).with_name("old_words.py"))
+def start_old(system: System, module: str = "old_words") -> Worker:
+    program = str(Path(__file__).with_name(f"{module}.py"))
     return system.program(program, "worker", "app.py", "--web-port", "0")
 
 
@@ -70,3 +74,42 @@ async def test_workers_of_before_and_of_today_share_the_work_and_lose_and_double
     await check(kafka)
     taken, made = await kafka.read("plain"), await kafka.read("doubled")
     assert made == {partition: [(key, 2 * value) for key, value in rows] for partition, rows in taken.items()}
+
+
+async def reads_all(worker: Worker, keys: Sequence[str]) -> None:
+    """Wait until it reads every key, its own and those of others."""
+    missing: list[object] = []
+
+    async def found() -> bool:
+        missing[:] = [answer for key in keys if (answer := await worker.get(f"/tables/totals/{key}"))[0] != 200]
+        return not missing
+
+    await until(found, lambda: f"{missing} at a worker that said:\n{worker.said}")
+
+
+@pytest.mark.parametrize("leads", ["old", "new"])
+async def test_workers_that_pack_where_tasks_are_and_those_that_do_not_read_one_anothers_tables(
+    kafka: System, leads: str
+) -> None:
+    kafka.write_app(SUMS + PLAIN, session_timeout_ms=6_000, standby_replicas=1)
+    await kafka.create("numbers", "results", "plain", "doubled", partitions=PARTITIONS)
+    keys = [f"k{number}" for number in range(20)]
+    await kafka.write("numbers", [(key.encode(), 1) for key in keys])
+
+    def start(version: str) -> Worker:
+        return kafka.start() if version == "new" else start_old(kafka, "old_routes")
+
+    workers = [start(leads)]
+    await shared(kafka, workers)  # it leads until it goes
+    workers.append(start("new" if leads == "old" else "old"))
+    await shared(kafka, workers)
+    workers.append(start("new"))
+    await shared(kafka, workers)
+    for worker in workers:
+        await reads_all(worker, keys)
+    assert await workers.pop(0).stops() == STOPPED
+    await shared(kafka, workers)
+    for worker in workers:
+        await reads_all(worker, keys)
+        assert await worker.stops() == STOPPED
+    assert not [worker for worker in kafka.workers if "Traceback" in worker.said or "cannot be read" in worker.said]

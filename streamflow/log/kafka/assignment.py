@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamflow.errors import InternalError
 from streamflow.log.api import Assignor, Given, Member
 from streamflow.log.kafka import user_data, wire_group
 from streamflow.log.kafka.user_data import Answer, Spoken
 from streamflow.model.record import TopicPartition
+
+MOST_BYTES = 900_000
+"""A broker keeps what the members of a group say and are told in one record, which it does not compress by default, of
+at most `message.max.bytes` (1,048,588 by default). It refuses a larger one, and the whole round with it (KAFKA-7149).
+What is left is for its own fields."""
+_OF_A_MEMBER_BYTES = 200
+"""Ids, client, host and times of a member in that record."""
 
 _NOTHING = Given(frozenset())
 
@@ -73,19 +80,65 @@ def read_share(assignment: bytes) -> Share:
     return Share(flat(assigned), answer)
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What a leader hands in.
+
+    Attributes:
+        assignments: By member id, encoded.
+        size_bytes: What the broker has to keep, about.
+        without: What members are not told because it would be too much; empty where they are told all.
+    """
+
+    assignments: list[tuple[str, bytes]]
+    size_bytes: int
+    without: str = ""
+
+
 def write_shares(
-    claims: Sequence[Claim], given: Mapping[str, Given], counts: Mapping[str, int], leader: str
-) -> list[tuple[str, bytes]]:
-    """Encode what each member is given, so that it can read it.
+    claims: Sequence[Claim],
+    given: Mapping[str, Given],
+    counts: Mapping[str, int],
+    leader: str,
+    *,
+    said_bytes: int = 0,
+    most_bytes: int = MOST_BYTES,
+) -> Shares:
+    """Encode what each member is given, so that it can read it, and the broker keeps it.
 
     Args:
         claims: What every member said.
         given: What each is given.
         counts: Partitions per topic.
         leader: Member id of who leads.
+        said_bytes: Size of what the members said.
+        most_bytes: What the broker keeps.
     """
     unread = sorted(unread_topics(claims, counts, given))
-    shares: list[tuple[str, bytes]] = []
+    levels = max((len(each.shorter) for each in given.values()), default=0)
+    level, shares = 0, _shares(claims, given, counts, leader, unread, said_bytes)
+    while shares.size_bytes > most_bytes and level < levels:
+        level += 1
+        shortened = {member_id: _in_short(mine, level) for member_id, mine in given.items()}
+        longest = max((mine.shorter for mine in given.values()), key=len)
+        shares = _shares(claims, shortened, counts, leader, unread, said_bytes)
+        shares = replace(shares, without=longest[level - 1].without)
+    return shares
+
+
+def _in_short(mine: Given, level: int) -> Given:
+    return replace(mine, told=mine.shorter[min(level, len(mine.shorter)) - 1].told) if mine.shorter else mine
+
+
+def _shares(
+    claims: Sequence[Claim],
+    given: Mapping[str, Given],
+    counts: Mapping[str, int],
+    leader: str,
+    unread: list[str],
+    said_bytes: int,
+) -> Shares:
+    assignments: list[tuple[str, bytes]] = []
     for claim in claims:
         mine = given[claim.member_id]
         answer = Answer(
@@ -96,8 +149,9 @@ def write_shares(
             dict(counts) if claim.member_id == leader else {},
         )
         data = user_data.write_answer(answer, claim.spoken)
-        shares.append((claim.member_id, wire_group.encode_assignment(nested(mine.partitions), data)))
-    return shares
+        assignments.append((claim.member_id, wire_group.encode_assignment(nested(mine.partitions), data)))
+    told_bytes = sum(len(data) for _, data in assignments)
+    return Shares(assignments, said_bytes + told_bytes + _OF_A_MEMBER_BYTES * len(claims))
 
 
 def checksum(topics: frozenset[str]) -> int:
@@ -135,7 +189,7 @@ def assign(assignor: Assignor, claims: Sequence[Claim], counts: Mapping[str, int
         meant = target.get(member.member_id, _NOTHING)
         partitions = meant.partitions | _of_no_topic(member, counts)
         free = frozenset(tp for tp in partitions if not claimed_by.get(tp, set()) - {member.member_id})
-        given[member.member_id] = Given(free, meant.told)
+        given[member.member_id] = Given(free, meant.told, meant.shorter)
     return given
 
 

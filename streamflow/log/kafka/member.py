@@ -29,7 +29,9 @@ from streamflow.log.api import (
 )
 from streamflow.log.kafka import codes, wire_group
 from streamflow.log.kafka.assignment import (
+    MOST_BYTES,
     Share,
+    Shares,
     assign,
     checksum,
     read_claim,
@@ -134,6 +136,7 @@ class GroupMember:
         self._revoking: dict[TopicPartition, float] = {}
         self._counts: dict[str, int] = {}
         self._unread: frozenset[str] = frozenset()
+        self._room = ("", False)
         # What was told last; None: whatever was is not valid any more.
         self._told: bytes | None = b""
         self._is_leader = False
@@ -275,7 +278,34 @@ class GroupMember:
             raise
         except Exception as exc:
             raise FatalError(f"the assignor of group {self._group_id} failed: {exc!r}") from exc
-        return write_shares(claims, given, self._counts, joined.leader)
+        said_bytes = sum(len(member[2]) for member in joined.members)
+        shares = write_shares(claims, given, self._counts, joined.leader, said_bytes=said_bytes)
+        self._tell_size(shares, len(claims))
+        return shares.assignments
+
+    def _tell_size(self, shares: Shares, count: int) -> None:
+        before, self._room = self._room, (shares.without, shares.size_bytes > MOST_BYTES)
+        if self._room == before:
+            return
+        if shares.size_bytes > MOST_BYTES:
+            logger.warning(
+                "group %s: what its %d members say and are told takes %d bytes even in short. The broker keeps that in "
+                "one record, of at most message.max.bytes (1048588 unless it is set otherwise), and refuses more: "
+                "nobody would be assigned anything. Run fewer workers",
+                self._group_id,
+                count,
+                shares.size_bytes,
+            )
+        elif shares.without:
+            logger.warning(
+                "group %s: its %d members are not told %s. The broker keeps what all are told in one record of 1 MB, "
+                "in which that has no room. Run fewer workers",
+                self._group_id,
+                count,
+                shares.without,
+            )
+        else:
+            logger.info("group %s: its members are told everything again", self._group_id)
 
     async def _partition_counts(self, topics: frozenset[str]) -> dict[str, int]:
         try:

@@ -90,16 +90,16 @@ class TaskAssignor:
         teller = Teller(
             {name: Route(says.url, planned.active[name], planned.standby[name]) for name, says in said.items()}
         )
-        return {
-            member.member_id: Given(
-                frozenset(tp for task in planned.active[member.member_id] for tp in tasks[task].partitions),
-                # Who says nothing would not understand it.
-                teller.tell(planned.standby[member.member_id], planned.warm_up[member.member_id])
-                if member.says
-                else b"",
-            )
-            for member in members
-        }
+        given: dict[str, Given] = {}
+        for member in members:
+            name = member.member_id
+            partitions = frozenset(tp for task in planned.active[name] for tp in tasks[task].partitions)
+            if member.says:  # who says nothing would not understand what it is told
+                told = teller.tell(name, planned.standby[name], planned.warm_up[name], unpacks=said[name].unpacks)
+                given[name] = Given(partitions, *told)
+            else:
+                given[name] = Given(partitions)
+        return given
 
 
 def _cluster_members(

@@ -14,6 +14,8 @@ from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 
+from streamflow.log.api import Shorter
+from streamflow.runtime.assignment import packed_routes
 from streamflow.runtime.assignment.cluster import TaskId
 
 VERSION = 1
@@ -23,6 +25,9 @@ _Tasks: TypeAlias = dict[str, list[_Partition]]
 """Tasks by sub-topology: its name, the longest part, stands once."""
 _Lags: TypeAlias = dict[str, dict[_Partition, Annotated[int, msgspec.Meta(ge=0)]]]
 _Word = TypeVar("_Word", bound=msgspec.Struct)
+
+_NO_COPIES = "where standbys are: reads with stale=ok ask owners only"
+_NOBODY = "where tasks are: a worker reads tables in its own partitions only, others are 503"
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +45,8 @@ class Says:
         standby: Tasks it was told to be a standby of, as it was told last: they stay where they are if they can.
         lags: By task whose state is here, active or not: how many records it is behind. A running active task has none
             to say; one that is restored says what is left.
+        unpacks: Whether it reads `Told.active` and routes that are packed. Versions before do not: they are told the
+            routes in full.
     """
 
     url: str = ""
@@ -48,13 +55,14 @@ class Says:
     follows: bool = False
     standby: frozenset[TaskId] = frozenset()
     lags: Mapping[TaskId, int] = field(default_factory=dict[TaskId, int])
+    unpacks: bool = False
 
     def encode(self) -> bytes:
         """As bytes, for `log.api.Group.say`."""
         lags: _Lags = {}
         for (sub_topology, partition), lag in sorted(self.lags.items()):
             lags.setdefault(sub_topology, {})[partition] = lag
-        word = _Says(self.url, self.rack, self.capacity, self.follows, _nested(self.standby), lags)
+        word = _Says(self.url, self.rack, self.capacity, self.follows, _nested(self.standby), lags, self.unpacks)
         return _write(word)
 
     @classmethod
@@ -69,7 +77,7 @@ class Says:
         if word is None:
             return cls()
         lags = {TaskId(name, partition): lag for name, by in word.lags.items() for partition, lag in by.items()}
-        return cls(word.url, word.rack, word.capacity, word.follows, _flat(word.standby), lags)
+        return cls(word.url, word.rack, word.capacity, word.follows, _flat(word.standby), lags, word.unpacks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +104,15 @@ class Told:
         warm_up: Tasks it is to catch up with, and to ask for a new round (`log.api.Group.rejoin`) once it has with all
             of them. Some may be its own in this plan already: they come once their owner has given them up, and are
             to be followed until then.
-        routes: By member id, this worker's own among them.
+        active: Tasks that are its own in this plan, whether they have come already or not; None where the leader is of
+            a version that says it by `routes` only.
+        routes: All workers', by any name; by member id where the leader says no `active`. Empty where they are left
+            out, because the log cannot keep all that is told to all.
     """
 
     standby: frozenset[TaskId] = frozenset()
     warm_up: frozenset[TaskId] = frozenset()
+    active: frozenset[TaskId] | None = None
     routes: Mapping[str, Route] = field(default_factory=dict[str, Route])
 
     @classmethod
@@ -113,11 +125,8 @@ class Told:
         word = _read(data, _read_told, "the group's leader tells this worker")
         if word is None:
             return cls()
-        routes = {
-            member_id: Route(each.url, _flat(each.active), _flat(each.standby))
-            for member_id, each in word.routes.items()
-        }
-        return cls(_flat(word.standby), _flat(word.warm_up), routes)
+        active = None if word.active is None else _flat(word.active)
+        return cls(_flat(word.standby), _flat(word.warm_up), active, _routes_of(word))
 
 
 class Teller:
@@ -128,20 +137,49 @@ class Teller:
     """
 
     def __init__(self, routes: Mapping[str, Route]) -> None:
-        word = {
-            member_id: _Route(route.url, _nested(route.active), _nested(route.standby))
-            for member_id, route in sorted(routes.items())
-        }
-        self._routes = msgspec.Raw(msgspec.msgpack.encode(word))
+        self._routes = routes
+        self._packed: dict[bool, bytes] = {}
+        self._plain: dict[bool, msgspec.Raw] = {}
 
-    def tell(self, standby: Iterable[TaskId], warm_up: Iterable[TaskId]) -> bytes:
-        """What one worker is told, as bytes: see `Told`.
+    def tell(
+        self, member_id: str, standby: Iterable[TaskId], warm_up: Iterable[TaskId], *, unpacks: bool
+    ) -> tuple[bytes, list[Shorter]]:
+        """What one worker is told, as bytes: see `Told`; and the same with less of the routes.
 
         Args:
+            member_id: The worker.
             standby: Its standbys.
             warm_up: Its warm-ups.
+            unpacks: See `Says`.
         """
-        return _write(_Telling(_nested(standby), _nested(warm_up), self._routes))
+        mine = _nested(standby), _nested(warm_up)
+        if unpacks:
+            active = _nested(self._routes[member_id].active)
+
+            def write(packed: bytes) -> bytes:
+                return _write(_TellingPacked(*mine, active, packed))
+
+            full, brief, least = write(self._pack(copies=True)), write(self._pack(copies=False)), write(b"")
+        else:
+            full, brief = (_write(_Telling(*mine, self._write_plain(copies=copies))) for copies in (True, False))
+            least = _write(_Telling(*mine, _NO_ROUTES))
+        return full, [Shorter(brief, _NO_COPIES), Shorter(least, _NOBODY)]
+
+    def _pack(self, *, copies: bool) -> bytes:
+        if copies not in self._packed:
+            self._packed[copies] = packed_routes.pack(
+                (route.url, route.active, route.standby if copies else frozenset()) for route in self._routes.values()
+            )
+        return self._packed[copies]
+
+    def _write_plain(self, *, copies: bool) -> msgspec.Raw:
+        if copies not in self._plain:
+            word = {
+                member_id: _Route(route.url, _nested(route.active), _nested(route.standby) if copies else {})
+                for member_id, route in sorted(self._routes.items())
+            }
+            self._plain[copies] = msgspec.Raw(msgspec.msgpack.encode(word))
+        return self._plain[copies]
 
 
 # --- on the wire -------------------------------------------------------------------------------------------------
@@ -154,6 +192,7 @@ class _Says(msgspec.Struct, omit_defaults=True):
     follows: bool = False
     standby: _Tasks = {}
     lags: _Lags = {}
+    unpacks: bool = False
 
 
 class _Route(msgspec.Struct, omit_defaults=True):
@@ -165,6 +204,8 @@ class _Route(msgspec.Struct, omit_defaults=True):
 class _Told(msgspec.Struct):
     standby: _Tasks = {}
     warm_up: _Tasks = {}
+    active: _Tasks | None = None
+    packed: bytes = b""
     routes: dict[str, _Route] = {}
 
 
@@ -176,6 +217,16 @@ class _Telling(msgspec.Struct, omit_defaults=True):
     routes: msgspec.Raw
 
 
+class _TellingPacked(msgspec.Struct, omit_defaults=True):
+    """`_Told` for who unpacks."""
+
+    standby: _Tasks
+    warm_up: _Tasks
+    active: _Tasks
+    packed: bytes = b""
+
+
+_NO_ROUTES = msgspec.Raw(msgspec.msgpack.encode({}))
 _read_says = msgspec.msgpack.Decoder(_Says)
 _read_told = msgspec.msgpack.Decoder(_Told)
 
@@ -195,6 +246,19 @@ def _read(data: bytes, decoder: msgspec.msgpack.Decoder[_Word], whose: str) -> _
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         logger.warning("what %s cannot be read (%s): taken for nothing", whose, exc)
         return None
+
+
+def _routes_of(word: _Told) -> dict[str, Route]:
+    if word.packed:
+        try:
+            workers = packed_routes.unpack(word.packed)
+        except ValueError as exc:
+            logger.warning("where tasks are, as the group's leader tells, cannot be read (%s): taken for nothing", exc)
+            return {}
+        return {str(number): Route(*worker) for number, worker in enumerate(workers)}
+    return {
+        member_id: Route(each.url, _flat(each.active), _flat(each.standby)) for member_id, each in word.routes.items()
+    }
 
 
 def _nested(tasks: Iterable[TaskId]) -> _Tasks:

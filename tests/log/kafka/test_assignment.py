@@ -106,13 +106,13 @@ partitions = st.frozensets(
 def test_claims_and_shares_come_back_as_they_went(topics, owned, generation, words):
     claim = read_claim("a", "shop-0", write_claim(topics, owned, generation, words))
     assert claim == Claim("a", topics, owned, generation, Spoken(words), "shop-0")
-    ((member_id, assignment),) = write_shares([claim], {"a": Given(owned, words)}, {}, "b")
+    ((member_id, assignment),) = write_shares([claim], {"a": Given(owned, words)}, {}, "b").assignments
     assert (member_id, read_share(assignment)) == ("a", Share(owned, Answer(words, topics=checksum(topics))))
 
 
 def test_a_share_says_what_who_takes_its_place_has_to_know():
     claims = [Claim("a", T, tps(0, 1), 4, Spoken()), Claim("b", frozenset({"t", "n"}), tps(), 4, Spoken())]
-    shares = dict(write_shares(claims, given(a=tps(0), b=tps()), {"t": 2, "n": 1}, "a"))
+    shares = dict(write_shares(claims, given(a=tps(0), b=tps()), {"t": 2, "n": 1}, "a").assignments)
     assert read_share(shares["a"]).answer == Answer(b"", ["n"], True, checksum(T), {"t": 2, "n": 1})
     assert read_share(shares["b"]).answer == Answer(b"", ["n"], False, checksum(frozenset({"n", "t"})))
     assert checksum(T) != checksum(frozenset({"n", "t"})) != 0
@@ -154,10 +154,10 @@ def test_a_worker_of_before_is_told_what_it_can_read():
     old, topics = read_claim("old", None, OLD_CLAIM), frozenset({"n", "new.er-1", "t"})
     claims = [old, Claim("new", topics, tps(), 4, Spoken(b"words"))]
     shares = {"old": Given(tps(0, 3), b"told"), "new": Given(tps(1), b"told")}
-    written = dict(write_shares(claims, shares, {"t": 4, "n": 1, "new.er-1": 1}, "new"))
+    written = dict(write_shares(claims, shares, {"t": 4, "n": 1, "new.er-1": 1}, "new").assignments)
     assert written["old"] == OLD_SHARE_WITH_UNREAD
     assert read_share(written["new"]).answer.unread == ["n", "new.er-1"]
-    assert dict(write_shares(claims, shares, {"t": 4}, "old"))["old"] == OLD_SHARE
+    assert dict(write_shares(claims, shares, {"t": 4}, "old").assignments)["old"] == OLD_SHARE
 
 
 def test_a_leader_of_before_tells_nothing_but_what_nobody_reads():

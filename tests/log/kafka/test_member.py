@@ -5,7 +5,7 @@ import pytest
 from streamflow.errors import FatalError, RetriableError
 from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, Revoked, Told
 from streamflow.log.kafka import codes
-from streamflow.log.kafka.assignment import Share, checksum
+from streamflow.log.kafka.assignment import Share, Shares, checksum
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.member import GroupMember, Vitals
 from streamflow.log.kafka.options import Kafka
@@ -155,3 +155,24 @@ async def test_a_coordinator_that_moved_is_looked_for_again(code):
 async def test_what_cannot_be_helped_is_fatal_and_names_the_group(code):
     with pytest.raises(FatalError, match="group g"):
         Rounds().member._on_error(code, "join")
+
+
+async def test_a_group_that_is_too_large_for_the_broker_is_told_of_once(caplog):
+    caplog.set_level("INFO", logger="streamflow.kafka")
+    member = Rounds().member
+
+    def said(*shares):
+        caplog.clear()
+        member._tell_size(Shares([], *shares), 70)
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    assert not said(10_000)
+    ((level, text),) = said(10_000, "where tasks are")
+    assert level == "WARNING"
+    assert "its 70 members are not told where tasks are" in text
+    assert not said(20_000, "where tasks are")
+    ((level, text),) = said(1_000_000, "where tasks are")
+    assert level == "WARNING"
+    assert "takes 1000000 bytes even in short" in text
+    assert said(30_000) == [("INFO", "group g: its members are told everything again")]
+    assert said(1_000_000, "")[0][0] == "WARNING"

@@ -99,9 +99,10 @@ def member(name: str, says: Says, *owned: int) -> Member:
 
 def test_state_stays_and_everybody_is_told_what_it_does_and_who_does_what() -> None:
     assignor = TaskAssignor({"s": ["s"]}, ["s"], standby_replicas=1, max_warmup_replicas=1)
-    a = member("a", Says(url="http://a", follows=True), 0, 1, 2, 3)
+    a = member("a", Says(url="http://a", follows=True, unpacks=True), 0, 1, 2, 3)
     b = member("b", Says(url="http://b", follows=True, lags={TaskId("s", 2): 10_001, TaskId("s", 3): 10_000}))
-    c = member("c", Says(url="http://c", follows=True, standby=ids("s", 0, 1), lags=dict.fromkeys(ids("s", 0, 1), 0)))
+    lags = dict.fromkeys(ids("s", 0, 1), 0)
+    c = member("c", Says(url="http://c", follows=True, standby=ids("s", 0, 1), lags=lags, unpacks=True))
     given_out = assignor([a, b, c], {"s": 4})
     told = {name: Told.decode(each.told) for name, each in given_out.items()}
     # Each is to have one or two: b is caught up with 3 and gets it once a has let it go; c with 0 or 1.
@@ -113,13 +114,13 @@ def test_state_stays_and_everybody_is_told_what_it_does_and_who_does_what() -> N
     assert told["c"].warm_up == ids("s", to_c.partition)
     standbys = sorted(task for each in told.values() for task in each.standby)
     assert standbys == sorted(ids("s", 0, 1, 2, 3))
-    assert told["a"].routes == told["b"].routes == told["c"].routes
-    assert told["a"].routes == {
-        name: Route(
-            f"http://{name}", ids("s", *(tp.partition for tp in given_out[name].partitions)), told[name].standby
-        )
-        for name in ("a", "b", "c")
-    }
+    active = {name: ids("s", *(tp.partition for tp in each.partitions)) for name, each in given_out.items()}
+    assert {name: each.active for name, each in told.items()} == {"a": active["a"], "b": None, "c": active["c"]}
+    # All know the same, also who is told by name because it does not read the shorter form.
+    routes = {name: Route(f"http://{name}", active[name], told[name].standby) for name in ("a", "b", "c")}
+    assert told["b"].routes == routes
+    assert told["a"].routes == told["c"].routes
+    assert sorted(told["a"].routes.values(), key=lambda route: route.url) == list(routes.values())
 
 
 def test_a_lag_of_more_than_is_acceptable_is_warmed_up_first() -> None:

@@ -1,5 +1,9 @@
 """What workers of several versions understand of one another."""
 
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -18,6 +22,7 @@ SAYS = st.builds(
     follows=st.booleans(),
     standby=SETS,
     lags=st.dictionaries(TASKS, st.integers(0, 2**62), max_size=20),
+    unpacks=st.booleans(),
 )
 ROUTES = st.dictionaries(st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS), max_size=9)
 
@@ -31,16 +36,71 @@ def test_what_is_said_is_heard(says: Says) -> None:
     assert Says.decode(says.encode(), "w") == says
 
 
-@given(SETS, SETS, ROUTES)
-def test_what_is_told_is_heard(
+def without_copies(routes: Iterable[Route]) -> list[Route]:
+    return [replace(route, standby=frozenset()) for route in routes]
+
+
+def in_order(routes: Iterable[Route]) -> list[Route]:
+    return sorted(routes, key=lambda route: (route.url, sorted(route.active), sorted(route.standby)))
+
+
+@given(SETS, SETS, ROUTES.filter(bool))
+def test_what_is_told_is_heard_in_full_and_in_short(
     standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
 ) -> None:
-    assert Told.decode(Teller(routes).tell(standby, warm_up)) == Told(standby, warm_up, routes)
+    me = min(routes)
+    told, (brief, least) = Teller(routes).tell(me, standby, warm_up, unpacks=True)
+    for data, expected in (
+        (told, list(routes.values())),
+        (brief.told, without_copies(routes.values())),
+        (least.told, []),
+    ):
+        heard = Told.decode(data)
+        assert (heard.standby, heard.warm_up, heard.active) == (standby, warm_up, routes[me].active)
+        assert in_order(heard.routes.values()) == in_order(expected)
+
+
+@given(SETS, SETS, ROUTES.filter(bool))
+def test_who_reads_no_packed_routes_is_told_them_by_name(
+    standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
+) -> None:
+    told, (brief, least) = Teller(routes).tell(min(routes), standby, warm_up, unpacks=False)
+    assert Told.decode(told) == Told(standby, warm_up, None, routes)
+    short = dict(zip(routes, without_copies(routes.values()), strict=True))
+    assert Told.decode(brief.told) == Told(standby, warm_up, None, short)
+    assert Told.decode(least.told) == Told(standby, warm_up)
+
+
+def test_many_workers_fit_into_two_bytes_each() -> None:
+    routes = {f"w{number}": Route(f"http://w{number}", frozenset({TaskId("s", number)})) for number in range(300)}
+    told, _ = Teller(routes).tell("w299", [], [], unpacks=True)
+    assert in_order(Told.decode(told).routes.values()) == in_order(routes.values())
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [
+        b"?",
+        zlib.compress(b"\xc1"),
+        zlib.compress(msgspec.msgpack.encode({"urls": ["u"]}))[:-1],
+        zlib.compress(msgspec.msgpack.encode({"urls": ["u"], "active": {"s": [b"\x02"]}})),
+        zlib.compress(msgspec.msgpack.encode({"urls": ["u"], "bytes_each": 2, "active": {"s": [b"\x01"]}})),
+        zlib.compress(msgspec.msgpack.encode({"urls": [b"\xff"]})),
+        zlib.compress(b"\x81\xa4urls\x91\xa1\xff"),
+        zlib.compress(bytes(65 * 1024 * 1024)),
+    ],
+)
+def test_packed_routes_that_cannot_be_read_take_nothing_else_with_them(
+    routes: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = Told.decode(packed(standby={"s": [1]}, active={"s": [0]}, packed=routes))
+    assert told == Told(frozenset({TaskId("s", 1)}), active=frozenset({TaskId("s", 0)}))
+    assert "where tasks are" in caplog.text
 
 
 def test_who_says_nothing_takes_part_without_state_rack_or_address() -> None:
     assert Says.decode(b"", "w") == Says("", "", 1, follows=False, standby=frozenset(), lags={})
-    assert Told.decode(b"") == Told(frozenset(), frozenset(), {})
+    assert Told.decode(b"") == Told(frozenset(), frozenset(), None, {})
 
 
 def test_what_a_newer_version_adds_is_passed_over() -> None:
@@ -90,6 +150,6 @@ def test_words_are_short() -> None:
         )
         for number in range(50)
     }
-    told = Teller(routes).tell([], [])
+    told, _ = Teller(routes).tell("worker-1", [], [], unpacks=False)
     assert len(told) < 50 * (20 * 3 + 80)
     assert len(Says().encode()) < 10
