@@ -45,6 +45,10 @@ class NotReadableYet(StreamFlowError):
     """The partition is this worker's, and cannot be read at present."""
 
 
+class OtherApp(Misdirected):
+    """Workers of another app were meant: they were at this worker's address before."""
+
+
 class UnknownTable(StreamFlowError):
     """The app has no such table."""
 
@@ -71,6 +75,20 @@ class CommittedReads:
         self._subs = {name: sub for sub in layout.sub_topologies for name in sub.tables}
         # Scans wait for the disk in threads, of which others need some, too.
         self._scans = anyio.CapacityLimiter(_SCANS)
+
+    @property
+    def app_id(self) -> str:
+        """Id of the app."""
+        return self._app.id
+
+    def check_asker(self, question: Question) -> None:
+        """Refuse what is not asked of this app.
+
+        Raises:
+            OtherApp: It is not.
+        """
+        if question.app and question.app != self._app.id:
+            raise OtherApp(f"this is a worker of app {self._app.id!r}, not of {question.app!r}")
 
     def table(self, name: str) -> tuple[Table[Any, Any], SubTopology]:
         """A table and what it is processed with.

@@ -7,9 +7,10 @@ holds up no thread.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import anyio
@@ -21,7 +22,12 @@ from streamflow.errors import RetriableError
 _READ_BYTES = 64 * 1024
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _MAX_IDLE = 8
+_IDLE_S = 30.0
 _GONE = (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, h11.RemoteProtocolError)
+
+
+_Origin: TypeAlias = tuple[str, str, int]
+"""Scheme, host, port."""
 
 
 class UnreachableError(RetriableError):
@@ -46,6 +52,7 @@ class Response:
 class _Connection:
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
+        self.used_s = 0.0
         self._state = h11.Connection(h11.CLIENT)
 
     async def exchange(self, target: str, headers: list[tuple[str, str]]) -> Response:
@@ -89,7 +96,7 @@ class HttpClient:
     """Asks other workers; use it as `async with`, which closes what it keeps."""
 
     def __init__(self) -> None:
-        self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
+        self._idle: dict[_Origin, list[_Connection]] = {}
         self._tls: ssl.SSLContext | None = None
         self._is_closed = False
 
@@ -100,13 +107,13 @@ class HttpClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._is_closed = True
-        with anyio.CancelScope(shield=True):  # a cancelled wait for the first one would leave the others open
-            for kept in self._idle.values():
-                while kept:
-                    await anyio.aclose_forcefully(kept.pop().stream)
+        await _close([each for kept in self._idle.values() for each in kept])
+        self._idle.clear()
 
     async def get(self, url: str, headers: Mapping[str, str], *, timeout_s: float) -> Response:
         """Ask once; again where a connection that was kept turns out to be closed.
+
+        Connections that were not used for 30 s are closed, and those to where nobody answers.
 
         Args:
             url: What to get, with its query.
@@ -123,25 +130,26 @@ class HttpClient:
         origin = parts.scheme, parts.hostname or "", port
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         named = [("host", parts.netloc.rpartition("@")[2]), *headers.items()]
+        await self._close_old()
         try:
             with anyio.fail_after(timeout_s):
                 return await self._ask(origin, target, named)
         except TimeoutError as exc:
+            await _close(self._idle.pop(origin, []))
             raise UnreachableError(f"{parts.scheme}://{parts.netloc} does not answer") from exc
         except (*_GONE, h11.LocalProtocolError) as exc:
+            await _close(self._idle.pop(origin, []))
             raise UnreachableError(f"{parts.scheme}://{parts.netloc} is not reached: {exc!r}") from exc
 
-    async def _ask(self, origin: tuple[str, str, int], target: str, headers: list[tuple[str, str]]) -> Response:
-        kept = self._idle.setdefault(origin, [])
-        while kept:
-            connection = kept.pop()
+    async def _ask(self, origin: _Origin, target: str, headers: list[tuple[str, str]]) -> Response:
+        while kept := self._idle.get(origin):
             try:
-                return await self._exchange(connection, kept, target, headers)
+                return await self._exchange(kept.pop(), origin, target, headers)
             except _GONE:
                 continue  # the other side has closed it meanwhile
-        return await self._exchange(await self._connected(origin), kept, target, headers)
+        return await self._exchange(await self._connected(origin), origin, target, headers)
 
-    async def _connected(self, origin: tuple[str, str, int]) -> _Connection:
+    async def _connected(self, origin: _Origin) -> _Connection:
         scheme, host, port = origin
         if scheme != "https":
             return _Connection(await anyio.connect_tcp(host, port))
@@ -149,15 +157,31 @@ class HttpClient:
         return _Connection(await anyio.connect_tcp(host, port, ssl_context=self._tls))
 
     async def _exchange(
-        self, connection: _Connection, kept: list[_Connection], target: str, headers: list[tuple[str, str]]
+        self, connection: _Connection, origin: _Origin, target: str, headers: list[tuple[str, str]]
     ) -> Response:
         is_kept = False
         try:
             response = await connection.exchange(target, headers)
-            is_kept = connection.is_reusable() and len(kept) < _MAX_IDLE and not self._is_closed
+            is_kept = connection.is_reusable() and not self._is_closed and len(self._idle.get(origin, ())) < _MAX_IDLE
             return response
         finally:
             if is_kept:
-                kept.append(connection)
+                connection.used_s = anyio.current_time()
+                self._idle.setdefault(origin, []).append(connection)
             else:
                 await anyio.aclose_forcefully(connection.stream)
+
+    async def _close_old(self) -> None:
+        """Workers come and go, with a port or an address of their own each time."""
+        oldest_s = anyio.current_time() - _IDLE_S
+        old = [each for kept in self._idle.values() for each in kept if each.used_s < oldest_s]
+        if old:
+            left = {origin: [each for each in kept if each not in old] for origin, kept in self._idle.items()}
+            self._idle = {origin: kept for origin, kept in left.items() if kept}
+            await _close(old)
+
+
+async def _close(connections: Iterable[_Connection]) -> None:
+    with anyio.CancelScope(shield=True):  # a cancelled wait for the first one would leave the others open
+        for each in connections:
+            await anyio.aclose_forcefully(each.stream)

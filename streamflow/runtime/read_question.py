@@ -34,6 +34,7 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
         at: Positions that the partitions must have come to.
         stale_ok: Whether a standby may answer.
         timeout_s: Seconds to wait for what is being restored, or for `at`; 0 to 60.
+        app: Id of the asker's app; empty from a version that does not say it.
     """
 
     table: str
@@ -47,6 +48,7 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
     at: str = ""
     stale_ok: bool = False
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_READ_S)] = 0.0
+    app: str = ""
 
     def __post_init__(self) -> None:
         # Who is asked whether this may be read is told one key: it has to be the one that is read.

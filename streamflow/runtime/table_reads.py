@@ -165,7 +165,7 @@ class TableReads:
 
         def ask(partitions: tuple[int, ...], left_s: float) -> Question:
             question = Question(table.name, partitions, table.keys_in_order.name, key=store_key)
-            return _with(question, options, left_s)
+            return self._with(question, options, left_s)
 
         (answer,) = await self._answers(table, sub, [partition], ask, options)
         rows = await self._decoded(table, answer.rows)
@@ -189,7 +189,7 @@ class TableReads:
 
         def ask(partitions: tuple[int, ...], left_s: float) -> Question:
             question = Question(table.name, partitions, table.keys_in_order.name, low=low, high=span[1], limit=limit)
-            return _with(question, options, left_s)
+            return self._with(question, options, left_s)
 
         numbers = range(max(self._layout.counts[topic] for topic in sub.topics))
         return await self._page(table, sub, numbers, ask, limit, options)
@@ -205,7 +205,7 @@ class TableReads:
 
         def ask(partitions: tuple[int, ...], left_s: float) -> Question:
             question = Question(table.name, partitions, table.keys_in_order.name, under=under, low=low, limit=limit)
-            return _with(question, options, left_s)
+            return self._with(question, options, left_s)
 
         partition = self._homes.of(sub, table, (key, None))
         return await self._page(table, sub, [partition], ask, limit, options)
@@ -232,6 +232,10 @@ class TableReads:
         return Page(
             await self._decoded(table, rows), rows[-1][0] if has_more else None, position, sum(lags) if lags else None
         )
+
+    def _with(self, question: Question, options: ReadOptions, left_s: float) -> Question:
+        app_id = self.committed.app_id
+        return msgspec.structs.replace(question, app=app_id, at=options.at, stale_ok=options.stale_ok, timeout_s=left_s)
 
     def _checked(self, table: Table[Any, Any], options: ReadOptions) -> tuple[Table[Any, Any], SubTopology]:
         found, sub = self.committed.table(table.name)
@@ -296,7 +300,7 @@ class TableReads:
         task = TaskId(sub.name, partition)
         if self.committed.owns(sub, partition) or (options.stale_ok and self.committed.has_copy(sub, partition)):
             return [_HERE]
-        places = [self._routes.owner(task) or "", self._routes.former(task)]
+        places = [self._routes.owner(task) or "", *self._routes.formers(task)]
         if options.stale_ok:
             places[1:1] = self._routes.standbys(task)
         return [place for place in dict.fromkeys(places) if place]
@@ -327,7 +331,7 @@ class TableReads:
 
             async def unless_moved() -> None:
                 owners = [self._routes.owner(task) for task in tasks]
-                while owners == [self._routes.owner(task) for task in tasks]:
+                while self._routes.knows(where) and owners == [self._routes.owner(task) for task in tasks]:
                     await self._routes.changed(_NEWS_S)
                 group.cancel_scope.cancel()
 
@@ -400,10 +404,6 @@ def _answer_of(where: str, response: Response | Exception) -> Answer:
     if response.status == 421:
         raise Misdirected(text)
     raise NotReadableYet(f"{where}: {response.status} {text}")
-
-
-def _with(question: Question, options: ReadOptions, left_s: float) -> Question:
-    return msgspec.structs.replace(question, at=options.at, stale_ok=options.stale_ok, timeout_s=left_s)
 
 
 def _behind(store_key: bytes) -> bytes:

@@ -179,6 +179,7 @@ class TableSite:
     async def _for_workers(self, request: Request) -> Response:
         question = Question.of_query(request.query_params.get("q", ""))
         committed = self._reader().committed
+        committed.check_asker(question)
         table, _ = committed.table(question.table)
         await self._allow(table.name, _key_asked(table, question), request)
         answer = await committed.answer(question)

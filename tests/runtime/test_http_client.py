@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from streamflow.runtime import http_client
 from streamflow.runtime.http_client import HttpClient, UnreachableError
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Some: thing\r\n\r\nhi"
@@ -59,6 +60,49 @@ async def test_one_that_was_closed_meanwhile_is_no_error() -> None:
     async with serving(answer) as url, HttpClient() as client:
         for _ in range(3):
             assert (await client.get(url, {}, timeout_s=5)).status == 200
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A server that keeps connections open, and whether its client has closed one."""
+    closed = asyncio.Event()
+
+    def answer(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        feed_eof = reader.feed_eof
+
+        def fed() -> None:
+            closed.set()
+            feed_eof()
+
+        reader.feed_eof = fed  # type: ignore[method-assign]
+
+    async with serving(answer) as url:
+        yield url, closed
+
+
+async def test_what_was_not_used_for_long_is_closed_by_the_next_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = serving(lambda _, __, writer: writer.write(OK))
+    async with watched() as (url, closed), plain as other, HttpClient() as client:
+        await client.get(url, {}, timeout_s=5)
+        await client.get(other, {}, timeout_s=5)
+        await asyncio.sleep(0.05)
+        assert not closed.is_set()
+        monkeypatch.setattr(http_client, "_IDLE_S", 0.0)
+        await client.get(other, {}, timeout_s=5)
+        await asyncio.wait_for(closed.wait(), 5)
+        assert len(client._idle) == 1
+
+
+async def test_connections_to_where_nobody_answers_are_closed() -> None:
+    async with watched() as (url, closed), HttpClient() as client:
+        gets = [client.get(url, {}, timeout_s=5) for _ in range(2)]
+        await asyncio.gather(*gets)
+        assert len(client._idle) == 1
+        with pytest.raises(UnreachableError):
+            await client.get(url, {}, timeout_s=0)
+        await asyncio.wait_for(closed.wait(), 5)
+        assert not client._idle
 
 
 @pytest.mark.parametrize("nonsense", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", b"SSH-2.0-server\r\n"])

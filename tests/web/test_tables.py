@@ -450,6 +450,27 @@ async def test_a_worker_without_a_web_server_is_named() -> None:
         assert "nobody is known to hold" in (await cluster.get("/tables/stock/tea?timeout_s=0", worker=asker)).text
 
 
+def another_shop() -> sf.App:
+    app = shop()
+    app.id = "another"
+    return app
+
+
+async def test_a_worker_of_another_app_at_a_known_address_is_not_taken_for_the_owner() -> None:
+    async with Cluster(shop) as cluster, Cluster(another_shop, workers=1) as other:
+        await filled(cluster, {"tea": 1})
+        await filled(other, {"tea": 666})
+        owner = cluster.owner("stock", "tea")
+        routes = cluster.workers[1 - owner].worker.routes
+        told = routes._owners
+        urls = {url: frozenset(task for task, at in told.items() if at == url) for url in told.values()}
+        own = cluster.urls[1 - owner]
+        routes.told([Route(own, urls[own]), Route(other.urls[0], urls[cluster.urls[owner]])])
+        answer = await cluster.get("/tables/stock/tea?timeout_s=0.1", worker=1 - owner)
+        assert answer.status_code == 503, answer.text
+        assert "a worker of app 'another'" in answer.text
+
+
 async def test_reads_are_counted() -> None:
     async with Cluster(shop) as cluster:
         await filled(cluster, {"tea": 1})
