@@ -20,9 +20,9 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.followed import Marks, is_followed, limit_of
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalStates
-from streamflow.runtime.standby import Marks, is_followed, limit_of
 from streamflow.state.store import Checkpoint
 
 logger = logging.getLogger("streamflow.standbys")

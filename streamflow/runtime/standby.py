@@ -13,7 +13,6 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,12 +30,13 @@ from streamflow.errors import (
     StreamFlowError,
     TopologyError,
 )
-from streamflow.log.api import Admin, Fetched, OffsetMark, Reader
+from streamflow.log.api import Admin, Fetched, Reader
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.changelog_records import ChangelogRecords, check_position, pieces
 from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.followed import Filled, Marks, Span, is_followed, limit_of
 from streamflow.runtime.local_state import LocalState, LocalStates
 from streamflow.runtime.source_records import SourceRecords
 from streamflow.runtime.status import StandbyStatus
@@ -52,68 +52,6 @@ _PAUSE_S = 0.2
 _LOOK_S = 30.0
 _NOTE_EVERY_MS = 600_000
 _MAX_REBUILDS = 3
-
-Marks = Mapping[TopicPartition, OffsetMark]
-
-
-def limit_of(table: Table[Any, Any], partition: int, mark: CommitMark, marks: Marks) -> int | None:
-    """The offset up to which a store may have what a table is filled from; None for all that readers see.
-
-    Args:
-        table: The table.
-        partition: The task's partition.
-        mark: What the task's last commit says.
-        marks: The group's committed offsets.
-    """
-    if table.source is not None:
-        committed = marks.get(TopicPartition(table.source.name, partition))
-        return 0 if committed is None else committed.offset
-    return None if mark.changelogs is None else mark.changelogs.get(table.name, 0)
-
-
-def is_followed(table: Table[Any, Any]) -> bool:
-    """Whether a store can have a table before its task runs; what is read with schemas is read anew by each task."""
-    if table.source is None:
-        return True
-    codecs = table.source.key_codec, table.source.value_codec
-    return all(codec.load_schema is None for codec in codecs)
-
-
-@dataclass(slots=True)
-class _Filled:
-    """One table.
-
-    Attributes:
-        table: The table.
-        reads: Reads what it is filled from.
-        position: The offset that follows what the store has.
-    """
-
-    table: Table[Any, Any]
-    reads: ChangelogRecords | SourceRecords
-    position: int
-
-
-@dataclass(slots=True)
-class _Span:
-    """One partition that is followed.
-
-    Attributes:
-        tp: The partition.
-        filled: The tables that it fills.
-        end: Its end, as it was at the beginning.
-        limit: See `limit_of`.
-    """
-
-    tp: TopicPartition
-    filled: list[_Filled]
-    end: int
-    limit: int | None
-
-    @property
-    def position(self) -> int:
-        """The next offset to read."""
-        return min(each.position for each in self.filled)
 
 
 class Standby:
@@ -170,10 +108,10 @@ class Standby:
         self._fail = fail
         self._mark: CommitMark | None = None
         self._marks: Marks | None = None
-        self._spans: dict[TopicPartition, _Span] = {}
+        self._marks_at_ms = 0
+        self._spans: dict[TopicPartition, Span] = {}
         self._fetched: deque[Fetched] = deque()
         self._news = anyio.Event()
-        self._level_at_ms = 0
         self._is_handed_over = False
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
@@ -184,6 +122,11 @@ class Standby:
     def partitions(self) -> Iterator[TopicPartition]:
         """What is followed now."""
         return iter(self._spans)
+
+    @property
+    def unlimited(self) -> Iterator[TopicPartition]:
+        """What is followed as far as it goes: where that is, is to be looked up for it."""
+        return (span.tp for span in self._spans.values() if span.limit is None)
 
     @property
     def is_limited(self) -> bool:
@@ -201,7 +144,7 @@ class Standby:
             return 0 if self.state is not None and not any(map(is_followed, self.state.tables)) else None
         return sum(max(0, self._end(span) - each.position) for span, each in self._each())
 
-    def _end(self, span: _Span) -> int:
+    def _end(self, span: Span) -> int:
         if span.limit is not None:
             return span.limit
         return max(span.end, self._reader.end_offset(span.tp) or 0)
@@ -222,14 +165,33 @@ class Standby:
 
     # --- what it is told ---------------------------------------------------------------------------------------
 
-    def heard(self, marks: Marks) -> None:
-        """Take note of what the group has committed; it was looked up after this standby was made."""
+    def heard(self, marks: Marks, at_ms: int) -> None:
+        """Take note of what the group has committed; it was looked up after this standby was made.
+
+        Args:
+            marks: Its committed offsets.
+            at_ms: When they were looked up; wall clock.
+        """
         mark = CommitMark.of_task({tp: marks.get(tp) for tp in self._sources})
         if mark is not None:  # one that was there and is not any more expired, which says nothing about the changelogs
-            self._mark = mark
+            self._mark, self._marks_at_ms = mark, at_ms
         self._marks = marks
         self._set_limits()
         self._news.set()
+
+    def ends_seen(self, ends: Mapping[TopicPartition, int], at_ms: int) -> None:
+        """Take note of where what it follows ends.
+
+        Args:
+            ends: High watermarks.
+            at_ms: When they were looked up; wall clock.
+        """
+        for tp, end in ends.items():
+            span = self._spans.get(tp)
+            if span is not None:
+                span.end = max(span.end, end)
+                if span.limit is None:
+                    span.seen(end, at_ms)
 
     def _set_limits(self) -> None:
         mark, marks = self._mark, self._marks
@@ -237,6 +199,8 @@ class Standby:
             return
         for span in self._spans.values():
             span.limit = limit_of(span.filled[0].table, self.partition, mark, marks)
+            if span.limit is not None:
+                span.seen(span.limit, self._marks_at_ms)
 
     def take(self, fetched: Fetched) -> None:
         """What was fetched of a partition that it follows."""
@@ -354,6 +318,8 @@ class Standby:
     def _ask(self) -> None:
         for span in self._spans.values():
             if span.limit is None or span.position < span.limit:
+                if span.asked_at_ms is None:
+                    span.asked_at_ms = self._clock.now_ms()
                 self._reader.ask(span.tp)
 
     async def _open(self, mark: CommitMark) -> None:
@@ -375,22 +341,23 @@ class Standby:
         assert state is not None
         assert mark is not None
         assert marks is not None
-        checkpoint = state.store.checkpoint
-        self._level_at_ms = checkpoint.caught_up_at_ms
+        now_ms = self._clock.now_ms()
+        level_at_ms = min(now_ms, state.store.checkpoint.caught_up_at_ms)
         tables = {table.name: table for table in state.tables if is_followed(table)}
         sources = {name: TopicPartition(table.changelog.name, self.partition) for name, table in tables.items()}
         starts, ends = await self._offsets(list(set(sources.values())))
-        spans: dict[TopicPartition, _Span] = {}
-        is_level = True
+        spans: dict[TopicPartition, Span] = {}
         for name, table in tables.items():
             tp = sources[name]
             limit = limit_of(table, self.partition, mark, marks)
             position = await self._checked(table, tp, starts[tp], ends[tp], limit)
-            is_level = is_level and (not position or position >= (ends[tp] if limit is None else limit))
-            span = spans.setdefault(tp, _Span(tp, [], ends[tp], limit))
-            span.filled.append(_Filled(table, self._reads(table), max(position, starts[tp])))
-        if is_level:  # it cannot miss a deletion from now on
-            self._level_at_ms = self._clock.now_ms()
+            span = spans.setdefault(tp, Span(tp, [], ends[tp], limit))
+            reads, first = self._reads(table), max(position, starts[tp])
+            # An empty one has nothing that may have been deleted.
+            span.filled.append(Filled(table, reads, first, level_at_ms if position else now_ms, not position))
+        for span in spans.values():
+            if span.limit is None:
+                span.seen(span.end, now_ms)
         self._spans = spans
         self._set_limits()
         for span in spans.values():
@@ -413,7 +380,7 @@ class Standby:
         assert state is not None
         position = state.store.checkpoint.changelogs.get(table.name, 0)
         stale_after_ms = state.stale_after_ms[table.name]
-        away_ms = self._clock.now_ms() - self._level_at_ms
+        away_ms = self._clock.now_ms() - state.store.checkpoint.caught_up_at_ms
         committed = end if limit is None else limit
         try:
             check_position(tp, position, start, end, away_ms, stale_after_ms, committed=committed)
@@ -452,6 +419,11 @@ class Standby:
             if isinstance(fetched.error, OffsetOutOfRangeError):
                 raise StateCorruptedError(f"while it was followed, {fetched.error}", reason="behind")
             raise fetched.error
+        if self._is_stale(span, fetched):
+            logger.warning("standby of task %s: nothing was heard of %s for long", self.name, span.tp)
+            self._let_go()
+            return await self._begin()
+        span.answered(fetched.end_offset)
         limit = sys.maxsize if span.limit is None else span.limit
         for piece in pieces(fetched):
             await self._apply(span, piece, min(piece.next_offset, limit))
@@ -459,7 +431,16 @@ class Standby:
             self._reader.remove(span.tp)
             self._reader.add(span.tp, span.position)
 
-    async def _apply(self, span: _Span, piece: Fetched, reached: int) -> None:
+    def _is_stale(self, span: Span, fetched: Fetched) -> bool:
+        """Whether deletions may have been missed while nothing was heard; `_begin` tells what to do about it."""
+        assert self.state is not None
+        now_ms, stale_after_ms = self._clock.now_ms(), self.state.stale_after_ms
+        return any(
+            each.position < fetched.next_offset and now_ms - each.level_at_ms > stale_after_ms[each.table.name]
+            for each in span.filled
+        )
+
+    async def _apply(self, span: Span, piece: Fetched, reached: int) -> None:
         """Put fetched records into the store, with the position they reach."""
         behind = [each for each in span.filled if each.position < reached]
         changes: dict[str, dict[bytes, bytes | None]] = {}
@@ -477,7 +458,7 @@ class Standby:
         if changes:
             await self._write(changes, {each.table.name: reached for each in behind})
         for each in behind:
-            each.position = reached
+            each.reached(reached)
 
     async def _write(self, changes: Mapping[str, dict[bytes, bytes | None]], reached: Mapping[str, int]) -> None:
         """Write to the store; a full disk is waited out."""
@@ -495,8 +476,6 @@ class Standby:
         assert self.state is not None
         store = self.state.store
         positions = {**self.positions, **reached}
-        if all(positions[each.table.name] >= self._end(span) for span, each in self._each()):
-            self._level_at_ms = self._clock.now_ms()
         checkpoint = store.checkpoint
         batch = StoreBatch(
             msgspec.structs.replace(
@@ -509,11 +488,16 @@ class Standby:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(store.write, batch)
 
-    def _each(self) -> Iterator[tuple[_Span, _Filled]]:
+    @property
+    def _level_at_ms(self) -> int:
+        """When it had all that was there, as far as that is known; wall clock."""
+        return min((each.level_at_ms for _, each in self._each()), default=0)
+
+    def _each(self) -> Iterator[tuple[Span, Filled]]:
         return ((span, each) for span in self._spans.values() for each in span.filled)
 
     async def _note_level(self) -> None:
         """Say in the store, from time to time, that it misses nothing although nothing arrives."""
         assert self.state is not None
-        if self._clock.now_ms() - self.state.store.checkpoint.caught_up_at_ms > _NOTE_EVERY_MS:
+        if self._level_at_ms - self.state.store.checkpoint.caught_up_at_ms > _NOTE_EVERY_MS:
             await self._write({}, {})

@@ -20,9 +20,10 @@ from streamflow.log.api import Admin, Log, Reader
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.dormant_state import DormantState
+from streamflow.runtime.followed import Marks
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalState, LocalStates
-from streamflow.runtime.standby import Marks, Standby
+from streamflow.runtime.standby import Standby
 from streamflow.runtime.status import StandbyStatus
 from streamflow.sensors import Sensors
 from streamflow.state.store import Checkpoint
@@ -31,6 +32,7 @@ logger = logging.getLogger("streamflow.standbys")
 
 _MARKS_EVERY_S = 1.0
 _MARKS_UNLIMITED_EVERY_S = 5.0
+_ENDS_EVERY_S = 5.0
 _DORMANT_EVERY_S = 5.0
 
 
@@ -111,6 +113,7 @@ class Standbys:
                 await opened._look_for_dormant()
                 group.start_soon(opened._receive)
                 group.start_soon(opened._follow_marks)
+                group.start_soon(opened._follow_ends)
             try:
                 yield opened
             finally:
@@ -251,10 +254,11 @@ class Standbys:
             is_dormant_due = len(self.dormant) > 0 and anyio.current_time() >= dormant_due_s
             if asked or is_dormant_due:
                 try:
+                    now_ms = self._clock.now_ms()
                     marks = await self._marks()
                     told = False
                     for standby in asked:
-                        standby.heard(marks)
+                        standby.heard(marks, now_ms)
                     if is_dormant_due:
                         await self.dormant.measure(marks)
                         dormant_due_s = anyio.current_time() + _DORMANT_EVERY_S
@@ -268,6 +272,26 @@ class Standbys:
             is_limited = any(standby.is_limited for standby in asked)
             with anyio.move_on_after(_MARKS_EVERY_S if is_limited or told else _MARKS_UNLIMITED_EVERY_S):
                 await self._is_new.wait()
+
+    async def _follow_ends(self) -> None:
+        """Look where changelogs end that are read as far as they go: one that is level hears nothing else of them."""
+        told = False
+        while True:
+            partitions = sorted({tp for standby in self._held.values() for tp in standby.unlimited})
+            try:
+                now_ms = self._clock.now_ms()
+                ends = await self._admin.high_watermarks(partitions) if partitions else {}
+                told = False
+                for standby in self._held.values():
+                    standby.ends_seen(ends, now_ms)
+            except RetriableError as error:
+                if not told:
+                    logger.warning("looking for the ends of changelogs: %s; trying until it succeeds", error)
+                told = True
+            except StreamFlowError as error:
+                self._fail(error)
+                return
+            await anyio.sleep(_ENDS_EVERY_S)
 
     async def _marks(self) -> Marks:
         return await self._admin.group_offsets(self._app)

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 import streamflow as sf
-from streamflow.errors import StateCorruptedError, StateFullError
+from streamflow.errors import LogUnavailableError, StateCorruptedError, StateFullError
 from streamflow.log.api import Fetched, OffsetMark
 from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import NONE
@@ -33,6 +33,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamflow.runtime.standby._PAUSE_S", 0.001)
     monkeypatch.setattr("streamflow.runtime.standbys._MARKS_EVERY_S", 0.002)
     monkeypatch.setattr("streamflow.runtime.standbys._MARKS_UNLIMITED_EVERY_S", 0.002)
+    monkeypatch.setattr("streamflow.runtime.standbys._ENDS_EVERY_S", 0.002)
 
 
 class Counted(Sensors):
@@ -232,6 +233,112 @@ async def test_a_store_that_is_ahead_of_what_is_committed_is_filled_anew(caplog:
         await until(lambda: standby.lag == 0)
         assert content(standby) == good
     assert "is committed up to" in caplog.text
+
+
+SLOW = {"standby_replicas": 1, "max_poll_interval_ms": 7 * 86_400_000}
+"""Settings for tests in which days go by."""
+
+
+class CutOff:
+    """The standbys of one worker hear nothing of the log until `over`; the worker itself does."""
+
+    def __init__(self, running: Running) -> None:
+        self._over = anyio.Event()
+        standbys = standbys_of(running)
+        reader: Any = standbys._reader
+        admin: Any = standbys._admin
+        self._put_between(reader, "_fetch", self._waiting)
+        self._put_between(admin, "group_offsets", self._failing)
+        self._put_between(admin, "high_watermarks", self._failing)
+
+    def over(self) -> None:
+        self._over.set()
+
+    def _put_between(self, owner: Any, name: str, between: Any) -> None:
+        asked = getattr(owner, name)
+
+        async def ask(*args: Any, **options: Any) -> Any:
+            if not self._over.is_set():
+                await between()
+            return await asked(*args, **options)
+
+        setattr(owner, name, ask)
+
+    async def _waiting(self) -> None:
+        await self._over.wait()
+
+    async def _failing(self) -> None:
+        raise LogUnavailableError("cut off")
+
+
+async def days_go_by(machine: Machine, days: int) -> None:
+    """Let virtual time pass, and the log be compacted; all are heard of meanwhile."""
+
+    def is_heard(running: Running) -> bool:
+        group = running.worker.group
+        age_s = None if group is None else group.statistics().last_heartbeat_age_s
+        return age_s is not None and age_s < 9 * 3600
+
+    log: Any = machine.log
+    for _ in range(days * 4):
+        machine.clock.advance(6 * 3600)
+        await log.maintain()
+        await until(lambda: all(map(is_heard, machine.workers)))
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+async def test_one_that_was_cut_off_for_long_does_not_keep_what_was_deleted_meanwhile(
+    guarantee: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = sf.App("stock")
+    moves = app.topic("moves", key_type=str, value_type=int, partitions=1)
+    totals = app.table("totals", key_type=str, value_type=int)
+
+    @app.agent(moves, tables=[totals])
+    async def move(stream: sf.Stream[int]) -> None:
+        async for event in stream.events():
+            if event.value:
+                totals[event.key] = event.value
+            else:
+                del totals[event.key]
+
+    async with Machine(app, **SLOW, processing_guarantee=guarantee) as machine:
+        await machine.start()
+        for number in range(5):
+            await machine.send(moves, 1, key=f"k{number}")
+        await machine.settle()
+        second = await machine.start()
+        await follows(second, "moves-0")
+        standby = await level(second, "moves-0")
+        level_at_ms = machine.clock.now_ms()
+        cut_off = CutOff(second)
+        await machine.send(moves, 0, key="k0")
+        for value, times in ((3, 20), (2, 1)):  # so much that the log is compacted; deletions are kept for 7 days then
+            for _ in range(times):
+                await machine.send(moves, value, key="k1")
+                await machine.settle()
+            await days_go_by(machine, 6)
+        assert standby.state is not None
+        assert standby.state.store.checkpoint.caught_up_at_ms <= level_at_ms  # nothing says that it was later
+        cut_off.over()
+        await until(lambda: standby.state is not None and content(standby).get("k1") == 2)
+        await until(lambda: standby.lag == 0)
+        assert content(standby) == {"k1": 2, "k2": 1, "k3": 1, "k4": 1}
+        assert standby.rebuilds == 1
+    assert "was last level with it" in caplog.text
+
+
+async def test_a_standby_of_what_nobody_changes_says_that_it_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamflow.runtime.standby._LOOK_S", 0.002)
+    summing = Summing(partitions=1)
+    async with Machine(summing.app, **SLOW) as machine:
+        _, second, standby = await one_followed(machine, summing)
+        await days_go_by(machine, 6)
+        assert standby.state is not None
+        store = standby.state.store
+        await until(lambda: machine.clock.now_ms() - store.checkpoint.caught_up_at_ms < 3_600_000)
+        await follow(second)
+        assert standby.rebuilds == 0
 
 
 class Faults:
