@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -188,6 +189,13 @@ def test_what_is_refused_is_said_without_a_traceback(arguments, message, shell):
     assert message in " ".join(refused.err.split())
     assert (refused.code, refused.out) == (2, "")
     assert "Traceback" not in refused.err
+
+
+def test_other_commands_do_not_wait_for_what_only_a_worker_needs():
+    heavy = ("streamflow.runtime.worker", "streamflow.web.server", "uvicorn", "starlette", "rocksdict")
+    program = f"import sys, streamflow.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_an_explicit_web_port_that_is_taken_is_refused(shell):
