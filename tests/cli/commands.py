@@ -101,7 +101,20 @@ class Running:
             time.sleep(0.01)
 
     def signal(self, number: int) -> None:
+        """Send a signal, and wait until the process has taken it: of two that nobody has taken yet, one is lost."""
         self.process.send_signal(number)
+        deadline = time.monotonic() + TIMEOUT_S
+        while self._is_pending(number):
+            assert time.monotonic() < deadline, f"it does not take signal {number}"
+            time.sleep(0.002)
+
+    def _is_pending(self, number: int) -> bool:
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+        except OSError:  # it is gone
+            return False
+        pending = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)$", status, re.MULTILINE)
+        return any(int(mask, 16) >> (number - 1) & 1 for mask in pending) and "State:\tZ" not in status
 
     def wait(self) -> int:
         return self.process.wait(TIMEOUT_S)
@@ -193,12 +206,12 @@ def get(url: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def get_until(url: str, pattern: str) -> str:
-    """Ask until the answer has that in it."""
+def get_until(url: str, pattern: str, *, status: int | None = None) -> str:
+    """Ask until the answer has that in it, and that status where one is given."""
     deadline = time.monotonic() + TIMEOUT_S
     while True:
-        _, text = get(url)
-        if re.search(pattern, text):
+        code, text = get(url)
+        if re.search(pattern, text) and status in {None, code}:
             return text
         if time.monotonic() > deadline:
             raise AssertionError(f"{url} never answered {pattern!r} but:\n{text}")
