@@ -93,6 +93,19 @@ BUGS: dict[str, tuple[object, str, Any]] = {
     "one member is given everything": (active, "shares", _give_all_to_one),
 }
 
+FOUND_BY: dict[str, int] = {
+    "a task is kept that another worker has had": 341,
+    "what a full store refused is forgotten": 19,
+    "a commit holds what the turn in progress has written": 14,
+    "a failed turn leaves its writes": 12,
+}
+"""A seed that has found each of those that few do. It is tried first; when the code has changed, others may have to."""
+
+
+def likely_first(name: str, seeds: Sequence[int]) -> list[int]:
+    """The seeds, with the one in front that has found this bug before."""
+    return sorted(seeds, key=lambda seed: seed != FOUND_BY.get(name))
+
 
 def planted(name: str) -> AbstractContextManager[object]:
     """The bug is there while the block runs."""
