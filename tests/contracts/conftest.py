@@ -33,5 +33,5 @@ def name() -> Callable[[str], str]:
 
 @pytest.fixture
 def least_session_timeout_ms(request: pytest.FixtureRequest) -> int:
-    """The shortest session a log takes: a Kafka broker refuses less than `group.min.session.timeout.ms`."""
-    return 6000 if request.node.callspec.params["open_log"] in KAFKA else 1500
+    """A session that a test may wait for. These brokers take short ones (`group.min.session.timeout.ms`)."""
+    return 3000 if request.node.callspec.params["open_log"] in KAFKA else 1500

@@ -99,6 +99,8 @@ JAVA_OPTIONS = (
 
 
 _handed_out: set[int] = set()
+_bootstraps: dict[Path, bytes] = {}
+"""What the format tool writes beside a broker's ids, by version: the same every time, for a second of a JVM."""
 
 
 def free_port() -> int:
@@ -313,6 +315,22 @@ class Broker:
         ]
 
     def _format(self, properties: Path) -> None:
+        bootstrap = _bootstraps.get(self._jars)
+        if bootstrap is None or self._certificates is not None:
+            self._run_format_tool(properties)
+            if self._certificates is None:
+                _bootstraps[self._jars] = (self._data / "bootstrap.checkpoint").read_bytes()
+            return
+        self._data.mkdir()
+        (self._data / "bootstrap.checkpoint").write_bytes(bootstrap)
+        ids = {"cluster.id": self._cluster_id, "node.id": self.node_id, "directory.id": random_id(), "version": 1}
+        (self._data / "meta.properties").write_text("".join(f"{name}={value}\n" for name, value in ids.items()))
+
+    @property
+    def _data(self) -> Path:
+        return self.directory / "data"
+
+    def _run_format_tool(self, properties: Path) -> None:
         command = self._java("kafka.tools.StorageTool", "format", "-t", self._cluster_id, "-c", str(properties))
         if self._certificates is not None:
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
@@ -340,7 +358,7 @@ class Broker:
             ),
             "advertised.listeners": ",".join(f"{name}://{at}" for name, at in advertised.items()),
             "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
-            "log.dirs": str(self.directory / "data"),
+            "log.dirs": str(self._data),
             **DEFAULTS,
             **self._security(),
             **self._config,
