@@ -107,8 +107,9 @@ class CommittedReads:
         return bool(wanted) and self._group.assignment.issuperset(wanted)
 
     def has_copy(self, sub: SubTopology, partition: int) -> bool:
-        """Whether this worker has a standby of a task."""
-        return self._standby(sub, partition) is not None
+        """Whether this worker has a standby of a task, which knows how far it is behind."""
+        standby = self._standby(sub, partition)
+        return standby is not None and not standby.is_silent
 
     def check_positions(self, table: Table[Any, Any], sub: SubTopology, at: str) -> None:
         """Refuse positions that this table never comes to.
@@ -207,6 +208,8 @@ class CommittedReads:
         lag, state = standby.lag, standby.state
         if lag is None or state is None or table.name not in standby.positions:
             raise NotReadableYet(f"how far the copy of partition {partition} is behind is not known yet")
+        if standby.is_silent:
+            raise NotReadableYet(f"the copy of partition {partition} has heard nothing of its changelog for long")
         return Copied(standby, table, state.store, lag)
 
     def _standby(self, sub: SubTopology, partition: int) -> Standby | None:

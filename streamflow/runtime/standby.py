@@ -51,6 +51,8 @@ _PAUSE_S = 0.2
 """Pause of one that is level: many small commits of the task are then one fetch and one write here."""
 _LOOK_S = 30.0
 _NOTE_EVERY_MS = 600_000
+_SILENT_MS = 15_000
+"""Three times as long as the ends of changelogs are looked up apart from one another."""
 _MAX_REBUILDS = 3
 
 
@@ -148,6 +150,12 @@ class Standby:
         if span.limit is not None:
             return span.limit
         return max(span.end, self._reader.end_offset(span.tp) or 0)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing has been heard for long, so that nobody knows how far this is behind."""
+        heard_at_ms = min((span.heard_at_ms for span in self._spans.values()), default=self._marks_at_ms)
+        return self._clock.now_ms() - heard_at_ms > _SILENT_MS
 
     @property
     def positions(self) -> dict[str, int]:

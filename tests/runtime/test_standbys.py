@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 import streamflow as sf
-from streamflow.errors import LogUnavailableError, StateCorruptedError, StateFullError
+from streamflow.errors import StateCorruptedError, StateFullError
 from streamflow.log.api import Fetched, OffsetMark
 from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import NONE
@@ -21,6 +21,7 @@ from streamflow.sensors import Sensors
 from streamflow.state.format import unpack
 from streamflow.state.memory import MemoryStore
 from streamflow.state.store import StoreBatch
+from tests.runtime.cut_off import CutOff
 from tests.runtime.machine import Machine, Running
 from tests.runtime.waiting import until
 
@@ -237,38 +238,6 @@ async def test_a_store_that_is_ahead_of_what_is_committed_is_filled_anew(caplog:
 
 SLOW = {"standby_replicas": 1, "max_poll_interval_ms": 7 * 86_400_000}
 """Settings for tests in which days go by."""
-
-
-class CutOff:
-    """The standbys of one worker hear nothing of the log until `over`; the worker itself does."""
-
-    def __init__(self, running: Running) -> None:
-        self._over = anyio.Event()
-        standbys = standbys_of(running)
-        reader: Any = standbys._reader
-        admin: Any = standbys._admin
-        self._put_between(reader, "_fetch", self._waiting)
-        self._put_between(admin, "group_offsets", self._failing)
-        self._put_between(admin, "high_watermarks", self._failing)
-
-    def over(self) -> None:
-        self._over.set()
-
-    def _put_between(self, owner: Any, name: str, between: Any) -> None:
-        asked = getattr(owner, name)
-
-        async def ask(*args: Any, **options: Any) -> Any:
-            if not self._over.is_set():
-                await between()
-            return await asked(*args, **options)
-
-        setattr(owner, name, ask)
-
-    async def _waiting(self) -> None:
-        await self._over.wait()
-
-    async def _failing(self) -> None:
-        raise LogUnavailableError("cut off")
 
 
 async def days_go_by(machine: Machine, days: int) -> None:

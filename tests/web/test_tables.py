@@ -12,6 +12,7 @@ from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route
 from streamflow.runtime.read_question import Question
 from streamflow.runtime.readable import Owned
+from tests.runtime.cut_off import CutOff
 from tests.web.cluster import Cluster
 
 ODD = ["tea", "", "a/b", "a//b/", "../up", "ü€𝄞", "per%20cent", "a+b&c=d?e#f", "line\nend\n", " ", "'\"", "\0"]
@@ -399,6 +400,33 @@ async def test_what_moves_is_found_again() -> None:
             assert (await cluster.json("/tables/stock?limit=1000", worker=worker))["cursor"] is None
             assert {key: await cluster.table("stock", worker).get_remote(key) for key in counts} == counts
         assert (await cluster.get("/tables/stock/k1", worker=0)).status_code == 503  # it has stopped
+
+
+async def test_a_copy_that_has_heard_nothing_for_long_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamflow.runtime.standbys._ENDS_EVERY_S", 0.01)
+    async with Cluster(shop, standby_replicas=1) as cluster:
+        await filled(cluster, {"tea": 1})
+        other = 1 - cluster.owner("stock", "tea")
+
+        async def stale() -> tuple[object, str | None]:
+            answer = await cluster.get("/tables/stock/tea?stale=ok", worker=other)
+            return answer.json().get("value"), answer.headers.get("streamflow-lag")
+
+        async def is_copied() -> bool:
+            return await stale() == (1, "0")
+
+        await cluster.machine.until(is_copied, within_s=20)
+        cut_off = CutOff(cluster.workers[other])
+        await filled(cluster, {"tea": 10})
+        assert await stale() == (1, "0")  # so it was a moment ago
+        cluster.machine.clock.advance(16)
+        assert await stale() == (11, None)
+        cut_off.over()
+
+        async def is_copied_again() -> bool:
+            return await stale() == (11, "0")
+
+        await cluster.machine.until(is_copied_again, within_s=20)
 
 
 async def test_who_was_not_heard_of_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
