@@ -229,7 +229,9 @@ class GroupMember:
             self._on_error(joined.error_code, "join")
             return None
         self._member_id = joined.member_id
-        if 0 <= self._joined < joined.generation - 1:  # only a static one is waited for without its joining
+        # Only a static one is kept without its joining. Of a round that another one seems to have missed, it took part
+        # in the join, whose answer was lost: nobody was given what it claimed.
+        if self._instance_id is not None and 0 <= self._joined < joined.generation - 1:
             reason = "the group went on for a round without this member: it was silent for too long"
             self._lose(reason, joined.member_id)
         self._joined = joined.generation

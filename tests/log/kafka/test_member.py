@@ -1,11 +1,13 @@
 """What a round changes for a member, without a broker."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from streamflow.errors import FatalError, RetriableError
-from streamflow.log.api import Assigned, GroupSettings, Lost, Membership, Revoked, Told
-from streamflow.log.kafka import codes
-from streamflow.log.kafka.assignment import Share, Shares, checksum
+from streamflow.log.api import Assigned, Given, GroupSettings, Lost, Membership, Revoked, Told
+from streamflow.log.kafka import codes, wire_group
+from streamflow.log.kafka.assignment import Claim, Share, Shares, checksum, write_shares
 from streamflow.log.kafka.client import Client
 from streamflow.log.kafka.member import GroupMember, Vitals
 from streamflow.log.kafka.options import Kafka
@@ -176,3 +178,31 @@ async def test_a_group_that_is_too_large_for_the_broker_is_told_of_once(caplog):
     assert "takes 1000000 bytes even in short" in text
     assert said(30_000) == [("INFO", "group g: its members are told everything again")]
     assert said(1_000_000, "")[0][0] == "WARNING"
+
+
+@pytest.mark.parametrize("instance_id", [None, "one"])
+async def test_only_a_static_member_can_have_missed_a_round(instance_id, monkeypatch):
+    """The answer to a join may be lost twice: nobody was given what such a member claims."""
+    rounds = Rounds(instance_id=instance_id)
+    member, generations = rounds.member, iter([4, 6])
+
+    async def coordinator():
+        return 1
+
+    async def send(node, call, *_, **__):
+        share = write_shares([Claim("m", frozenset({"t"}), tps(), -1)], {"m": Given(tps(0))}, {"t": 1}, "").assignments
+        join = {"generation": next(generations), "leader": "", "member_id": "m"} if not isinstance(call, Sync) else {}
+        return SimpleNamespace(error_code=0, assignment=share[0][1], **join)
+
+    class Sync:
+        def __init__(self, *_):
+            pass
+
+    monkeypatch.setattr(wire_group, "SYNC_GROUP", Sync)
+    monkeypatch.setattr(member, "_find_coordinator", coordinator)
+    monkeypatch.setattr(member._client, "send", send)
+    for _ in range(2):
+        member._settle(await member._round())
+    lost = [event for event in rounds.events if isinstance(event, Lost)]
+    assert [event.partitions for event in lost] == ([tps(0)] if instance_id else [])
+    assert member._owned == tps(0)
