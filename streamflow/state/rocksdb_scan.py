@@ -8,6 +8,7 @@ and its `status`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from rocksdict import RdictIter, ReadOptions
@@ -18,6 +19,8 @@ from streamflow.state import rocksdb_faults as faults
 
 class Scan(Iterator[tuple[bytes, bytes]]):
     """An iterator that its store can end: a native one would keep the database open, and locked.
+
+    It may be iterated over in one thread and ended in another, which waits for a step that is under way.
 
     Args:
         native: RocksDB's.
@@ -30,7 +33,7 @@ class Scan(Iterator[tuple[bytes, bytes]]):
         is_over: Whether it came to its end.
     """
 
-    __slots__ = ("__weakref__", "_native", "_options", "_path", "_reverse", "_start", "is_over")
+    __slots__ = ("__weakref__", "_inside", "_native", "_options", "_path", "_reverse", "_start", "is_over")
 
     def __init__(self, native: RdictIter, options: ReadOptions, path: str, start: bytes | None, reverse: bool) -> None:
         self.is_over = False
@@ -38,6 +41,7 @@ class Scan(Iterator[tuple[bytes, bytes]]):
         # the scan anywhere.
         self._options = options
         self._native: RdictIter | None = native
+        self._inside = threading.Lock()
         self._path = path
         self._start = start
         self._reverse = reverse
@@ -49,31 +53,33 @@ class Scan(Iterator[tuple[bytes, bytes]]):
             native.seek(start)
 
     def __next__(self) -> tuple[bytes, bytes]:
-        if self._native is None:
-            if self.is_over:
-                raise StopIteration
-            raise ClosedError(f"state {self._path} was closed while it was iterated over")
-        try:
-            if self._native.valid():
-                key: bytes = self._native.key()
-                value: bytes = self._native.value()
-                if not self._reverse:
-                    self._native.next()
-                    return key, value
-                if self._start is None or key >= self._start:
-                    self._native.prev()
-                    return key, value
-            else:
-                self._native.status()  # raises when damage has ended it
-        except Exception as exc:
-            raise faults.translate(exc, self._path) from exc
-        self.is_over = True
-        self._native = None
-        raise StopIteration
+        with self._inside:
+            if self._native is None:
+                if self.is_over:
+                    raise StopIteration
+                raise ClosedError(f"state {self._path} was closed while it was iterated over")
+            try:
+                if self._native.valid():
+                    key: bytes = self._native.key()
+                    value: bytes = self._native.value()
+                    if not self._reverse:
+                        self._native.next()
+                        return key, value
+                    if self._start is None or key >= self._start:
+                        self._native.prev()
+                        return key, value
+                else:
+                    self._native.status()  # raises when damage has ended it
+            except Exception as exc:
+                raise faults.translate(exc, self._path) from exc
+            self.is_over = True
+            self._native = None
+            raise StopIteration
 
     def end(self) -> None:
         """Let go of the database."""
-        self._native = None
+        with self._inside:
+            self._native = None
 
 
 def last_key(native: RdictIter, path: str) -> bytes | None:

@@ -7,12 +7,13 @@ import resource
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 
 import pytest
 from rocksdict import Options, Rdict
 
-from streamflow.errors import StateCorruptedError, StateFullError, StateLockedError, StateRefusedError
+from streamflow.errors import ClosedError, StateCorruptedError, StateFullError, StateLockedError, StateRefusedError
 from streamflow.state import rocksdb_faults
 from streamflow.state.rocksdb import RocksStores
 from streamflow.state.rocksdb_options import Memory
@@ -61,6 +62,50 @@ def test_a_scan_goes_to_its_bound_whatever_happens_in_memory_meanwhile(stores, p
         wanted = keys[5:25]
         assert [key for key, _ in scan] == (wanted[::-1] if reverse else wanted)
         del reused
+
+
+class Slow:
+    """A native iterator that stands in the middle of a step until it may go on."""
+
+    def __init__(self, native):
+        self._native = native
+        self.is_inside, self.may_go_on = threading.Event(), threading.Event()
+
+    def next(self):
+        self.is_inside.set()
+        self.may_go_on.wait(10)
+        self._native.next()
+
+    def __getattr__(self, name):
+        return getattr(self._native, name)
+
+
+def test_a_store_that_is_closed_while_a_thread_iterates_waits_for_its_step_and_is_not_locked(stores, path):
+    store = filled(stores, path)
+    scan = store.scan("x")
+    slow = scan._native = Slow(scan._native)
+    rows, errors = [], []
+
+    def iterate():
+        try:
+            rows.extend(scan)
+        except ClosedError as error:
+            errors.append(error)
+
+    iterating, closing = threading.Thread(target=iterate), threading.Thread(target=store.close)
+    iterating.start()
+    assert slow.is_inside.wait(10)
+    closing.start()
+    closing.join(0.2)
+    waited = closing.is_alive()
+    slow.may_go_on.set()
+    del slow
+    closing.join(10)
+    reopened = stores.open(path, identity())  # nobody has it open any more
+    iterating.join(10)
+    assert waited
+    assert len(list(reopened.scan("x"))) == 3000
+    assert len(errors) == 1 or len(rows) == 3000
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
