@@ -36,9 +36,21 @@ def key_in_path(request: Request) -> str:
     return unquote_to_bytes(behind.partition(b"/")[2]).decode(errors="surrogateescape")
 
 
+def headers_of(request: Request) -> dict[str, str]:
+    """Its headers by name in lower case; one that stands there several times has all values, as RFC 9110 joins them.
+
+    All workers that a read is passed on to see the same: whether it is allowed is decided by one and the same value.
+    """
+    found: dict[str, str] = {}
+    for name, value in request.headers.items():
+        between = "; " if name == "cookie" else ", "
+        found[name] = f"{found[name]}{between}{value}" if name in found else value
+    return found
+
+
 def forwarded(request: Request) -> dict[str, str]:
     """Its headers, for who is asked next."""
-    return {name: value for name, value in request.headers.items() if name not in _NOT_FORWARDED}
+    return {name: value for name, value in headers_of(request).items() if name not in _NOT_FORWARDED}
 
 
 class Cursor(msgspec.Struct, frozen=True):

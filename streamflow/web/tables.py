@@ -29,7 +29,7 @@ from streamflow.runtime import global_reads
 from streamflow.runtime.committed_reads import Misdirected, NotReadableYet, UnknownTable, key_of
 from streamflow.runtime.read_question import PATH, Question
 from streamflow.runtime.table_reads import Found, Page, Span, TableReads
-from streamflow.web.table_requests import Cursor, Query, forwarded, key_in_path, shown_error
+from streamflow.web.table_requests import Cursor, Query, forwarded, headers_of, key_in_path, shown_error
 
 logger = logging.getLogger("streamflow.web")
 
@@ -194,7 +194,7 @@ class TableSite:
         guard = self._app.reads_guard
         if guard is None:
             return
-        said = guard(TableRead(table, key, dict(request.headers)))
+        said = guard(TableRead(table, key, headers_of(request)))
         if (await said if inspect.isawaitable(said) else said) is not True:
             raise PermissionError("@app.authorize_reads does not allow this")
 

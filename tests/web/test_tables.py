@@ -295,6 +295,23 @@ async def test_who_may_read_is_asked_for_on_both_workers() -> None:
         assert await elsewhere.get_remote("bob", headers={"authorization": "Bearer root"}) == 2
 
 
+async def test_a_header_that_is_there_twice_is_one_and_the_same_on_both_workers() -> None:
+    async with Cluster(guarded) as cluster:
+        await filled(cluster, {"ann": 1, "bob": 2})
+        twice = [("Authorization", "Bearer root"), ("X-Some", "1"), ("Authorization", "Bearer ann"), ("X-Some", "2")]
+        cookies = [("Authorization", "Bearer root"), ("Cookie", "a=1"), ("Cookie", "b=2"), ("X-Some", "1")]
+        for worker in range(2):
+            asked.clear()
+            answer = await cluster.http.get(f"{cluster.urls[worker]}/tables/stock/bob", headers=twice)
+            assert answer.status_code == 403
+            assert {read.headers["authorization"] for read in asked} == {"Bearer root, Bearer ann"}
+            asked.clear()
+            answer = await cluster.http.get(f"{cluster.urls[worker]}/tables/stock/bob", headers=cookies)
+            assert answer.status_code == 200
+            assert {(read.headers["cookie"], read.headers["x-some"]) for read in asked} == {("a=1; b=2", "1")}
+            assert len(asked) == (1 if worker == cluster.owner("stock", "bob") else 2)
+
+
 async def test_the_way_between_workers_is_guarded_like_the_others() -> None:
     async with Cluster(guarded) as cluster:
         await filled(cluster, {"ann": 1, "bob": 2})
