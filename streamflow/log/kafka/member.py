@@ -132,6 +132,8 @@ class GroupMember:
         # The last round that it took part in, to its end or not.
         self._joined = -1
         self._owned: Partitions = frozenset()
+        # What it has as the last round was told: nobody gets that before the next one.
+        self._claimed: Partitions = frozenset()
         self._assigned: Partitions = frozenset()
         self._revoking: dict[TopicPartition, float] = {}
         self._counts: dict[str, int] = {}
@@ -207,8 +209,7 @@ class GroupMember:
     async def _round(self) -> Share | None:
         """Join and sync once; None means: at once again."""
         node = await self._find_coordinator()
-        self._rejoin = False  # what was asked for so far is answered by this round
-        claim = write_claim(self._topics, self._owned, self._generation, self._vitals.says)
+        claim = self._claim()
         call = wire_group.join_group(
             self._group_id,
             self._settings.session_timeout_ms,
@@ -257,6 +258,12 @@ class GroupMember:
             self._counts = share.answer.counts
         self._tell_unread(self._topics.intersection(share.answer.unread))
         return share
+
+    def _claim(self) -> bytes:
+        """What a round is told; what was asked for so far is answered by this one."""
+        self._rejoin = False
+        self._claimed = self._owned
+        return write_claim(self._topics, self._owned, self._generation, self._vitals.says)
 
     def _tell_unread(self, topics: frozenset[str]) -> None:
         if topics - self._unread:
@@ -386,7 +393,8 @@ class GroupMember:
         self._owned -= partitions - back
         if back:
             self._host.news(self._membership, [Assigned(back, self._generation)])
-        if not self._revoking and partitions - back:
+        # Also for what was given up before these: the last one may just have come back.
+        if not self._revoking and self._claimed - self._owned:
             self._rejoin = True
         self._wake.set()
 
@@ -408,7 +416,7 @@ class GroupMember:
         """
         lost = self._owned
         self._member_id, self._generation, self._joined = member_id, -1, -1
-        self._owned = self._assigned = frozenset()
+        self._owned = self._claimed = self._assigned = frozenset()
         self._revoking.clear()
         self._is_leader = False
         if self._told:

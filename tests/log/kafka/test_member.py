@@ -41,7 +41,7 @@ class Rounds:
     def round(self, assigned, told=b""):
         self.events.clear()
         self.generation += 1
-        self.member._rejoin = False
+        self.member._claim()
         self.member._member_id, self.member._generation = "m", self.generation
         self.member._settle(Share(assigned, Answer(told, topics=checksum(frozenset({"t"})))))
         return list(self.events)
@@ -116,6 +116,31 @@ async def test_a_round_is_asked_for_when_the_last_revocation_is_answered():
     assert rounds.member._rejoin
     rounds.member.answered(tps(2))  # twice means nothing
     assert rounds.member._owned == tps(0)
+
+
+async def test_a_round_is_asked_for_what_was_given_up_also_when_the_last_revocation_comes_back():
+    rounds = Rounds()
+    rounds.round(tps(0, 1, 2))
+    rounds.round(tps(0, 1))
+    rounds.round(tps(0, 2))
+    assert rounds.round(tps(0, 1)) == []
+    rounds.member.answered(tps(2))
+    rounds.member.answered(tps(1))
+    assert rounds.events == [Assigned(tps(1), 4)]
+    assert rounds.member._owned == tps(0, 1)
+    assert rounds.member._rejoin  # nobody would have the third one otherwise
+
+
+async def test_no_round_is_asked_for_what_the_others_have_heard_of():
+    rounds = Rounds()
+    rounds.round(tps(0, 1, 2))
+    rounds.round(tps(0, 1))
+    rounds.round(tps(0))
+    rounds.member.answered(tps(2))
+    rounds.round(tps(0, 1))
+    rounds.member.answered(tps(1))
+    assert rounds.events == [Assigned(tps(1), 4)]
+    assert not rounds.member._rejoin
 
 
 async def test_a_late_revocation_is_lost():
