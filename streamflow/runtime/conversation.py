@@ -26,7 +26,7 @@ _SAY_EVERY_S = 0.25
 _ASK_AGAIN_S = 30.0
 
 
-def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int]) -> bytes:
+def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int]) -> Says:
     """What a worker says of itself.
 
     Args:
@@ -35,7 +35,7 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         standbys: Its standbys.
         lags: How far behind each state is that it has.
     """
-    word = Says(
+    return Says(
         url=url,
         rack=settings.rack,
         capacity=settings.capacity,
@@ -44,7 +44,6 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         lags=lags,
         unpacks=True,
     )
-    return word.encode()
 
 
 class Conversation:
@@ -78,6 +77,7 @@ class Conversation:
         self._routes = routes
         self._group = group
         self._asked_at_s: float | None = None
+        self._asked_as: int | None = None
         self.told = Told()
 
     async def heard(self, event: ToldBytes) -> None:
@@ -97,20 +97,24 @@ class Conversation:
     async def run(self) -> None:
         """Keep what is said current, and ask for a round when all that is to come here is near enough."""
         while True:
-            self._group.say(says(self._settings, self._url(), self._standbys, self._manager.lags()))
-            self._ask()
+            word = says(self._settings, self._url(), self._standbys, self._manager.lags())
+            self._group.say(word.encode())
+            self._ask(word)
             await anyio.sleep(_SAY_EVERY_S)
 
-    def _ask(self) -> None:
+    def _ask(self, word: Says) -> None:
         now_s = anyio.current_time()
         if self._asked_at_s is not None and now_s - self._asked_at_s < _ASK_AGAIN_S:
             return
-        if self._is_elsewhere():
-            self._asked_at_s = now_s
-            self._group.rejoin("the others know another address of this worker's web server")
+        if self._is_taken_for_another(word):
+            self._asked_at_s, self._asked_as = now_s, word.checksum
+            self._group.rejoin("the others know another address, rack or capacity of this worker")
             return
         coming = self._to_ask_for()
-        if self._standbys.are_warm(coming, self._settings.acceptable_lag_records):
+        enough = (
+            self.told.acceptable_lag_records
+        )  # the leader's: it moves nothing for a round that is asked for by another
+        if self._standbys.are_warm(coming, self._settings.acceptable_lag_records if enough is None else enough):
             self._asked_at_s = now_s
             self._group.rejoin(f"warmed up {_named(coming)}")
 
@@ -132,10 +136,17 @@ class Conversation:
             return own
         return next((route for route in routes.values() if url and route.url == url), None)
 
-    def _is_elsewhere(self) -> bool:
-        """Whether a static member has come back with another address: that takes no round, so nobody knows it."""
-        url, routes = self._url(), self.told.routes
-        return bool(url and routes) and url not in {route.url for route in routes.values()}
+    def _is_taken_for_another(self, word: Says) -> bool:
+        """Whether the plan was made for who was in this worker's place before.
+
+        A static member that comes back takes no round, so nobody hears what it says. It asks for a round once: a leader
+        that cannot read what it says would go on as before.
+        """
+        if word.checksum == self._asked_as:
+            return False
+        if self.told.said is not None:
+            return self.told.said != word.checksum
+        return bool(word.url and self.told.routes) and word.url not in {each.url for each in self.told.routes.values()}
 
 
 def _named(tasks: frozenset[TaskId]) -> str:

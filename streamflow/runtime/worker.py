@@ -294,7 +294,7 @@ class Worker:
                 Standbys.open(self.app.id, layout, local, log, self.clock, self.sensors, self._fail)
             )
             assignor = TaskAssignor.of(layout, self.settings)
-            words = says(self.settings, self.url, standbys, standbys.lags())
+            words = says(self.settings, self.url, standbys, standbys.lags()).encode()
             topics = frozenset(layout.counts)
             async with log.group(self.app.id, topics, assignor, self._group_settings(), words) as group:
                 self.group = group

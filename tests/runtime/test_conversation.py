@@ -1,6 +1,7 @@
 """What a worker says to its group, and when it asks for a round."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,23 +72,36 @@ class Side:
         self.standbys, self.group = FakeStandbys(), Group()
         settings = sf.App("app").settings({"rack": "a", "capacity": 3, "acceptable_lag_records": 10})
         routes: Any = Routes()
+        self.url = "http://here"
         self.conversation = Conversation(
             settings,
-            lambda: "http://here",
+            lambda: self.url,
             Manager(),  # type: ignore[arg-type]
             self.standbys,
             routes,
             self.group,  # type: ignore[arg-type]
         )
 
+    def word(self) -> Says:
+        return conversation.says(self.conversation._settings, self.url, self.standbys, {ONE: 7})
+
     async def hear(
-        self, *, standby: Iterable[TaskId] = (), warm_up: Iterable[TaskId] = (), active: Iterable[TaskId] = ()
+        self,
+        *,
+        standby: Iterable[TaskId] = (),
+        warm_up: Iterable[TaskId] = (),
+        active: Iterable[TaskId] = (),
+        acceptable_lag_records: int = 10,
+        said: Says | None = None,
     ) -> None:
-        told, _ = Teller({"me": Route("http://here", frozenset(active))}).tell("me", standby, warm_up, unpacks=True)
+        """Be told by a leader that has heard `said`, what this worker says if that is left out."""
+        all_routes = {"me": Route("http://here", frozenset(active))}
+        teller = Teller(all_routes, acceptable_lag_records)
+        told, _ = teller.tell("me", said or self.word(), standby, warm_up)
         await self.conversation.heard(ToldBytes(told, 1))
 
     def ask(self) -> list[str]:
-        self.conversation._ask()
+        self.conversation._ask(self.word())
         return self.group.asked
 
 
@@ -140,5 +154,54 @@ async def test_a_standby_whose_task_comes_is_followed_until_it_is_assigned() -> 
 async def test_what_is_said() -> None:
     side = Side()
     await side.hear(standby={TWO})
-    said = conversation.says(side.conversation._settings, "http://here", side.standbys, {ONE: 7})
-    assert Says.decode(said, "w") == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7}, unpacks=True)
+    assert side.word() == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7}, unpacks=True)
+    assert Says.decode(side.word().encode(), "w") == side.word()
+
+
+async def test_how_near_is_near_enough_says_the_leader() -> None:
+    """Its own value may be another one while the setting changes from worker to worker."""
+    side = Side()
+    await side.hear(warm_up={ONE}, acceptable_lag_records=5)
+    side.standbys.are(p0=6)
+    assert not side.ask()
+    side.standbys.are(p0=5)
+    assert len(side.ask()) == 1
+    await side.hear(warm_up={ONE}, acceptable_lag_records=50)
+    side.standbys.are(p0=50)
+    assert len(side.ask()) == 2
+
+
+@pytest.mark.parametrize(
+    "changed", [{"url": "http://there"}, {"rack": "b"}, {"capacity": 2}, {"url": "", "rack": "", "capacity": 1}]
+)
+async def test_who_is_taken_for_who_was_there_before_asks_for_a_round_once(
+    changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "_ASK_AGAIN_S", 0.0)
+    side = Side()
+    await side.hear()
+    assert not side.ask()
+    before = replace(side.word(), **changed)
+    await side.hear(said=before)
+    assert side.ask() == ["the others know another address, rack or capacity of this worker"]
+    # A leader that cannot read what it says goes on with that.
+    await side.hear(said=before)
+    assert len(side.ask()) == 1
+    side.url = "http://elsewhere"
+    assert len(side.ask()) == 2
+
+
+async def test_who_is_told_by_a_leader_of_before_asks_once_where_its_address_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversation, "_ASK_AGAIN_S", 0.0)
+    side = Side()
+    old = Says()  # it unpacks nothing, so it is told as such a leader tells
+    await side.hear(said=old, active={ONE})
+    assert side.conversation.told.said is None
+    assert side.conversation._own() == {ONE}
+    assert not side.ask()
+    side.url = "http://there"
+    assert len(side.ask()) == 1
+    await side.hear(said=old, active={ONE})
+    assert len(side.ask()) == 1

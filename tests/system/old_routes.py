@@ -7,6 +7,7 @@ As the leader it tells everybody the routes by name, and of what it is told it r
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import msgspec
 
@@ -29,9 +30,9 @@ def main_of_before() -> int:
     decode, tell = words.Told.decode, words.Teller.tell
 
     def old_tell(
-        self: words.Teller, member_id: str, standby: Iterable[TaskId], warm_up: Iterable[TaskId], *, unpacks: bool
+        self: words.Teller, member_id: str, says: words.Says, standby: Iterable[TaskId], warm_up: Iterable[TaskId]
     ) -> tuple[bytes, list[Shorter]]:
-        told, _ = tell(self, member_id, standby, warm_up, unpacks=False)
+        told, _ = tell(self, member_id, replace(says, unpacks=False), standby, warm_up)
         return only(TOLD, told), []
 
     words.Says.encode = lambda self: only(SAID, encode(self))  # type: ignore[method-assign]

@@ -88,14 +88,15 @@ class TaskAssignor:
         )
         planned = plan(cluster)
         teller = Teller(
-            {name: Route(says.url, planned.active[name], planned.standby[name]) for name, says in said.items()}
+            {name: Route(says.url, planned.active[name], planned.standby[name]) for name, says in said.items()},
+            self._acceptable_lag_records,
         )
         given: dict[str, Given] = {}
         for member in members:
             name = member.member_id
             partitions = frozenset(tp for task in planned.active[name] for tp in tasks[task].partitions)
             if member.says:  # who says nothing would not understand what it is told
-                told = teller.tell(name, planned.standby[name], planned.warm_up[name], unpacks=said[name].unpacks)
+                told = teller.tell(name, said[name], planned.standby[name], planned.warm_up[name])
                 given[name] = Given(partitions, *told)
             else:
                 given[name] = Given(partitions)

@@ -8,6 +8,7 @@ to others as if nothing had been said.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias, TypeVar
@@ -23,7 +24,8 @@ VERSION = 1
 _Partition: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 _Tasks: TypeAlias = dict[str, list[_Partition]]
 """Tasks by sub-topology: its name, the longest part, stands once."""
-_Lags: TypeAlias = dict[str, dict[_Partition, Annotated[int, msgspec.Meta(ge=0)]]]
+_Lag: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+_Lags: TypeAlias = dict[str, dict[_Partition, _Lag]]
 _Word = TypeVar("_Word", bound=msgspec.Struct)
 
 _NO_COPIES = "where standbys are: reads with stale=ok ask owners only"
@@ -45,8 +47,8 @@ class Says:
         standby: Tasks it was told to be a standby of, as it was told last: they stay where they are if they can.
         lags: By task whose state is here, active or not: how many records it is behind. A running active task has none
             to say; one that is restored says what is left.
-        unpacks: Whether it reads `Told.active` and routes that are packed. Versions before do not: they are told the
-            routes in full.
+        unpacks: Whether it reads routes that are packed, and what else `Told` has beside standbys, warm-ups and routes.
+            Versions before do not: they are told the routes in full.
     """
 
     url: str = ""
@@ -56,6 +58,11 @@ class Says:
     standby: frozenset[TaskId] = frozenset()
     lags: Mapping[TaskId, int] = field(default_factory=dict[TaskId, int])
     unpacks: bool = False
+
+    @property
+    def checksum(self) -> int:
+        """Tells another worker in the same place: what does not change while one runs."""
+        return zlib.crc32(msgspec.msgpack.encode((self.url, self.rack, self.capacity, self.follows)))
 
     def encode(self) -> bytes:
         """As bytes, for `log.api.Group.say`."""
@@ -108,12 +115,16 @@ class Told:
             a version that says it by `routes` only.
         routes: All workers', by any name; by member id where the leader says no `active`. Empty where they are left
             out, because the log cannot keep all that is told to all.
+        said: Checksum of what the plan takes this worker for; None where the leader does not say it.
+        acceptable_lag_records: What this plan took for caught up; None where the leader does not say it.
     """
 
     standby: frozenset[TaskId] = frozenset()
     warm_up: frozenset[TaskId] = frozenset()
     active: frozenset[TaskId] | None = None
     routes: Mapping[str, Route] = field(default_factory=dict[str, Route])
+    said: int | None = None
+    acceptable_lag_records: int | None = None
 
     @classmethod
     def decode(cls, data: bytes) -> Told:
@@ -126,7 +137,8 @@ class Told:
         if word is None:
             return cls()
         active = None if word.active is None else _flat(word.active)
-        return cls(_flat(word.standby), _flat(word.warm_up), active, _routes_of(word))
+        lag = word.acceptable_lag_records
+        return cls(_flat(word.standby), _flat(word.warm_up), active, _routes_of(word), word.said, lag)
 
 
 class Teller:
@@ -134,30 +146,32 @@ class Teller:
 
     Args:
         routes: By member id.
+        acceptable_lag_records: See `cluster.Cluster`.
     """
 
-    def __init__(self, routes: Mapping[str, Route]) -> None:
+    def __init__(self, routes: Mapping[str, Route], acceptable_lag_records: int) -> None:
         self._routes = routes
+        self._acceptable_lag_records = acceptable_lag_records
         self._packed: dict[bool, bytes] = {}
         self._plain: dict[bool, msgspec.Raw] = {}
 
     def tell(
-        self, member_id: str, standby: Iterable[TaskId], warm_up: Iterable[TaskId], *, unpacks: bool
+        self, member_id: str, says: Says, standby: Iterable[TaskId], warm_up: Iterable[TaskId]
     ) -> tuple[bytes, list[Shorter]]:
         """What one worker is told, as bytes: see `Told`; and the same with less of the routes.
 
         Args:
             member_id: The worker.
+            says: What it has said.
             standby: Its standbys.
             warm_up: Its warm-ups.
-            unpacks: See `Says`.
         """
         mine = _nested(standby), _nested(warm_up)
-        if unpacks:
+        if says.unpacks:
             active = _nested(self._routes[member_id].active)
 
             def write(packed: bytes) -> bytes:
-                return _write(_TellingPacked(*mine, active, packed))
+                return _write(_TellingPacked(*mine, active, says.checksum, self._acceptable_lag_records, packed))
 
             full, brief, least = write(self._pack(copies=True)), write(self._pack(copies=False)), write(b"")
         else:
@@ -205,6 +219,8 @@ class _Told(msgspec.Struct):
     standby: _Tasks = {}
     warm_up: _Tasks = {}
     active: _Tasks | None = None
+    said: int | None = None
+    acceptable_lag_records: _Lag | None = None
     packed: bytes = b""
     routes: dict[str, _Route] = {}
 
@@ -223,6 +239,8 @@ class _TellingPacked(msgspec.Struct, omit_defaults=True):
     standby: _Tasks
     warm_up: _Tasks
     active: _Tasks
+    said: int
+    acceptable_lag_records: int
     packed: bytes = b""
 
 

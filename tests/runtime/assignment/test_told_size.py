@@ -32,15 +32,17 @@ def fleet(tasks: int, workers: int) -> dict[str, Route]:
 
 
 def told_to(routes: dict[str, Route], *, unpacks: bool) -> tuple[Shares, dict[str, Told]]:
-    teller = Teller(routes)
+    teller = Teller(routes, 10_000)
     claims: list[Claim] = []
     given: dict[str, Given] = {}
     said_bytes = 0
     for member_id, route in routes.items():
-        says = Says(route.url, standby=route.standby, lags=dict.fromkeys(route.standby, 5_000), follows=True).encode()
+        lags = dict.fromkeys(route.standby, 5_000)
+        word = Says(route.url, standby=route.standby, lags=lags, follows=True, unpacks=unpacks)
+        says = word.encode()
         owned = frozenset(TopicPartition(*task) for task in route.active)
         claims.append(Claim(member_id, TOPICS, owned, 7, Spoken(says)))
-        given[member_id] = Given(owned, *teller.tell(member_id, route.standby, [], unpacks=unpacks))
+        given[member_id] = Given(owned, *teller.tell(member_id, word, route.standby, []))
         said_bytes += len(write_claim(TOPICS, owned, 7, says))
     counts = {"orders": sum(len(route.active) for route in routes.values())}
     shares = write_shares(claims, given, counts, claims[0].member_id, said_bytes=said_bytes)

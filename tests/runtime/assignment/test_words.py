@@ -26,6 +26,8 @@ SAYS = st.builds(
 )
 ROUTES = st.dictionaries(st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS), max_size=9)
 
+NEW = Says("http://new", "a", 3, unpacks=True)
+
 
 def packed(version: int = VERSION, **fields: object) -> bytes:
     return bytes([version]) + msgspec.msgpack.encode(fields)
@@ -49,7 +51,7 @@ def test_what_is_told_is_heard_in_full_and_in_short(
     standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
 ) -> None:
     me = min(routes)
-    told, (brief, least) = Teller(routes).tell(me, standby, warm_up, unpacks=True)
+    told, (brief, least) = Teller(routes, 7).tell(me, NEW, standby, warm_up)
     for data, expected in (
         (told, list(routes.values())),
         (brief.told, without_copies(routes.values())),
@@ -57,6 +59,7 @@ def test_what_is_told_is_heard_in_full_and_in_short(
     ):
         heard = Told.decode(data)
         assert (heard.standby, heard.warm_up, heard.active) == (standby, warm_up, routes[me].active)
+        assert (heard.said, heard.acceptable_lag_records) == (NEW.checksum, 7)
         assert in_order(heard.routes.values()) == in_order(expected)
 
 
@@ -64,7 +67,7 @@ def test_what_is_told_is_heard_in_full_and_in_short(
 def test_who_reads_no_packed_routes_is_told_them_by_name(
     standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
 ) -> None:
-    told, (brief, least) = Teller(routes).tell(min(routes), standby, warm_up, unpacks=False)
+    told, (brief, least) = Teller(routes, 7).tell(min(routes), Says(), standby, warm_up)
     assert Told.decode(told) == Told(standby, warm_up, None, routes)
     short = dict(zip(routes, without_copies(routes.values()), strict=True))
     assert Told.decode(brief.told) == Told(standby, warm_up, None, short)
@@ -73,7 +76,7 @@ def test_who_reads_no_packed_routes_is_told_them_by_name(
 
 def test_many_workers_fit_into_two_bytes_each() -> None:
     routes = {f"w{number}": Route(f"http://w{number}", frozenset({TaskId("s", number)})) for number in range(300)}
-    told, _ = Teller(routes).tell("w299", [], [], unpacks=True)
+    told, _ = Teller(routes, 7).tell("w299", NEW, [], [])
     assert in_order(Told.decode(told).routes.values()) == in_order(routes.values())
 
 
@@ -96,6 +99,13 @@ def test_packed_routes_that_cannot_be_read_take_nothing_else_with_them(
     told = Told.decode(packed(standby={"s": [1]}, active={"s": [0]}, packed=routes))
     assert told == Told(frozenset({TaskId("s", 1)}), active=frozenset({TaskId("s", 0)}))
     assert "where tasks are" in caplog.text
+
+
+def test_what_may_change_while_a_worker_runs_is_not_in_its_checksum() -> None:
+    assert NEW.checksum == replace(NEW, standby=frozenset({TaskId("s", 1)}), lags={TaskId("s", 1): 3}).checksum
+    others = [replace(NEW, **changed) for changed in ({"url": "u"}, {"rack": "b"}, {"capacity": 4}, {"follows": True})]
+    assert len({each.checksum for each in (NEW, *others)}) == 5
+    assert NEW.checksum == 397581601, "other versions have to come to the same"
 
 
 def test_who_says_nothing_takes_part_without_state_rack_or_address() -> None:
@@ -150,6 +160,6 @@ def test_words_are_short() -> None:
         )
         for number in range(50)
     }
-    told, _ = Teller(routes).tell("worker-1", [], [], unpacks=False)
+    told, _ = Teller(routes, 7).tell("worker-1", Says(), [], [])
     assert len(told) < 50 * (20 * 3 + 80)
     assert len(Says().encode()) < 10
