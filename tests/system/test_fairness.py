@@ -6,7 +6,10 @@ import pytest
 
 from tests.system.harness import STOPPED, System, numbered
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(150)]
+
+WITHIN_S = 100
+"""The agents burn seconds of CPU: on a machine that ten others use, these take long."""
 
 BACKLOG = 600
 APP = """
@@ -29,19 +32,19 @@ async def quick(stream: sf.Stream[int]) -> AsyncIterator[int]:
     async for number in stream:
         yield number
 
-last = time.monotonic()
+last = time.process_time()  # of this process: what others on the machine take is not the worker's doing
 
 @app.timer(0.1)
 async def tick() -> None:
     global last
-    now = time.monotonic()
+    now = time.process_time()
     print(f"tick {now - last:.3f}", flush=True)
     last = now
 """
 
 
 def pauses(said: str) -> list[float]:
-    """Seconds between one tick and the next, the first (the start) left out."""
+    """Seconds of CPU between one tick and the next, the first (the start) left out."""
     return [float(text) for text in re.findall(r"tick (\d+\.\d+)", said)][1:]
 
 
@@ -51,9 +54,9 @@ async def test_a_heavy_agent_leaves_room_for_others(system: System) -> None:
     await system.write("numbers", numbered(BACKLOG))
     await system.write("quick", numbered(BACKLOG))
     worker = await system.started()
-    await system.has("quick-out", BACKLOG)
+    await system.has("quick-out", BACKLOG, within_s=WITHIN_S)
     assert await system.count("results") < BACKLOG  # the quick one did not have to wait for the heavy one's end
-    await system.has("results", BACKLOG)
+    await system.has("results", BACKLOG, within_s=WITHIN_S)
     ticks = pauses(worker.said)
     assert len(ticks) >= 10  # 3 s of work leave room for 30
     assert sorted(ticks)[len(ticks) // 2] < 0.5
@@ -66,6 +69,6 @@ async def test_records_that_become_heavy_all_at_once(system: System) -> None:
     await system.create("numbers", partitions=1)
     await system.write("numbers", numbered(20_250))
     worker = await system.started()
-    await system.has("results", 20_250)
+    await system.has("results", 20_250, within_s=WITHIN_S)
     assert max(pauses(worker.said)) < 3  # not as long as a run of them takes, which is 5 s
     assert await worker.stops() == STOPPED

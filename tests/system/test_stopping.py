@@ -16,20 +16,24 @@ SLOW = """
 async def slow(stream: sf.Stream[int]) -> AsyncIterator[int]:
     async for number in stream:
         print("taken", number, flush=True)
-        await asyncio.sleep(SECONDS)
+        while not (HERE / "go").exists():
+            await asyncio.sleep(0.01)
         yield number
 """
+"""A record is in hand until the test lets it go."""
 STOP_WITHIN_S = 10.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_first_signal_finishes_the_record_in_hand(system: System, number: signal.Signals) -> None:
-    system.write_app(SLOW.replace("SECONDS", "1"), partitions=1)
+    system.write_app(SLOW, partitions=1)
     await system.create("numbers", partitions=1)
     await system.write("numbers", numbered(5))
     worker = await system.started()
     await worker.says("taken 0")
     worker.signal(number)
+    await worker.says("stopping: finishing the records in hand")
+    (system.folder / "go").touch()
     assert await worker.ends(STOP_WITHIN_S) == 0
     assert "taken 1" not in worker.said
     assert await system.committed("numbers") == {0: 1}
@@ -61,7 +65,7 @@ async def test_a_stop_under_load_commits_all_that_left(system: System) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_second_signal_ends_it_at_once(sqlite: System, number: signal.Signals) -> None:
-    sqlite.write_app(SLOW.replace("SECONDS", "60"))
+    sqlite.write_app(SLOW)
     await sqlite.create("numbers")
     await sqlite.write("numbers", numbered(1))
     worker = await sqlite.started()
@@ -75,7 +79,7 @@ async def test_second_signal_ends_it_at_once(sqlite: System, number: signal.Sign
 
 
 async def test_a_record_that_takes_too_long_is_given_up(system: System) -> None:
-    system.write_app(SLOW.replace("SECONDS", "60"), shutdown_timeout_s=4)
+    system.write_app(SLOW, shutdown_timeout_s=1)
     await system.create("numbers")
     await system.write("numbers", numbered(1))
     worker = await system.started()
@@ -108,7 +112,7 @@ async def fails(number: int) -> int:
 
 
 async def test_a_blocked_event_loop_does_not_prevent_the_stop(system: System) -> None:
-    system.write_app(SLOW.replace("await asyncio.sleep(SECONDS)", "time.sleep(60)"), shutdown_timeout_s=4)
+    system.write_app(SLOW.replace("await asyncio.sleep(0.01)", "time.sleep(60)"), shutdown_timeout_s=1)
     await system.create("numbers")
     await system.write("numbers", numbered(1))
     worker = system.start()
