@@ -199,9 +199,8 @@ class TestApp:
             StreamFlowError: What stopped the worker before.
         """
         chosen = self.app.topics[topic] if isinstance(topic, str) else topic
-        target = chosen.input_topics[0] if isinstance(chosen, Agent) else chosen
         try:
-            metadata = await target.send(
+            metadata = await chosen.send(
                 key=key, value=value, partition=partition, timestamp_ms=timestamp_ms, headers=headers
             )
         except ClosedError:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Optional, TypeAlias, TypeVar, cast, overload
 
-from streamflow.errors import ConfigurationError, TopologyError
+from streamflow.errors import ConfigurationError, ProductionError, TopologyError
 from streamflow.model.record import Headers, RecordMetadata
 from streamflow.model.schema import members, surely_differs, type_name
 from streamflow.processing.context import current_turn, sender_of
@@ -114,8 +114,9 @@ class Agent(Generic[K, V, R]):
         timestamp_ms: int | None = None,
         headers: Headers = (),
     ) -> RecordMetadata | None:
-        """Send a record to the (first) topic it reads; see `Topic.send`."""
+        """Send a record to the (first) topic it reads; see `Topic.send`, and `key_of` for its key."""
         topic: Topic[K, V] = self.input_topics[0]
+        key = self.key_of(value, key)
         return await topic.send(key=key, value=value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
 
     def send_nowait(
@@ -127,16 +128,42 @@ class Agent(Generic[K, V, R]):
         timestamp_ms: int | None = None,
         headers: Headers = (),
     ) -> None:
-        """Send a record to the (first) topic it reads, without waiting; see `Topic.send_nowait`."""
+        """Send a record to the (first) topic it reads, without waiting; see `Topic.send_nowait` and `key_of`."""
         topic: Topic[K, V] = self.input_topics[0]
+        key = self.key_of(value, key)
         topic.send_nowait(key=key, value=value, partition=partition, timestamp_ms=timestamp_ms, headers=headers)
+
+    def key_of(self, value: V | None, key: K | None) -> K | None:
+        """The key with which a value is sent to it.
+
+        An agent over `topic.group_by(...)` reads records that are regrouped already, so the key is the one that it
+        groups the value by. Another one would put the record, and what its tables keep of it, into the wrong partition.
+
+        Args:
+            value: The value; None is a tombstone, whose key is given.
+            key: What was given; None leaves it to the `group_by`.
+
+        Raises:
+            ProductionError: It was given, and is another one.
+        """
+        source = self.sources[0]
+        made_by: Callable[[V], K] | None = source.regroups if isinstance(source, Derived) else None
+        if made_by is None or value is None:
+            return key
+        made = made_by(value)
+        if key is not None and key != made:
+            raise ProductionError(
+                f"agent {self.name!r} reads {source!r}, which gives this value the key {made!r}, and key={key!r} was "
+                "given: leave key= out"
+            )
+        return made
 
     async def cast(self, value: V | None, *, key: K | None = None) -> RecordMetadata | None:
         """Hand it a value and go on without its answer; see `Topic.send`.
 
         Args:
             value: Of the type it takes.
-            key: Of its topic's key type; None is a null key.
+            key: Of its topic's key type; None is a null key, or the one it groups by (`key_of`).
 
         Returns:
             Where the log put the record; None inside a turn.
@@ -151,7 +178,7 @@ class Agent(Generic[K, V, R]):
 
         Args:
             value: Of the type it takes.
-            key: Of its topic's key type; None is a null key.
+            key: Of its topic's key type; None is a null key, or the one it groups by (`key_of`).
             timeout_s: Seconds to wait, above 0, default 30.
 
         Returns:
@@ -168,7 +195,8 @@ class Agent(Generic[K, V, R]):
         turn = current_turn.get()
         if turn is not None:
             turn.refuse_ask(self)
-        answer = await sender_of(cast(Any, self.app)).ask(self, value, key=key, timeout_s=timeout_s)
+        sender = sender_of(cast(Any, self.app))
+        answer = await sender.ask(self, value, key=self.key_of(value, key), timeout_s=timeout_s)
         return cast(R, answer)
 
 
@@ -305,7 +333,19 @@ def _sinks(app: Owner, given: Any, where: str) -> tuple[Topic[Any, Any] | Agent[
                 "`sink=app.topic('totals', key_type=str, value_type=Total)`"
             )
         _check_owner(app, one, where, "has the sink")
+        if isinstance(one, Agent) and isinstance(first := one.sources[0], Derived) and first.regroups is not None:
+            raise TopologyError(
+                f"{where}: its sink {one.name!r} reads {first!r}: results would pass by the grouping, each with the "
+                "key of its record, and lie in the wrong partitions. Give sink= the topic before it, "
+                f"{_first_topic(first)!r}"
+            )
     return sinks
+
+
+def _first_topic(step: Derived[Any, Any]) -> str:
+    while isinstance(step.source, Derived):
+        step = step.source
+    return step.source.name
 
 
 def _listed(given: Any) -> tuple[Any, ...]:

@@ -308,6 +308,13 @@ class Derived(Generic[K, V]):
         """The topic that the step itself reads."""
         return self.source.topic if isinstance(self.source, Derived) else self.source
 
+    @property
+    def regroups(self) -> Callable[[V], K] | None:
+        """What gives its records their key, itself or a step before it; None where they have the one they came with."""
+        if self.rekey is None and isinstance(self.source, Derived):
+            return self.source.regroups
+        return self.rekey
+
     @overload
     def group_by(self, field: str, *, name: str | None = None, key_type: TypeForm[K2]) -> GroupBy[K2, V]: ...
     @overload

@@ -115,7 +115,7 @@ class Client:
 
         Args:
             topic: A topic of the app, an agent (its first topic), or a topic's name.
-            key: Of its key type.
+            key: Of its key type; of an agent over `group_by`, see `Agent.key_of`.
             value: Of its value type; None is a tombstone.
             partition: Where to; None lets the key decide.
             timestamp_ms: Milliseconds since the epoch, UTC; None is now.
@@ -131,6 +131,8 @@ class Client:
         Delivery: durable when it returns.
         Cancellation: the record may or may not be written.
         """
+        if isinstance(topic, Agent):
+            key = topic.key_of(value, key)
         return await self._opened().send((self._topic(topic), key, value, partition, timestamp_ms, headers))
 
     async def ask(self, agent: Agent[K, V, R], value: V, *, key: K | None = None, timeout_s: float = 30.0) -> R:
@@ -139,7 +141,7 @@ class Client:
         Args:
             agent: The agent.
             value: Of its topic's value type.
-            key: Of its topic's key type.
+            key: Of its topic's key type; None is a null key, or the one it groups by (`Agent.key_of`).
             timeout_s: Seconds to wait.
 
         Returns:
@@ -149,6 +151,7 @@ class Client:
             AskError: The agent failed on it, or yielded nothing.
             TimeoutError: No answer in time.
         """
+        key = agent.key_of(value, key)
         return cast(R, await self._opened().ask(agent, value, key=key, timeout_s=timeout_s))
 
     def _opened(self) -> ProcessSender:

@@ -17,6 +17,7 @@ from streamflow.sensors import Sensors
 logger = logging.getLogger("streamflow.tables")
 
 _SAMPLED = 64
+"""So many new keys of a table are looked at first, and one in so many afterwards."""
 
 
 class Homes:
@@ -26,7 +27,8 @@ class Homes:
         topics: All topics of the app.
         counts: Partition count per source topic.
         sensors: Told of keys that were written elsewhere.
-        is_strict: Whether such a write raises; else one in 64 new keys is looked at, counted and warned of once.
+        is_strict: Whether such a write raises; else the first 64 new keys of each table and one in 64 after them are
+            looked at, and those found are counted and warned of once.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Homes:
         self._counts = counts
         self._sensors = sensors
         self._is_strict = is_strict
-        self._seen = 0
+        self._seen: dict[str, int] = {}
         self._told: set[str] = set()
 
     def of(self, sub: SubTopology, table: Table[Any, Any], key: Any) -> int:
@@ -76,7 +78,7 @@ class Homes:
             ProductionError: It belongs to another one, and that is not only counted; or `partition_by=` gives no key
                 of the source.
         """
-        is_looked_at = self._is_strict or self._is_next_sample()
+        is_looked_at = self._is_strict or self._is_sample(table.name)
         if table.partition_by is None and not is_looked_at:
             return
         source = sub.topics[0]
@@ -92,9 +94,9 @@ class Homes:
             self._told.add(table.name)
             logger.warning("%s (counted from here on)", text)
 
-    def _is_next_sample(self) -> bool:
-        self._seen += 1
-        return self._seen % _SAMPLED == 0
+    def _is_sample(self, table: str) -> bool:
+        seen = self._seen[table] = self._seen.get(table, 0) + 1
+        return seen <= _SAMPLED or seen % _SAMPLED == 0
 
 
 def _foreign(table: Table[Any, Any], key: Any, home: int, partition: int) -> str:

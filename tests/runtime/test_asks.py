@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 import streamflow as sf
@@ -219,3 +220,58 @@ async def test_a_question_that_the_log_does_not_take_times_out(tmp_path: Path) -
         finally:
             other.execute("ROLLBACK")
             other.close()
+
+
+class Visit(msgspec.Struct):
+    user: str
+    page: str
+
+
+def grouping(steps: Callable[[sf.Topic[str, Visit]], Any]) -> tuple[sf.App, sf.Agent[str, Visit, int]]:
+    app = sf.App("grouping")
+    visits = app.topic("visits", key_type=str, value_type=Visit, partitions=4)
+    counts = app.table("counts", key_type=str, value_type=int, default=int)
+
+    @app.agent(steps(visits), tables=[counts])
+    async def count(stream: sf.Stream[Visit]) -> AsyncIterator[int]:
+        async for visit in stream:
+            counts[visit.page] += 1
+            yield counts[visit.page]
+
+    return app, count
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        lambda visits: visits.group_by(Visit.page),
+        lambda visits: visits.group_by(Visit.page).through(
+            visits.app.topic("copies", key_type=str, value_type=Visit, partitions=4)
+        ),
+    ],
+)
+async def test_who_asks_a_grouping_agent_gives_no_key_or_the_one_it_groups_by(
+    steps: Callable[[sf.Topic[str, Visit]], Any],
+) -> None:
+    app, count = grouping(steps)
+    async with TestApp(app) as test:
+        for number in range(1, 5):  # from users whose own keys lie in other partitions
+            assert await asked(test, lambda n=number: count.ask(Visit(f"user {n}", "p1"))) == number
+        assert await asked(test, lambda: count.ask(Visit("ann", "p1"), key="p1")) == 5
+        await count.cast(Visit("bob", "p1"))
+        await test.send(count, Visit("cid", "p1"))
+        await test.settle()
+        with pytest.raises(sf.ProductionError, match=r"agent 'count' reads .* the key 'p1', and key='ann' was given"):
+            await count.ask(Visit("ann", "p1"), key="ann")
+        with pytest.raises(sf.ProductionError, match="leave key= out"):
+            count.send_nowait(key="ann", value=Visit("ann", "p1"))
+        assert await asked(test, lambda: count.ask(Visit("dan", "p1"))) == 8
+
+
+async def test_a_grouping_agent_is_no_sink() -> None:
+    app, count = grouping(lambda visits: visits.group_by(Visit.page))
+    with pytest.raises(sf.TopologyError, match=r"its sink 'count' reads .* topic before it, 'visits'"):
+
+        @app.agent(app.topic("lines", key_type=str, value_type=str), sink=count)
+        def parse(line: str) -> Visit:
+            return Visit(line, line)
