@@ -24,6 +24,7 @@ logger = logging.getLogger("streamflow.standbys")
 
 _SAY_EVERY_S = 0.25
 _ASK_AGAIN_S = 30.0
+_ASK_SOON_S = 5.0
 
 
 def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int]) -> Says:
@@ -39,10 +40,11 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         url=url,
         rack=settings.rack,
         capacity=settings.capacity,
-        follows=True,
+        follows=standbys.has_room,
         standby=standbys.told,
         lags=lags,
         unpacks=True,
+        refused=standbys.refused(),
     )
 
 
@@ -78,15 +80,19 @@ class Conversation:
         self._group = group
         self._asked_at_s: float | None = None
         self._asked_as: int | None = None
+        self._asked_for: frozenset[TaskId] = frozenset()
+        self._new_since_s: float | None = None
         self.told = Told()
 
     async def heard(self, event: ToldBytes) -> None:
         """Act on what the leader tells."""
-        told = self.told = Told.decode(event.told)
-        self._asked_at_s = None
+        before, told = self.told, Told.decode(event.told)
+        self.told = told
+        if _wanted(told) != _wanted(before):
+            # Who leads may take no notice of what cannot be followed: that is asked for once.
+            self._asked_at_s, self._asked_for = None, self._asked_for & self._standbys.stuck()
         self._routes.told(told.routes.values())
-        before = self._standbys.told | self._standbys.warm_ups
-        if told.standby | told.warm_up != before:
+        if told.standby | told.warm_up != self._standbys.told | self._standbys.warm_ups:
             logger.info("standbys: %s; warm-ups: %s", _named(told.standby), _named(told.warm_up))
         if self._manager.is_finishing:
             return
@@ -95,7 +101,7 @@ class Conversation:
         await self._standbys.follow(told.standby, told.warm_up | coming, self._manager.has)
 
     async def run(self) -> None:
-        """Keep what is said current, and ask for a round when all that is to come here is near enough."""
+        """Keep what is said current, and ask for a round when what is to come here is near enough, or never will be."""
         while True:
             word = says(self._settings, self._url(), self._standbys, self._manager.lags())
             self._group.say(word.encode())
@@ -103,20 +109,39 @@ class Conversation:
             await anyio.sleep(_SAY_EVERY_S)
 
     def _ask(self, word: Says) -> None:
-        now_s = anyio.current_time()
-        if self._asked_at_s is not None and now_s - self._asked_at_s < _ASK_AGAIN_S:
-            return
         if self._is_taken_for_another(word):
-            self._asked_at_s, self._asked_as = now_s, word.checksum
-            self._group.rejoin("the others know another address, rack or capacity of this worker")
+            if self._rejoin("the others know another address, rack, capacity or room of this worker", _ASK_AGAIN_S):
+                self._asked_as = word.checksum
             return
         coming = self._to_ask_for()
-        enough = (
-            self.told.acceptable_lag_records
-        )  # the leader's: it moves nothing for a round that is asked for by another
-        if self._standbys.are_warm(coming, self._settings.acceptable_lag_records if enough is None else enough):
-            self._asked_at_s = now_s
-            self._group.rejoin(f"warmed up {_named(coming)}")
+        # The leader's: it moves nothing for a round that is asked for by another one.
+        enough = self.told.acceptable_lag_records
+        warm = self._standbys.warm(coming, self._settings.acceptable_lag_records if enough is None else enough)
+        stuck = self._standbys.stuck() & (coming | self.told.standby)
+        new = (warm | stuck) - self._asked_for
+        if not new:
+            self._new_since_s = None
+        elif self._new_since_s is None:
+            self._new_since_s = anyio.current_time()
+        # Those that are done at the same time come with one round; but none waits for one that takes hours.
+        waits = coming - warm - stuck and self._since(self._new_since_s) < _ASK_SOON_S
+        if (new and not waits) or (warm and not new):
+            why = [f"warmed up {_named(warm)}"] if warm else []
+            why += [f"cannot follow {_named(stuck)}"] if stuck else []
+            if self._rejoin("; ".join(why), _ASK_SOON_S if new else _ASK_AGAIN_S):
+                self._asked_for = warm | stuck
+
+    def _rejoin(self, why: str, apart_s: float) -> bool:
+        """Ask for a round, unless that was done a moment ago."""
+        if self._asked_at_s is not None and self._since(self._asked_at_s) < apart_s:
+            return False
+        self._asked_at_s = anyio.current_time()
+        self._group.rejoin(why)
+        return True
+
+    @staticmethod
+    def _since(at_s: float | None) -> float:
+        return 0.0 if at_s is None else anyio.current_time() - at_s
 
     def _to_ask_for(self) -> frozenset[TaskId]:
         """What comes only if it is asked for; what is this worker's by the plan comes as its owner lets go of it."""
@@ -147,6 +172,10 @@ class Conversation:
         if self.told.said is not None:
             return self.told.said != word.checksum
         return bool(word.url and self.told.routes) and word.url not in {each.url for each in self.told.routes.values()}
+
+
+def _wanted(told: Told) -> tuple[frozenset[TaskId], frozenset[TaskId], int | None]:
+    return told.standby, told.warm_up, told.acceptable_lag_records
 
 
 def _named(tasks: frozenset[TaskId]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,8 @@ logger = logging.getLogger("streamflow.standbys")
 
 _RETRY_S = 0.2
 _RETRY_FULL_S = 1.0
+_FULL_FOR_S = 60.0
+_TRY_AGAIN_S = 60.0
 _PAUSE_S = 0.2
 """Pause of one that is level: many small commits of the task are then one fetch and one write here."""
 _LOOK_S = 30.0
@@ -54,6 +56,7 @@ _NOTE_EVERY_MS = 600_000
 _SILENT_MS = 15_000
 """Three times as long as the ends of changelogs are looked up apart from one another."""
 _MAX_REBUILDS = 3
+_REBUILDS_WITHIN_S = 600.0
 
 
 class Standby:
@@ -74,7 +77,7 @@ class Standby:
         name: The task's name.
         is_warm_up: Whether the task is to move here as soon as this is level.
         records: How many records were applied.
-        given_up: Why nothing is followed any more; empty while it is.
+        given_up: Why nothing is followed at present, which is tried again from time to time; empty while it is.
         state: The store, while it is open here.
         rebuilds: How often its store was set aside.
         left_at: How far it was when it was closed; None before that, and where there is none.
@@ -114,6 +117,8 @@ class Standby:
         self._spans: dict[TopicPartition, Span] = {}
         self._fetched: deque[Fetched] = deque()
         self._news = anyio.Event()
+        self._rebuilt: deque[float] = deque(maxlen=_MAX_REBUILDS)
+        self._full_since_s: float | None = None
         self._is_handed_over = False
         self._scope = anyio.CancelScope()
         self._ended = anyio.Event()
@@ -150,6 +155,17 @@ class Standby:
         if span.limit is not None:
             return span.limit
         return max(span.end, self._reader.end_offset(span.tp) or 0)
+
+    @property
+    def has_no_room(self) -> bool:
+        """Whether it has been waiting for room on the disk for long."""
+        since_s = self._full_since_s
+        return since_s is not None and self._clock.monotonic() - since_s >= _FULL_FOR_S
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it does not get on, and others had better have the task."""
+        return bool(self.given_up) or self.has_no_room
 
     @property
     def is_silent(self) -> bool:
@@ -218,13 +234,15 @@ class Standby:
     # --- life --------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Follow until cancelled; what goes wrong with this store alone is told and given up."""
+        """Follow until cancelled; what goes wrong with this store alone is told, and tried again after a while."""
         try:
             with self._scope:
-                await self._follow_on()
-        except (TopologyError, StateError) as error:
-            self.given_up = str(error)
-            logger.warning("standby of task %s is given up, until this worker is told of it anew: %s", self.name, error)
+                while True:
+                    try:
+                        await self._follow_on()
+                    except (TopologyError, StateError) as error:
+                        await self._give_up(error)
+                    await self._clock.sleep(_TRY_AGAIN_S)
         except StreamFlowError as error:
             self.given_up = str(error)
             self._fail(error)
@@ -240,8 +258,19 @@ class Standby:
             except StateCorruptedError as error:
                 self.rebuilds += 1
                 await self._set_aside(error)
-                if self.rebuilds > _MAX_REBUILDS:
+                now_s = self._clock.monotonic()
+                if len(self._rebuilt) == _MAX_REBUILDS and now_s - self._rebuilt[0] < _REBUILDS_WITHIN_S:
                     raise
+                self._rebuilt.append(now_s)
+
+    async def _give_up(self, error: StreamFlowError) -> None:
+        if self.given_up != str(error):
+            logger.warning(
+                "standby of task %s is given up, and tried again every %.0f s: %s", self.name, _TRY_AGAIN_S, error
+            )
+        self.given_up = str(error)
+        with anyio.CancelScope(shield=True):
+            await self._end_following()
 
     async def hand_over(self) -> LocalState | None:
         """End the following, and give the open store to the task; None where it cannot be used."""
@@ -269,7 +298,7 @@ class Standby:
                 await self._write_once({}, {})
         except StateCorruptedError as error:
             damage = error
-        except StateFullError as error:
+        except StateError as error:
             logger.warning("%s; a little more is restored from the changelogs", error)
         self._let_go()
         if damage is not None:
@@ -288,7 +317,7 @@ class Standby:
         logger.warning("standby of task %s: %s; its store is set aside", self.name, damage)
         self._let_go()
         with anyio.CancelScope(shield=True):
-            state = await self._close_store()
+            state, self.left_at = await self._close_store(), None
             if state is not None:
                 await anyio.to_thread.run_sync(state.set_aside, damage.reason, str(damage))
 
@@ -305,6 +334,7 @@ class Standby:
             await self._wait()
         await self._open(self._mark)
         await self._begin()
+        self.given_up = ""
         while True:
             self._ask()
             await self._wait()
@@ -331,17 +361,25 @@ class Standby:
                 self._reader.ask(span.tp)
 
     async def _open(self, mark: CommitMark) -> None:
-        told = False
-        while True:
-            try:
-                with anyio.CancelScope(shield=True):
-                    self.state = await self._local.open(self.sub_topology, self.partition, mark)
-                return
-            except StateFullError as error:
-                if not told:
-                    logger.warning("%s; the standby of task %s waits for room", error, self.name)
-                told = True
-            await self._clock.sleep(_RETRY_FULL_S)
+        async def attempt() -> None:
+            with anyio.CancelScope(shield=True):
+                self.state = await self._local.open(self.sub_topology, self.partition, mark)
+
+        await self._until_there_is_room(attempt)
+
+    async def _until_there_is_room(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Do what needs room on the disk; a full one is waited out."""
+        try:
+            while True:
+                try:
+                    return await attempt()
+                except StateFullError as error:
+                    if self._full_since_s is None:
+                        self._full_since_s = self._clock.monotonic()
+                        logger.warning("%s; the standby of task %s goes on when there is room", error, self.name)
+                await self._clock.sleep(_RETRY_FULL_S)
+        finally:
+            self._full_since_s = None
 
     async def _begin(self) -> None:
         """Find out where to go on, drop what cannot be gone on from, and start to read."""
@@ -469,16 +507,7 @@ class Standby:
             each.reached(reached)
 
     async def _write(self, changes: Mapping[str, dict[bytes, bytes | None]], reached: Mapping[str, int]) -> None:
-        """Write to the store; a full disk is waited out."""
-        told = False
-        while True:
-            try:
-                return await self._write_once(changes, reached)
-            except StateFullError as error:
-                if not told:
-                    logger.warning("%s; the standby of task %s goes on when there is room", error, self.name)
-                told = True
-            await self._clock.sleep(_RETRY_FULL_S)
+        await self._until_there_is_room(partial(self._write_once, changes, reached))
 
     async def _write_once(self, changes: Mapping[str, dict[bytes, bytes | None]], reached: Mapping[str, int]) -> None:
         assert self.state is not None

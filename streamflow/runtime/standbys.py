@@ -34,6 +34,7 @@ _MARKS_EVERY_S = 1.0
 _MARKS_UNLIMITED_EVERY_S = 5.0
 _ENDS_EVERY_S = 5.0
 _DORMANT_EVERY_S = 5.0
+_REFUSED_S = 600.0
 
 
 class Standbys:
@@ -80,6 +81,9 @@ class Standbys:
         self._subs = {sub.name: sub for sub in layout.sub_topologies if sub.tables}
         self._held: dict[TaskId, Standby] = {}
         self._is_new = anyio.Event()
+        # Of those that did not get on, and are not followed any more: until when they are refused, monotonic.
+        self._refused: dict[TaskId, float] = {}
+        self._no_room_until_s = 0.0
         self.dormant = DormantState(layout, local, admin, clock)
         self.told: frozenset[TaskId] = frozenset()
         self.warm_ups: frozenset[TaskId] = frozenset()
@@ -175,15 +179,27 @@ class Standbys:
         """End the following of a task, if it is followed; its store stays where it is."""
         standby = self._held.pop(task, None)
         if standby is not None:
+            self._remember(task, standby)
             await standby.close()
             if standby.left_at is not None:
                 self.dormant.left(task, standby.left_at)
             elif standby.rebuilds:
                 self.dormant.taken(task)
 
+    def _remember(self, task: TaskId, standby: Standby) -> None:
+        """The next round is not to begin anew with what does not get on."""
+        until_s = self._clock.monotonic() + _REFUSED_S
+        if standby.given_up:
+            self._refused[task] = until_s
+        else:
+            self._refused.pop(task, None)
+        if standby.has_no_room:
+            self._no_room_until_s = until_s
+
     async def hand_over(self, task: TaskId) -> LocalState | None:
         """End the following of a task that comes here, and give its open store; None where none is open."""
         self.dormant.taken(task)
+        self._refused.pop(task, None)
         self.told, self.warm_ups = self.told - {task}, self.warm_ups - {task}  # it has come
         standby = self._held.pop(task, None)
         return None if standby is None else await standby.hand_over()
@@ -213,15 +229,33 @@ class Standbys:
         """Those that are followed now."""
         return self._held
 
-    def are_warm(self, tasks: Iterable[TaskId], acceptable_lag_records: int) -> bool:
-        """Whether any of these tasks are followed, and all that are, are near enough; those given up count for nothing.
+    def warm(self, tasks: Iterable[TaskId], acceptable_lag_records: int) -> frozenset[TaskId]:
+        """Those of these tasks that are followed and near enough.
 
         Args:
             tasks: Warm-ups.
             acceptable_lag_records: See the setting.
         """
-        followed = [each for task in tasks if (each := self._held.get(task)) is not None and not each.given_up]
-        return bool(followed) and all(each.lag is not None and each.lag <= acceptable_lag_records for each in followed)
+        lags = {task: standby.lag for task in tasks if (standby := self._held.get(task)) is not None}
+        return frozenset(task for task, lag in lags.items() if lag is not None and lag <= acceptable_lag_records)
+
+    def stuck(self) -> frozenset[TaskId]:
+        """Those that are to be followed, and do not get on."""
+        return frozenset(task for task, standby in self._held.items() if standby.is_stuck)
+
+    def refused(self) -> frozenset[TaskId]:
+        """Tasks that cannot be followed here, now or for a while."""
+        now_s = self._clock.monotonic()
+        self._refused = {task: until_s for task, until_s in self._refused.items() if until_s > now_s}
+        held = {task for task, standby in self._held.items() if standby.given_up}
+        return frozenset(held | (self._refused.keys() - self._held.keys()))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the disk can take more copies, as far as that is known."""
+        if any(standby.has_no_room for standby in self._held.values()):
+            return False
+        return self._clock.monotonic() >= self._no_room_until_s
 
     def status(self) -> tuple[StandbyStatus, ...]:
         """A snapshot of each, in order of name."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import streamflow as sf
+from streamflow.clock import VirtualClock
 from streamflow.log.api import Membership
 from streamflow.log.api import Told as ToldBytes
 from streamflow.runtime import conversation
@@ -22,6 +23,7 @@ ONE, TWO = TaskId("numbers", 0), TaskId("numbers", 1)
 class Standby:
     def __init__(self, lag: int | None = None, given_up: str = "") -> None:
         self.lag, self.given_up = lag, given_up
+        self.is_stuck, self.has_no_room = bool(given_up), False
 
 
 class FakeStandbys(Standbys):
@@ -31,6 +33,9 @@ class FakeStandbys(Standbys):
         self.told: frozenset[TaskId] = frozenset()
         self.warm_ups: frozenset[TaskId] = frozenset()
         self._held: dict[TaskId, Any] = {}
+        self._refused = {}
+        self._no_room_until_s = 0.0
+        self._clock = VirtualClock()
 
     async def follow(self, standby: Iterable[TaskId], warm_up: Iterable[TaskId], running: Any) -> None:
         self.told, self.warm_ups = frozenset(standby), frozenset(warm_up)
@@ -105,7 +110,15 @@ class Side:
         return self.group.asked
 
 
-async def test_a_round_is_asked_for_once_when_all_warm_ups_are_near_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set."""
+    at = [100.0]
+    monkeypatch.setattr(conversation.anyio, "current_time", lambda: at[0])
+    return at
+
+
+async def test_a_round_is_asked_for_once_when_all_warm_ups_are_near_enough(at: list[float]) -> None:
     side = Side()
     assert not side.ask()
     await side.hear(warm_up={ONE, TWO})
@@ -115,7 +128,9 @@ async def test_a_round_is_asked_for_once_when_all_warm_ups_are_near_enough(monke
     side.standbys.are(p0=0, p1=10)
     assert side.ask() == ["warmed up numbers-0, numbers-1"]
     assert len(side.ask()) == 1
-    monkeypatch.setattr(conversation, "_ASK_AGAIN_S", 0.0)
+    at[0] += 29
+    assert len(side.ask()) == 1
+    at[0] += 2
     assert len(side.ask()) == 2  # what it was told stayed the same: the round came when they had fallen behind
     await side.hear(warm_up={TWO})
     side.standbys.are(p1=0)
@@ -132,14 +147,45 @@ async def test_nothing_is_asked_for_what_comes_by_itself() -> None:
     assert len(side.ask()) == 1
 
 
-async def test_one_that_is_given_up_keeps_no_other_waiting() -> None:
+async def test_one_that_is_done_does_not_wait_for_one_that_takes_hours(at: list[float]) -> None:
+    side = Side()
+    await side.hear(warm_up={ONE, TWO})
+    side.standbys.are(p0=0, p1=5_000_000)
+    assert not side.ask()
+    at[0] += 4
+    assert not side.ask()  # the other one may be done in a moment, too
+    at[0] += 2
+    assert side.ask() == ["warmed up numbers-0"]
+    side.standbys.are(p1=3)
+    assert len(side.ask()) == 1
+    at[0] += 6
+    assert side.ask()[1:] == ["warmed up numbers-0, numbers-1"]  # it was not one a moment ago
+
+
+async def test_for_one_that_cannot_be_followed_a_round_is_asked_for_once(at: list[float]) -> None:
     side = Side()
     await side.hear(warm_up={ONE, TWO})
     side.standbys.are(p0=None, p1=0)
-    assert len(side.ask()) == 1
-    await side.hear(warm_up={ONE})
+    assert side.ask() == ["warmed up numbers-1; cannot follow numbers-0"]
+    await side.hear(standby={ONE})  # of a leader that does not know what is refused
     side.standbys.are(p0=None)
+    at[0] += 3_600
     assert len(side.ask()) == 1
+    side.standbys.are(p0=3)
+    assert len(side.ask()) == 1
+
+
+async def test_what_cannot_be_followed_is_said() -> None:
+    side = Side()
+    await side.hear(warm_up={ONE, TWO})
+    side.standbys.are(p0=None, p1=5)
+
+    def said() -> Says:
+        return Says.decode(side.word().encode(), "w")
+
+    assert (said().refused, said().follows) == (frozenset({ONE}), True)
+    side.standbys._held[TWO].has_no_room = True
+    assert (said().refused, said().follows) == (frozenset({ONE}), False)
 
 
 async def test_a_standby_whose_task_comes_is_followed_until_it_is_assigned() -> None:
@@ -183,7 +229,7 @@ async def test_who_is_taken_for_who_was_there_before_asks_for_a_round_once(
     assert not side.ask()
     before = replace(side.word(), **changed)
     await side.hear(said=before)
-    assert side.ask() == ["the others know another address, rack or capacity of this worker"]
+    assert side.ask() == ["the others know another address, rack, capacity or room of this worker"]
     # A leader that cannot read what it says goes on with that.
     await side.hear(said=before)
     assert len(side.ask()) == 1

@@ -250,6 +250,9 @@ async def days_go_by(machine: Machine, days: int) -> None:
 
     log: Any = machine.log
     for _ in range(days * 4):
+        for running in machine.workers:
+            assert running.worker.group is not None
+            running.worker.group.report_progress()
         machine.clock.advance(6 * 3600)
         await log.maintain()
         await until(lambda: all(map(is_heard, machine.workers)))
@@ -311,10 +314,11 @@ async def test_a_standby_of_what_nobody_changes_says_that_it_misses_nothing(monk
 
 
 class Faults:
-    """What the stores of this test make of writes with changes."""
+    """What the stores of standbys make of writes with changes; those of tasks are not written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.raises: list[Exception] = []
+        self._monkeypatch = monkeypatch
         write = MemoryStore.write
 
         def faulty(store: MemoryStore, batch: StoreBatch) -> None:
@@ -323,6 +327,26 @@ class Faults:
             write(store, batch)
 
         monkeypatch.setattr(MemoryStore, "write", faulty)
+
+    async def meet(self, machine: Machine, summing: Summing, *raises: Exception) -> tuple[Running, Standby]:
+        """Let the only standby meet them; the worker it is in, and it."""
+        first = await machine.start()
+        await summing.send(machine, 20)
+        await machine.settle()
+        second = await machine.start()
+        conversation = second.worker.conversation
+        assert conversation is not None
+        await until(lambda: first.tasks and conversation.told.active is not None)
+        await follow(second, "numbers-0")
+        standby = await level(second, "numbers-0")
+        self._monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
+        await self.again(machine, summing, *raises)
+        return second, standby
+
+    async def again(self, machine: Machine, summing: Summing, *raises: Exception) -> None:
+        self.raises = list(raises)
+        await summing.send(machine, 10)
+        await machine.settle()
 
 
 async def one_followed(machine: Machine, summing: Summing) -> tuple[Running, Running, Standby]:
@@ -335,49 +359,85 @@ async def one_followed(machine: Machine, summing: Summing) -> tuple[Running, Run
     return first, second, await level(second, "numbers-0")
 
 
-async def test_a_damaged_store_is_set_aside_and_filled_anew(
+def damages(times: int) -> list[Exception]:
+    return [StateCorruptedError("a file is damaged") for _ in range(times)]
+
+
+def no_room(times: int) -> list[Exception]:
+    return [StateFullError("no room") for _ in range(times)]
+
+
+async def test_a_damaged_store_is_set_aside_and_filled_anew_however_often_within_a_year(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults, summing = Faults(monkeypatch), Summing(partitions=1)
-    async with Machine(summing.app, standby_replicas=1) as machine:
-        _, second, standby = await one_followed(machine, summing)
-        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)  # the task's own store is not written
-        faults.raises = [StateCorruptedError("a file is damaged")]
-        await summing.send(machine, 10)
-        await machine.settle()
-        await until(lambda: standby.rebuilds == 1 and standby._spans and standby.lag == 0)
-        assert content(standby) == {f"k{number}": 3 for number in range(10)}
+    async with Machine(summing.app) as machine:
+        second, standby = await faults.meet(machine, summing, *damages(1))
+        for times in range(1, 6):
+            await until(lambda times=times: standby.rebuilds == times and standby._spans and standby.lag == 0)
+            assert content(standby) == {f"k{number}": 2 + times for number in range(10)}
+            assert not standby.given_up
+            machine.clock.advance(250)
+            await faults.again(machine, summing, *damages(1))
         assert second.error is None
-        assert not standby.given_up
     assert "a file is damaged" in caplog.text
 
 
-async def test_a_store_that_is_damaged_again_and_again_is_given_up_and_the_worker_goes_on(
+async def test_a_store_that_is_damaged_again_and_again_is_given_up_and_tried_again_later(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults, summing = Faults(monkeypatch), Summing(partitions=1)
-    async with Machine(summing.app, standby_replicas=1) as machine:
-        _, second, standby = await one_followed(machine, summing)
-        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
-        faults.raises = [StateCorruptedError("a file is damaged")] * 9
-        await summing.send(machine, 10)
-        await machine.settle()
+    async with Machine(summing.app) as machine:
+        second, standby = await faults.meet(machine, summing, *damages(9))
+        standbys, task = standbys_of(second), TaskId("numbers", 0)
         await until(lambda: standby.given_up)
         assert standby.lag is None
-        assert standbys_of(second).lags() == {}
+        assert standbys.lags() == {}
+        assert standbys.refused() == {task}
         assert second.worker.status().standbys[0].given_up == "a file is damaged"
         assert second.error is None
-    assert "is given up" in caplog.text
+        faults.raises.clear()
+        await until(lambda: machine.clock.next_wake_s() is not None and standby.state is None)
+        machine.clock.advance(61)
+        await until(lambda: standby.lag == 0 and not standby.given_up)
+        assert content(standby) == {f"k{number}": 3 for number in range(10)}
+        assert not standbys.refused()
+    assert caplog.text.count("is given up") == 1
+
+
+async def test_what_was_given_up_is_refused_for_a_while_after_it_was_told_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next round would begin with it anew."""
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        second, standby = await faults.meet(machine, summing, *damages(9))
+        standbys, task = standbys_of(second), TaskId("numbers", 0)
+        await until(lambda: standby.given_up)
+        await follow(second)
+        assert not standbys.held()
+        assert standbys.refused() == {task}
+        machine.clock.advance(601)
+        assert not standbys.refused()
+
+
+async def test_the_leader_takes_a_copy_away_from_who_has_given_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app, standby_replicas=1) as machine:
+        second, standby = await faults.meet(machine, summing)
+        third = await machine.start()
+        assert not standbys_of(third).held()
+        await faults.again(machine, summing, *damages(4))
+        await follows(third, "numbers-0")
+        await until(lambda: not standbys_of(second).held())
+        assert standby.given_up
+        await level(third, "numbers-0")
 
 
 async def test_a_full_disk_is_waited_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     faults, summing = Faults(monkeypatch), Summing(partitions=1)
-    async with Machine(summing.app, standby_replicas=1) as machine:
-        _, _, standby = await one_followed(machine, summing)
-        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
-        faults.raises = [StateFullError("no room")] * 3
-        await summing.send(machine, 10)
-        await machine.settle()
+    async with Machine(summing.app) as machine:
+        _, standby = await faults.meet(machine, summing, *no_room(3))
         expected = {f"k{number}": 3 for number in range(10)}
 
         def is_written() -> bool:
@@ -390,14 +450,29 @@ async def test_a_full_disk_is_waited_out(monkeypatch: pytest.MonkeyPatch, caplog
     assert caplog.text.count("no room") == 1
 
 
+async def test_a_worker_whose_disk_is_full_for_long_takes_no_copies_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults, summing = Faults(monkeypatch), Summing(partitions=1)
+    async with Machine(summing.app) as machine:
+        second, standby = await faults.meet(machine, summing, *no_room(999))
+        standbys = standbys_of(second)
+        await until(lambda: len(faults.raises) < 999)
+        assert standbys.has_room  # it may be a matter of moments
+        machine.clock.advance(61)
+        assert standby.is_stuck
+        assert not standbys.has_room
+        assert not standbys.refused()
+        await follow(second)
+        assert not standbys.has_room
+        machine.clock.advance(601)
+        assert standbys.has_room
+
+
 async def test_a_standby_is_ended_while_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     faults, summing = Faults(monkeypatch), Summing(partitions=1)
-    async with Machine(summing.app, standby_replicas=1) as machine:
-        _, second, _ = await one_followed(machine, summing)
-        monkeypatch.setattr("streamflow.runtime.task_tables._STORE_EVERY_S", 1e9)
-        faults.raises = [StateFullError("no room")] * 9
-        await summing.send(machine, 10)
-        await machine.settle()
+    async with Machine(summing.app) as machine:
+        second, _ = await faults.meet(machine, summing, *no_room(9))
         await until(lambda: len(faults.raises) == 8)
         with anyio.fail_after(5):
             await follow(second)
@@ -463,7 +538,7 @@ async def test_nothing_is_followed_of_a_task_that_has_committed_nothing() -> Non
         standby = standby_of(second, "numbers-0")
         await until(lambda: standby.lag == 0)
         assert standby.state is None
-        assert standbys_of(second).are_warm([TaskId("numbers", 0)], 0)
+        assert standbys_of(second).warm([TaskId("numbers", 0)], 0)
         await summing.send(machine, 5)
         await machine.settle()
         await until(lambda: standby.state is not None and standby.lag == 0)

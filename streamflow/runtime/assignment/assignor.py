@@ -117,6 +117,7 @@ def _cluster_members(
             says.follows,
             says.rack,
             says.capacity,
+            says.refused,
         )
         for member in members
         for says in [said[member.member_id]]

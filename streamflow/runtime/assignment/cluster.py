@@ -53,6 +53,7 @@ class ClusterMember:
         follows: Whether it follows changelogs, as standby or warm-up, where it is told to. An older version does not.
         rack: Where it runs; empty where that is not said.
         capacity: Its share of the work beside the others', >= 1.
+        refused: Tasks whose state it cannot follow: it gets them only if it owns them, or if all others refuse, too.
     """
 
     member_id: str
@@ -63,6 +64,7 @@ class ClusterMember:
     follows: bool = False
     rack: str = ""
     capacity: int = 1
+    refused: frozenset[TaskId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

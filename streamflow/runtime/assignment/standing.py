@@ -16,7 +16,7 @@ class Standing:
     Attributes:
         members: By id, in order.
         tasks: By id, in order.
-        able: By task: the members that read all its topics, in order.
+        able: By task: the members that read all its topics and do not refuse it, in order. If all do, all of them.
         owner: By task that an able member owns: that member.
         lags: By task with state: how far behind the able members are that have some of it. An owner is not behind
             unless it says so.
@@ -57,7 +57,17 @@ class Standing:
             if topics not in by_topics:
                 by_topics[topics] = tuple(name for name, member in self.members.items() if topics <= member.topics)
             able[task.id] = by_topics[topics]
+        for task_id, refusing in self._refusing().items():
+            able[task_id] = tuple(one for one in able[task_id] if one not in refusing) or able[task_id]
         return able
+
+    def _refusing(self) -> dict[TaskId, set[str]]:
+        refusing: dict[TaskId, set[str]] = {}
+        for name, member in self.members.items():
+            for task_id in member.refused - member.active:
+                if task_id in self.tasks:
+                    refusing.setdefault(task_id, set()).add(name)
+        return refusing
 
     def _read(self, member: ClusterMember) -> None:
         for task, lag in self._lags_of(member).items():

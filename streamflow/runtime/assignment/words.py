@@ -49,6 +49,7 @@ class Says:
             to say; one that is restored says what is left.
         unpacks: Whether it reads routes that are packed, and what else `Told` has beside standbys, warm-ups and routes.
             Versions before do not: they are told the routes in full.
+        refused: Tasks whose state it could not follow, and will not be able to for a while: others are to have them.
     """
 
     url: str = ""
@@ -58,6 +59,7 @@ class Says:
     standby: frozenset[TaskId] = frozenset()
     lags: Mapping[TaskId, int] = field(default_factory=dict[TaskId, int])
     unpacks: bool = False
+    refused: frozenset[TaskId] = frozenset()
 
     @property
     def checksum(self) -> int:
@@ -69,8 +71,8 @@ class Says:
         lags: _Lags = {}
         for (sub_topology, partition), lag in sorted(self.lags.items()):
             lags.setdefault(sub_topology, {})[partition] = lag
-        word = _Says(self.url, self.rack, self.capacity, self.follows, _nested(self.standby), lags, self.unpacks)
-        return _write(word)
+        standby, refused = _nested(self.standby), _nested(self.refused)
+        return _write(_Says(self.url, self.rack, self.capacity, self.follows, standby, lags, self.unpacks, refused))
 
     @classmethod
     def decode(cls, data: bytes, who: str) -> Says:
@@ -84,7 +86,8 @@ class Says:
         if word is None:
             return cls()
         lags = {TaskId(name, partition): lag for name, by in word.lags.items() for partition, lag in by.items()}
-        return cls(word.url, word.rack, word.capacity, word.follows, _flat(word.standby), lags, word.unpacks)
+        standby, refused = _flat(word.standby), _flat(word.refused)
+        return cls(word.url, word.rack, word.capacity, word.follows, standby, lags, word.unpacks, refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Told:
 
     Attributes:
         standby: Tasks it is to keep a copy of.
-        warm_up: Tasks it is to catch up with, and to ask for a new round (`log.api.Group.rejoin`) once it has with all
+        warm_up: Tasks it is to catch up with, and to ask for a new round (`log.api.Group.rejoin`) once it has with some
             of them. Some may be its own in this plan already: they come once their owner has given them up, and are
             to be followed until then.
         active: Tasks that are its own in this plan, whether they have come already or not; None where the leader is of
@@ -207,6 +210,7 @@ class _Says(msgspec.Struct, omit_defaults=True):
     standby: _Tasks = {}
     lags: _Lags = {}
     unpacks: bool = False
+    refused: _Tasks = {}
 
 
 class _Route(msgspec.Struct, omit_defaults=True):

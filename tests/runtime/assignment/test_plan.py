@@ -316,6 +316,32 @@ def test_who_is_overtaken_while_it_restores_hands_the_task_over() -> None:
     assert owners(plan(Cluster([late, replace(restoring, active=frozenset())], [task]))) == {task.id: "b"}
 
 
+def test_who_cannot_follow_a_task_keeps_no_warm_up_of_it_and_the_others_go_on() -> None:
+    world = group(World(tasks_of({"s": 8}, "s"), warm_ups=2), "a")
+    world.join("b")
+    stuck = world.plan().warm_up["b"]
+    assert len(stuck) == 2
+    cluster = world.cluster()
+    refusing = [replace(one, refused=stuck) if one.member_id == "b" else one for one in cluster.members]
+    planned = plan(replace(cluster, members=refusing))
+    assert len(planned.warm_up["b"]) == 2
+    assert not planned.warm_up["b"] & stuck
+    assert stuck <= planned.active["a"]
+
+
+def test_who_refuses_a_copy_gets_none_and_the_task_only_if_all_do() -> None:
+    world = group(World(tasks_of({"s": 4}, "s"), replicas=1), *"abc")
+    cluster = world.cluster()
+    every = frozenset(task.id for task in world.tasks)
+    refusing = [replace(one, refused=every) if one.member_id == "c" else one for one in cluster.members]
+    planned = plan(replace(cluster, members=refusing))
+    assert not planned.standby["c"]
+    assert sum(map(len, planned.standby.values())) == 4
+    assert planned.active["c"] == world.workers["c"].active  # it has those
+    alone = replace(refusing[-1], active=frozenset())
+    assert plan(replace(cluster, members=[alone])).active == {"c": every}
+
+
 def test_who_comes_back_gets_what_it_had() -> None:
     world = group(World(tasks_of({"s": 12, "t": 6}, "st")), *"abc")
     had = world.workers["b"].active
