@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -154,6 +155,7 @@ async def run(
     per_s: int,
     plan: Sequence[str] | None = None,
     patience_s: float = 40,
+    at_most_s: float = math.inf,
 ) -> Ran:
     """One run: a worker, a load, the faults one after another, and the check of every record.
 
@@ -164,6 +166,7 @@ async def run(
         per_s: Records a second.
         plan: The faults, instead of the scenario's.
         patience_s: How long everything may take after a fault.
+        at_most_s: Faults that have not begun by then are left out, but for the last one.
     """
     kinds = list(plan if plan is not None else variant.plan(seed))
     print(f"{variant}; seed {seed}: {', '.join(kinds)}", flush=True)
@@ -171,7 +174,10 @@ async def run(
     async with where.run(variant, seed, patience_s=patience_s) as chaos:
         await chaos.begin(1)
         async with chaos.load(per_s=per_s):
-            for kind in kinds:
+            for number, kind in enumerate(kinds, 1):
+                if number < len(kinds) and time.monotonic() - began_s > at_most_s:
+                    print(f"{kind}: left out", flush=True)
+                    continue
                 await chaos.pass_time()
                 await chaos.happen(kind)
         seconds = time.monotonic() - began_s

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -35,6 +36,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--standbys", default="0,1", help="standby_replicas of the matrix (default: %(default)s)")
     parser.add_argument("--instance-ids", default="no,yes", help="of the matrix (default: %(default)s)")
     parser.add_argument("--per-s", type=int, default=600, help="records a second in the matrix")
+    text = (
+        "seconds after which a run of the matrix begins no fault any more and is checked (default: all of its faults)"
+    )
+    parser.add_argument("--at-most", type=float, default=math.inf, metavar="SECONDS", help=text)
 
 
 def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
@@ -65,7 +70,8 @@ async def run_matrix(arguments: argparse.Namespace, folder: Path) -> list[str]:
         for number, variant in enumerate(wanted, 1):
             print(f"--- {number} of {len(wanted)}, after {time.monotonic() - began_s:.0f} s", flush=True)
             try:
-                ran.append(await run(where, variant, arguments.seed, per_s=arguments.per_s, patience_s=PATIENCE_S))
+                seed, per_s, at_most_s = arguments.seed, arguments.per_s, arguments.at_most
+                ran.append(await run(where, variant, seed, per_s=per_s, patience_s=PATIENCE_S, at_most_s=at_most_s))
             except Exception as error:  # also of a broker, and of what reads the log
                 traceback.print_exc()
                 reason = (str(error) or repr(error)).splitlines()[0]
