@@ -145,8 +145,7 @@ class CommittedReads:
             )
         at = positions_of(question.at)
         key = None if question.key is None else key_of(table, question.key)
-        give_up_s = anyio.current_time() + question.timeout_s
-        parts = [await self._held(table, sub, number, at, give_up_s, question) for number in question.partitions]
+        parts, without = await self._held(table, sub, question, at)
         try:
             if question.key is not None:
                 rows, is_complete = _value(parts, key, question.key), True
@@ -161,31 +160,45 @@ class CommittedReads:
         self._check_still(table, sub, parts)
         position = text_of({tp: offset for part in parts for tp, offset in part.positions.items()})
         lags = [part.lag for part in parts if part.lag is not None]
-        return Answer(rows, is_complete, position, sum(lags) if lags else None)
+        return Answer(rows, is_complete, position, sum(lags) if lags else None, without)
 
     async def _held(
+        self, table: Table[Any, Any], sub: SubTopology, question: Question, at: Mapping[TopicPartition, int]
+    ) -> tuple[list[Readable], dict[int, str]]:
+        """The partitions that can be read and have come far enough; and why others are left out, where they may be."""
+        give_up_s = anyio.current_time() + question.timeout_s
+        while True:
+            parts: list[Readable] = []
+            missing: dict[int, NotReadableYet | Misdirected] = {}
+            for number in question.partitions:
+                try:
+                    parts.append(self._far_enough(table, sub, number, at, stale_ok=question.stale_ok))
+                except (NotReadableYet, Misdirected) as error:
+                    missing[number] = error
+            if not missing or (question.partly and parts):
+                return parts, {number: str(error) for number, error in missing.items()}
+            for reason in missing.values():
+                if isinstance(reason, Misdirected):  # waiting does not help
+                    raise reason
+            left_s = give_up_s - anyio.current_time()
+            if left_s <= 0:
+                raise next(iter(missing.values()))
+            await anyio.sleep(min(left_s, _POLL_S))
+
+    def _far_enough(
         self,
         table: Table[Any, Any],
         sub: SubTopology,
         partition: int,
         at: Mapping[TopicPartition, int],
-        give_up_s: float,
-        question: Question,
+        *,
+        stale_ok: bool,
     ) -> Readable:
-        """A partition that can be read and has come far enough."""
-        while True:
-            try:
-                part = self._readable(table, sub, partition, stale_ok=question.stale_ok)
-                late = part.behind(at)
-                if late is None:
-                    return part
-                error = NotReadableYet(f"partition {partition} has not come to offset {at[late]} of {late} yet")
-            except NotReadableYet as exc:
-                error = exc
-            left_s = give_up_s - anyio.current_time()
-            if left_s <= 0:
-                raise error
-            await anyio.sleep(min(left_s, _POLL_S))
+        part = self._readable(table, sub, partition, stale_ok=stale_ok)
+        late = part.behind(at)
+        if late is not None:
+            raise NotReadableYet(f"partition {partition} has not come to offset {at[late]} of {late} yet")
+        return part
 
     def _readable(self, table: Table[Any, Any], sub: SubTopology, partition: int, *, stale_ok: bool) -> Readable:
         """A partition that may be read now."""

@@ -35,6 +35,8 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
         stale_ok: Whether a standby may answer.
         timeout_s: Seconds to wait for what is being restored, or for `at`; 0 to 60.
         app: Id of the asker's app; empty from a version that does not say it.
+        partly: Whether to answer for those of the partitions that can be read, if there is one. A version before
+            answers for all or for none.
     """
 
     table: str
@@ -49,6 +51,7 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
     stale_ok: bool = False
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_READ_S)] = 0.0
     app: str = ""
+    partly: bool = False
 
     def __post_init__(self) -> None:
         # Who is asked whether this may be read is told one key: it has to be the one that is read.
@@ -84,12 +87,14 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
         is_complete: Whether there are no more rows in the range.
         position: What the partitions had come to when they were read, as text.
         lag: Records that the answer may lack, where a standby gave it; None from owners.
+        without: Partitions that it leaves out, because they cannot be read here now, and why.
     """
 
     rows: list[tuple[bytes, bytes]]
     is_complete: bool = True
     position: str = ""
     lag: int | None = None
+    without: dict[int, str] = {}
 
     def data(self) -> bytes:
         """As bytes."""

@@ -235,7 +235,14 @@ class TableReads:
 
     def _with(self, question: Question, options: ReadOptions, left_s: float) -> Question:
         app_id = self.committed.app_id
-        return msgspec.structs.replace(question, app=app_id, at=options.at, stale_ok=options.stale_ok, timeout_s=left_s)
+        return msgspec.structs.replace(
+            question,
+            app=app_id,
+            partly=len(question.partitions) > 1,
+            at=options.at,
+            stale_ok=options.stale_ok,
+            timeout_s=left_s,
+        )
 
     def _checked(self, table: Table[Any, Any], options: ReadOptions) -> tuple[Table[Any, Any], SubTopology]:
         found, sub = self.committed.table(table.name)
@@ -272,7 +279,7 @@ class TableReads:
             for where, outcome in outcomes.items():
                 if isinstance(outcome, Answer):
                     answers.append(outcome)
-                    left.difference_update(asked[where])
+                    left.difference_update(set(asked[where]) - outcome.without.keys())
                 elif not isinstance(outcome, _MISSED):
                     self._sensors.table_read(table.name, "refused")
                     raise outcome
@@ -351,7 +358,10 @@ class TableReads:
             return error
 
     def _why_not(self, sub: SubTopology, left: Sequence[int], outcomes: dict[str, Answer | Exception]) -> str:
-        reasons = list(dict.fromkeys(str(outcome) for outcome in outcomes.values() if isinstance(outcome, Exception)))
+        said: list[str] = []
+        for outcome in outcomes.values():
+            said += outcome.without.values() if isinstance(outcome, Answer) else [str(outcome)]
+        reasons = list(dict.fromkeys(said))
         for partition in left:
             owner = self._routes.owner(TaskId(sub.name, partition))
             if owner is None and not self.committed.owns(sub, partition):
