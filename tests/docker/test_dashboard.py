@@ -44,7 +44,7 @@ class Prometheus:
     def __init__(self, shell, workers: str) -> None:
         self.workers = workers
         configuration = read_yaml(DOCKER / "prometheus" / "prometheus.yml")
-        configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "250ms")
+        configuration["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s")
         configuration["rule_files"] = [str(DOCKER / "prometheus" / name) for name in configuration["rule_files"]]
         (job,) = configuration["scrape_configs"]
         job["static_configs"] = [{"targets": [workers.removeprefix("http://")]}]

@@ -197,8 +197,14 @@ class Worker:
         return self
 
     async def status(self) -> Any:
-        """The first process's status."""
-        return json.loads((await self.get("/status.json"))[1])[0]["status"]
+        """The first process's status, once it has answered: one that is busy may take longer than one request waits."""
+
+        async def told() -> str:
+            assert self.runs, f"it ended and tells no status:\n{self.said}"
+            code, text = await self.get("/status.json")
+            return text if code == 200 else ""
+
+        return json.loads(await until(told, lambda: f"the status of a worker that said:\n{self.said}"))[0]["status"]
 
     async def owned(self, topic: str) -> set[int]:
         """The partitions of a topic that it processes."""

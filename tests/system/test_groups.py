@@ -239,7 +239,7 @@ async def units(stream: sf.Stream[int]) -> AsyncIterator[sf.Out[int]]:
     async for unit in stream.take(100, within_s=4):
         yield sf.Out(len(unit), key="a")
 """
-    system.write_app(body, max_poll_interval_ms=1_000, partitions=1)
+    system.write_app(body, max_poll_interval_ms=2_000, partitions=1)
     await system.create("numbers", partitions=1)
     worker = await system.started()
     await system.write("numbers", [(b"a", number) for number in range(6)])
@@ -257,7 +257,7 @@ async def slow(stream: sf.Stream[int]) -> AsyncIterator[int]:
         await asyncio.sleep(0.7)
         yield number * 2
 """
-    system.write_app(body, max_poll_interval_ms=1_500, partitions=1)
+    system.write_app(body, max_poll_interval_ms=3_000, partitions=1)
     await system.create("numbers", partitions=1)
     await system.write("numbers", [(b"a", number) for number in range(6)])
     worker = await system.started()

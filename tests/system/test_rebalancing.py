@@ -138,7 +138,7 @@ async def test_commits_go_on_while_the_group_waits_for_a_member(kafka: System) -
     kafka.write_app(SUMS, session_timeout_ms=25_000)
     await kafka.create("numbers", "results", partitions=PARTITIONS)
     async with kafka.load("numbers", per_s=500) as sent, states_of(kafka) as state:
-        workers = [await kafka.started() for _ in range(3)]
+        workers = [kafka.start() for _ in range(3)]
         await shares(kafka, workers)
         *others, stopped = workers
         theirs = set[int]().union(*[await each.owned(kafka.topic("numbers")) for each in others])
@@ -250,7 +250,7 @@ async def test_a_rolling_restart_loses_doubles_and_repeats_nothing(system: Syste
     system.write_app(SUMS, session_timeout_ms=60_000)
     await system.create("numbers", "results", partitions=PARTITIONS)
     async with system.load("numbers", per_s=300) as sent:
-        workers = [await system.started() for _ in range(3)]
+        workers = [system.start() for _ in range(3)]
         await shares(system, workers)
         for number in range(3):
             assert await workers[number].stops() == STOPPED
@@ -274,7 +274,7 @@ async def test_a_rolling_restart_loses_doubles_and_repeats_nothing(system: Syste
 async def test_members_without_partitions_are_ready_and_take_over(system: System) -> None:
     system.write_app(SUMS)
     await system.create("numbers", "results", partitions=2)
-    workers = [await system.started() for _ in range(4)]
+    workers = [system.start() for _ in range(4)]
     await shares(system, workers, 2)
     assert [(await worker.get("/ready"))[0] for worker in workers] == [200] * 4
     assert [(await worker.get("/live"))[0] for worker in workers] == [200] * 4
@@ -318,7 +318,7 @@ async def test_a_source_that_is_deleted_stops_all_that_read_it(system: System, n
     system.write_app(DOUBLE, partitions=2)
     await system.create("numbers", partitions=2)
     environment = {"STREAMFLOW_KAFKA_METADATA_MAX_AGE_MS": "500"} if noticed_by == "leader" else {}
-    workers = [await system.started(**environment) for _ in range(2)]
+    workers = [system.start(**environment) for _ in range(2)]
     await shares(system, workers, 2)
     await system.write("numbers", numbered(20))
     await system.has_committed("numbers", 20)
