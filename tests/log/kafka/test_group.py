@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -13,7 +14,19 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from streamflow.errors import FatalError, RetriableError, TaskMigratedError
-from streamflow.log.api import Assigned, AtomicCommit, GroupSettings, Lost, Membership, NewTopic, OffsetMark, Revoked
+from streamflow.log.api import (
+    Assigned,
+    AtomicCommit,
+    Given,
+    GroupSettings,
+    Lost,
+    Membership,
+    NewTopic,
+    OffsetMark,
+    Revoked,
+    Shorter,
+    Told,
+)
 from streamflow.log.kafka import wire_group
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
@@ -52,6 +65,29 @@ async def commit_again(group, offsets):
                 except RetriableError:
                     pass
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+async def test_what_the_broker_would_not_keep_is_told_in_short(open_log, name, count, caplog):
+    """It keeps what all are told in one record, and refuses a round whose record is too large."""
+    topic, group_id, long = name("t"), name("g"), random.randbytes(400_000)
+
+    def assignor(members, counts):
+        given = spread(members, counts)
+        return {one: Given(each.partitions, long, [Shorter(b"short", "the rest")]) for one, each in given.items()}
+
+    async with open_log() as log, contextlib.AsyncExitStack() as stack:
+        await log.admin.create([NewTopic(topic, count)])
+        joining = [member(log, group_id, topic, assignor=assignor) for _ in range(count)]
+        members = [await stack.enter_async_context(each) for each in joining]
+        await until(lambda: [len(each.owned) for each in members] == [1] * count)
+        expected = long if count == 2 else b"short"
+        await until(lambda: all(each.events and told_last(each) == expected for each in members))
+    assert (f"its {count} members are not told the rest" in caplog.text) == (count == 3)
+
+
+def told_last(watched):
+    return next((event.told for event in reversed(watched.events) if isinstance(event, Told)), None)
 
 
 async def test_a_third_member_takes_from_both_and_what_stays_is_never_mentioned(open_log, name):
