@@ -37,7 +37,7 @@ signal.signal(signal.SIGUSR1, tell_stacks)
 faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
 """
 """A part of the app: its threads tell at once, its tasks when the main thread runs Python again."""
-_WITHIN_S = 3.0
+_WITHIN_S = 10.0
 _LINES = 60
 _DONE = "end of the tasks"
 

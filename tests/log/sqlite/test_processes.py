@@ -131,17 +131,15 @@ def owned(lines: list[str]) -> set[int]:
 
 async def test_a_killed_member_hands_over_and_its_offsets_are_read(path):
     await create(path, "t", partitions=4)
-    with Child("member", path, "11") as first:
+    # A process that is certainly gone is not waited for: the session would be over long after this test has given up.
+    with Child("member", path, "11", "600000") as first:
         first.wait_for(lambda lines: owned(lines) == {0, 1, 2, 3})
-        with Child("member", path, "22") as second:
+        with Child("member", path, "22", "600000") as second:
             second.wait_for(lambda lines: len(owned(lines)) == 2)
             first.wait_for(lambda lines: len(owned(lines)) == 2)
             assert owned(first.lines()) | owned(second.lines()) == {0, 1, 2, 3}
             first.kill()
-            killed = time.monotonic()
             second.wait_for(lambda lines: owned(lines) == {0, 1, 2, 3})
-            # A process that is certainly gone is not waited for: heartbeats, not the session time-out of 2 s.
-            assert time.monotonic() - killed < 2.0
     async with open_log(path) as log:
         await asyncio.sleep(0.1)
         assert set((await log.admin.group_offsets("group")).values()) == {OffsetMark(22)}
@@ -160,7 +158,7 @@ async def test_a_stopped_member_expires_and_finds_out_when_it_goes_on(path):
             stopped.signal(signal.SIGSTOP)
             since = time.monotonic()
             await until(lambda: len(member.owned) == 2)
-            assert time.monotonic() - since > 1.8  # not before its session is over
+            assert time.monotonic() - since > 1  # its session; its last heartbeat was before it was stopped
             stopped.signal(signal.SIGCONT)
             await asyncio.to_thread(stopped.wait_for, lambda lines: any(line.startswith("lost") for line in lines))
             await until(lambda: len(member.owned) == 1)  # it has joined again

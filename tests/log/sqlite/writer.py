@@ -1,6 +1,6 @@
 """A process that writes to a log until it is killed; a line on standard output for everything acknowledged.
 
-    python -m tests.log.sqlite.writer MODE PATH NUMBER
+    python -m tests.log.sqlite.writer MODE PATH NUMBER [SESSION_TIMEOUT_MS]
 
 `batches`: plain batches. `commits`: atomic commits to two topics with the offset of a member. `member`: joins a group
 and says what it has. `lock`: takes the write lock and keeps it.
@@ -11,6 +11,7 @@ import os
 import sqlite3
 import sys
 import time
+from dataclasses import replace
 
 from streamflow.clock import SystemClock
 from streamflow.log.api import Assigned, AtomicCommit, GroupSettings, Lost, OffsetMark, Revoked
@@ -26,7 +27,7 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())  # one system call: a killed process leaves no half line behind
 
 
-async def write_batches(log: SqliteLog, number: str) -> None:
+async def write_batches(log: SqliteLog, number: str, _: GroupSettings) -> None:
     tp = TopicPartition("batches", 0)
     waiting: list[tuple[str, asyncio.Future[int]]] = []
     async with log.producer() as producer:
@@ -38,11 +39,11 @@ async def write_batches(log: SqliteLog, number: str) -> None:
                 say(f"{first} {await stored}")
 
 
-async def write_commits(log: SqliteLog, number: str) -> None:
+async def write_commits(log: SqliteLog, number: str, settings: GroupSettings) -> None:
     source = TopicPartition(f"source-{number}", 0)
     async with (
         log.transactional_producer(f"writer-{number}") as producer,
-        log.group(f"group-{number}", frozenset({source.topic}), spread, SETTINGS) as group,
+        log.group(f"group-{number}", frozenset({source.topic}), spread, settings) as group,
         Watched(group) as member,
     ):
         await until(lambda: member.owned)
@@ -54,8 +55,8 @@ async def write_commits(log: SqliteLog, number: str) -> None:
             say(f"{number}-{count} 0")
 
 
-async def be_member(log: SqliteLog, number: str) -> None:
-    async with log.group("group", frozenset({"t"}), spread, SETTINGS) as group:
+async def be_member(log: SqliteLog, number: str, settings: GroupSettings) -> None:
+    async with log.group("group", frozenset({"t"}), spread, settings) as group:
         while True:
             event = await group.next_event()
             numbers = sorted(tp.partition for tp in event.partitions)
@@ -77,9 +78,10 @@ def keep_locked(path: str) -> None:
     time.sleep(600)
 
 
-async def main(mode: str, path: str, number: str) -> None:
+async def main(mode: str, path: str, number: str, session_timeout_ms: str = "") -> None:
+    settings = replace(SETTINGS, session_timeout_ms=int(session_timeout_ms or SETTINGS.session_timeout_ms))
     async with SqliteLog.at_path(path, clock=SystemClock()) as log:
-        await {"batches": write_batches, "commits": write_commits, "member": be_member}[mode](log, number)
+        await {"batches": write_batches, "commits": write_commits, "member": be_member}[mode](log, number, settings)
 
 
 if __name__ == "__main__":
