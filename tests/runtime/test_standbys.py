@@ -457,7 +457,7 @@ async def test_a_worker_whose_disk_is_full_for_long_takes_no_copies_for_a_while(
     async with Machine(summing.app) as machine:
         second, standby = await faults.meet(machine, summing, *no_room(999))
         standbys = standbys_of(second)
-        await until(lambda: len(faults.raises) < 999)
+        await until(lambda: standby._full_since_s is not None)
         assert standbys.has_room  # it may be a matter of moments
         machine.clock.advance(61)
         assert standby.is_stuck
