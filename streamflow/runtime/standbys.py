@@ -137,8 +137,9 @@ class Standbys:
         """
         self.told, self.warm_ups = frozenset(standby), frozenset(warm_up)
         wanted = self.told | self.warm_ups
-        for task in [task for task in self._held if task not in wanted]:
-            await self.end(task)
+        async with anyio.create_task_group() as ending:  # each closes a store, and what was assigned waits for all
+            for task in self._held.keys() - wanted:
+                ending.start_soon(self.end, task)
         self.go_on(running)
 
     def go_on(self, running: Callable[[TaskId], bool]) -> None:
