@@ -53,6 +53,8 @@ _PAUSE_S = 0.2
 """Pause of one that is level: many small commits of the task are then one fetch and one write here."""
 _LOOK_S = 30.0
 _NOTE_EVERY_MS = 600_000
+_LOOKS = 5
+"""Commits of transactions are seen a moment later: how often it is looked whether a table is ahead of its source."""
 _SILENT_MS = 15_000
 """Three times as long as the ends of changelogs are looked up apart from one another."""
 _MAX_REBUILDS = 3
@@ -138,7 +140,7 @@ class Standby:
     @property
     def is_limited(self) -> bool:
         """Whether it waits for the task's commits to say how far to follow."""
-        return self._mark is None or any(span.limit is not None for span in self._spans.values())
+        return self._mark is None or not self._spans or any(span.limit is not None for span in self._spans.values())
 
     @property
     def lag(self) -> int | None:
@@ -383,10 +385,9 @@ class Standby:
 
     async def _begin(self) -> None:
         """Find out where to go on, drop what cannot be gone on from, and start to read."""
-        state, mark, marks = self.state, self._mark, self._marks
+        state, mark = self.state, self._mark
         assert state is not None
         assert mark is not None
-        assert marks is not None
         now_ms = self._clock.now_ms()
         level_at_ms = min(now_ms, state.store.checkpoint.caught_up_at_ms)
         tables = {table.name: table for table in state.tables if is_followed(table)}
@@ -395,7 +396,7 @@ class Standby:
         spans: dict[TopicPartition, Span] = {}
         for name, table in tables.items():
             tp = sources[name]
-            limit = limit_of(table, self.partition, mark, marks)
+            limit = await self._believed_limit(table, mark)
             position = await self._checked(table, tp, starts[tp], ends[tp], limit)
             span = spans.setdefault(tp, Span(tp, [], ends[tp], limit))
             reads, first = self._reads(table), max(position, starts[tp])
@@ -408,6 +409,24 @@ class Standby:
         self._set_limits()
         for span in spans.values():
             self._reader.add(span.tp, span.position)
+
+    async def _believed_limit(self, table: Table[Any, Any], mark: CommitMark) -> int | None:
+        """The limit of a table, after some more looks where the store is ahead of its source.
+
+        The task that has just left may have committed what those who look do not see yet.
+        """
+        assert self.state is not None
+        position = self.state.store.checkpoint.changelogs.get(table.name, 0)
+        looks = 0
+        while True:
+            seen = self._marks
+            assert seen is not None
+            limit = limit_of(table, self.partition, mark, seen)
+            if table.source is None or limit is None or position <= limit or looks == _LOOKS:
+                return limit
+            looks += 1
+            while self._marks is seen:
+                await self._wait()
 
     def _reads(self, table: Table[Any, Any]) -> ChangelogRecords | SourceRecords:
         if table.source is None:
