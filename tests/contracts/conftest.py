@@ -8,6 +8,7 @@ import pytest
 from streamflow.clock import SystemClock
 from streamflow.log.api import Log
 from streamflow.log.connect import connect
+from streamflow.log.kafka import fetch
 
 KAFKA = {"kafka": "kafka_broker", "old-kafka": "old_kafka_broker"}
 
@@ -29,6 +30,12 @@ def name() -> Callable[[str], str]:
     """Makes names that no other test uses: a broker is shared by all."""
     suffix = uuid.uuid4().hex[:12]
     return lambda prefix: f"{prefix}-{suffix}"
+
+
+@pytest.fixture
+def missing_topics_are_soon_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kafka is asked for three seconds, not ten, whether a topic that it does not know is about to come."""
+    monkeypatch.setattr(fetch, "_UNKNOWN_TOPIC_S", 3.0)
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ from tests.contracts.records import (
 )
 
 SETTINGS = GroupSettings(session_timeout_ms=6000, heartbeat_interval_ms=200)
+PATIENT = GroupSettings(session_timeout_ms=60_000, heartbeat_interval_ms=200)
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -303,6 +304,7 @@ async def test_the_end_is_a_position_too(open_log, name):
             assert [r.offset for r in records(fetched)] == [3]
 
 
+@pytest.mark.usefixtures("missing_topics_are_soon_given_up")
 async def test_reading_a_topic_that_does_not_exist_is_an_error_of_its_partition(open_log, name):
     missing, fine = TopicPartition(name("missing"), 0), TopicPartition(name("t"), 0)
     async with open_log() as log:
@@ -795,9 +797,9 @@ async def test_a_member_without_partitions_is_legal_and_takes_over_when_it_is_ne
     async with open_log() as log:
         await log.admin.create([NewTopic(topic, 1)])
         async with AsyncExitStack() as stack:
-            first = stack.enter_async_context(log.group(group_id, frozenset({topic}), spread, SETTINGS))
+            first = stack.enter_async_context(log.group(group_id, frozenset({topic}), spread, PATIENT))
             async with AsyncExitStack() as leaving:
-                one = await leaving.enter_async_context(log.group(group_id, frozenset({topic}), spread, SETTINGS))
+                one = await leaving.enter_async_context(log.group(group_id, frozenset({topic}), spread, PATIENT))
                 owner = await leaving.enter_async_context(Watched(one))
                 await until(lambda: owner.owned)
                 idle = await stack.enter_async_context(Watched(await first))
@@ -805,9 +807,7 @@ async def test_a_member_without_partitions_is_legal_and_takes_over_when_it_is_ne
                 await asyncio.sleep(0.5)
                 assert not idle.owned
                 assert len(owner.owned) == 1
-            left = time.monotonic()
-            await until(lambda: idle.owned)
-            assert time.monotonic() - left < 5  # at once, not after the session
+            await until(lambda: idle.owned)  # at once: the session is over long after this test has given up
 
 
 async def test_committed_offsets_come_back_with_their_metadata(open_log, name):
@@ -975,6 +975,7 @@ async def test_a_topic_made_again_is_another_topic(open_log, name):
         assert ids[0] != ids[1] or ids == ["", ""]
 
 
+@pytest.mark.usefixtures("missing_topics_are_soon_given_up")
 async def test_a_deleted_topic_is_told_by_the_reader_and_not_by_the_group(open_log, name):
     gone, stays = TopicPartition(name("gone"), 0), TopicPartition(name("stays"), 0)
     topics = frozenset({gone.topic, stays.topic})

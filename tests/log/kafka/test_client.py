@@ -47,12 +47,12 @@ async def client_with(connection):
 
 
 async def test_a_broker_that_throttles_is_left_alone_for_that_long():
-    client = await client_with(Answering(throttle_ms=200))
+    client = await client_with(Answering(throttle_ms=1000))
     started = time.monotonic()
     await client.send(1, CALL)
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 0.9
     await client.send(1, CALL)
-    assert 0.19 <= time.monotonic() - started < 1
+    assert 0.99 <= time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError("gone"), wire.errors.KafkaConnectionError("x")])

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.kafka
 
 JOIN_GROUP, SYNC_GROUP = 11, 14
 SETTINGS = GroupSettings(session_timeout_ms=6000, heartbeat_interval_ms=100)
+PATIENT = GroupSettings(session_timeout_ms=60_000, heartbeat_interval_ms=100)
 SHORT = GroupSettings(session_timeout_ms=1000, heartbeat_interval_ms=100)
 
 
@@ -281,13 +282,11 @@ async def test_a_clean_leave_hands_over_at_once(open_log, name):
     topic, group_id = name("t"), name("g")
     async with open_log() as log:
         await log.admin.create([NewTopic(topic, 2)])
-        async with member(log, group_id, topic) as a:
+        async with member(log, group_id, topic, PATIENT) as a:
             await until(lambda: len(a.owned) == 2)
-            async with member(log, group_id, topic) as b:
+            async with member(log, group_id, topic, PATIENT) as b:
                 await until(lambda: (len(a.owned), len(b.owned)) == (1, 1))
-                left = time.monotonic()
-            await until(lambda: len(a.owned) == 2)
-            assert time.monotonic() - left < 3  # the session lasts 6 s
+            await until(lambda: len(a.owned) == 2)  # the session is over long after this test has given up
 
 
 async def test_a_loop_that_is_blocked_for_longer_than_the_session_keeps_its_partitions(open_log, name):
