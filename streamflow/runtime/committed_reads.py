@@ -106,10 +106,15 @@ class CommittedReads:
         wanted = self._layout.of_task(sub, partition)
         return bool(wanted) and self._group.assignment.issuperset(wanted)
 
-    def has_copy(self, sub: SubTopology, partition: int) -> bool:
-        """Whether this worker has a standby of a task, which knows how far it is behind."""
-        standby = self._standby(sub, partition)
-        return standby is not None and not standby.is_silent
+    def has_copy(self, table: Table[Any, Any], sub: SubTopology, partition: int, at: str) -> bool:
+        """Whether a standby of this worker can answer now: it knows that it has come to `at`, and how far it is behind.
+
+        A position of a source it never knows: the owner does.
+        """
+        try:
+            return self._copied(table, sub, partition).behind(positions_of(at)) is None
+        except (Misdirected, NotReadableYet):
+            return False
 
     def check_positions(self, table: Table[Any, Any], sub: SubTopology, at: str) -> None:
         """Refuse positions that this table never comes to.
@@ -177,8 +182,9 @@ class CommittedReads:
                     missing[number] = error
             if not missing or (question.partly and parts):
                 return parts, {number: str(error) for number, error in missing.items()}
-            for reason in missing.values():
-                if isinstance(reason, Misdirected):  # waiting does not help
+            for number, reason in missing.items():
+                # Waiting does not help, or less than asking another one does.
+                if isinstance(reason, Misdirected) or not self.owns(sub, number):
                     raise reason
             left_s = give_up_s - anyio.current_time()
             if left_s <= 0:
@@ -197,7 +203,7 @@ class CommittedReads:
         part = self._readable(table, sub, partition, stale_ok=stale_ok)
         late = part.behind(at)
         if late is not None:
-            raise NotReadableYet(f"partition {partition} has not come to offset {at[late]} of {late} yet")
+            raise NotReadableYet(_late(part, late, at[late]))
         return part
 
     def _readable(self, table: Table[Any, Any], sub: SubTopology, partition: int, *, stale_ok: bool) -> Readable:
@@ -234,6 +240,13 @@ class CommittedReads:
             now = self._readable(table, sub, holder.partition, stale_ok=part.lag is not None)
             if now.holder is not holder:
                 raise NotReadableYet(f"partition {holder.partition} was opened anew while it was read")
+
+
+def _late(part: Readable, tp: TopicPartition, offset: int) -> str:
+    partition = part.holder.partition
+    if tp not in part.positions and part.lag is not None:
+        return f"the copy of partition {partition} does not know whether it has come to offset {offset} of {tp}"
+    return f"partition {partition} has not come to offset {offset} of {tp} yet"
 
 
 def bounds_of(table: Table[Any, Any], question: Question) -> ByteRange:

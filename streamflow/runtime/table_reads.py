@@ -270,7 +270,7 @@ class TableReads:
         give_up_s = anyio.current_time() + options.timeout_s
         for tries in count():
             left_s = max(0.0, give_up_s - anyio.current_time())
-            asked = self._asked(sub, left, options, tries)
+            asked = self._asked(table, sub, left, options, tries)
             outcomes: dict[str, Answer | Exception] = {}
             async with anyio.create_task_group() as group:
                 for where, numbers in asked.items():
@@ -292,20 +292,20 @@ class TableReads:
         raise AssertionError
 
     def _asked(
-        self, sub: SubTopology, partitions: Iterable[int], options: ReadOptions, tries: int
+        self, table: Table[Any, Any], sub: SubTopology, partitions: Iterable[int], options: ReadOptions, tries: int
     ) -> dict[str, list[int]]:
         """Which partitions to ask where; those that nobody is known to hold are left out."""
         asked: dict[str, list[int]] = {}
         for partition in sorted(partitions):
-            places = self._places(sub, partition, options)
+            places = self._places(table, sub, partition, options)
             if places:
                 asked.setdefault(places[tries % len(places)], []).append(partition)
         return asked
 
-    def _places(self, sub: SubTopology, partition: int, options: ReadOptions) -> list[str]:
+    def _places(self, table: Table[Any, Any], sub: SubTopology, partition: int, options: ReadOptions) -> list[str]:
         """Where a partition may be read, the best place first."""
-        task = TaskId(sub.name, partition)
-        if self.committed.owns(sub, partition) or (options.stale_ok and self.committed.has_copy(sub, partition)):
+        task, here = TaskId(sub.name, partition), self.committed
+        if here.owns(sub, partition) or (options.stale_ok and here.has_copy(table, sub, partition, options.at)):
             return [_HERE]
         places = [self._routes.owner(task) or "", *self._routes.formers(task)]
         if options.stale_ok:

@@ -446,6 +446,56 @@ async def test_a_copy_that_has_heard_nothing_for_long_does_not_answer(monkeypatc
         await cluster.machine.until(is_copied_again, within_s=20)
 
 
+async def test_a_position_that_the_copy_here_cannot_tell_is_asked_of_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamflow.runtime.standbys._ENDS_EVERY_S", 0.01)
+    async with Cluster(shop, standby_replicas=1) as cluster:
+        machine = cluster.machine
+        moves = machine.app.topics["moves"]
+        await filled(cluster, {"tea": 1})
+        other = 1 - cluster.owner("stock", "tea")
+
+        async def told(path: str) -> tuple[int, str | None]:
+            answer = await cluster.get(path, worker=other)
+            return answer.status_code, answer.headers.get("streamflow-lag")
+
+        async def is_copied() -> bool:
+            return await told("/tables/stock/tea?stale=ok") == (200, "0")
+
+        await machine.until(is_copied, within_s=20)
+        sent = await machine.client.send(moves, key="tea", value=10)
+        await machine.settle()
+        # Copies follow the changelog: how far the source is in it they do not know.
+        assert await told(f"/tables/stock/tea?stale=ok&at={sent.position}") == (200, None)
+        rows = await cluster.get(f"/tables/stock?stale=ok&at={sent.position}", worker=other)
+        assert rows.json()["items"] == [{"key": "tea", "value": 11}]
+        order = cluster.table("stock").keys_in_order
+        asked = Question(
+            "stock", (sent.partition,), order.name, key=order.encode("tea"), at=sent.position, stale_ok=True
+        )
+        copy = await cluster.get(f"/-/table-reads?{msgspec.structs.replace(asked, timeout_s=60).query()}", worker=other)
+        assert (copy.status_code, "does not know whether it has come" in copy.text) == (
+            503,
+            True,
+        )  # and waits for nothing
+        # A position of the changelog that the copy has not come to yet.
+        cut_off = CutOff(cluster.workers[other])
+        await filled(cluster, {"tea": 100})
+        position = cluster.table("stock", 1 - other).position("tea")
+        changelog = next(each for each in position.split(",") if "changelog" in each)
+        assert (await told("/tables/stock/tea?stale=ok"))[1] is not None  # without a position the copy will do
+        for at in (position, changelog):
+            assert await told(f"/tables/stock/tea?stale=ok&at={at}") == (200, None)
+        cut_off.over()
+        # The owner has not come to it either: it is waited for, and what is lacking is said.
+        sent = await machine.client.send(moves, key="tea", value=1000)
+        late = await cluster.get(f"/tables/stock/tea?stale=ok&at={sent.position}&timeout_s=0.1", worker=other)
+        assert late.status_code == 503
+        assert f"has not come to offset {sent.offset + 1} of moves" in late.json()["error"]
+        read = asyncio.create_task(cluster.get(f"/tables/stock/tea?stale=ok&at={sent.position}", worker=other))
+        await machine.settle()
+        assert (await read).json()["value"] == 1111
+
+
 async def test_who_was_not_heard_of_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     async with Cluster(shop) as cluster:
         await filled(cluster, {"tea": 1})
