@@ -90,6 +90,7 @@ class Span:
         limit: See `limit_of`.
         heard_at_ms: When the end, or the limit, was as it is known; wall clock, as the machine may have slept.
         asked_at_ms: Since when a fetch is asked for; None while none is.
+        place_since_s: Since when it has one of `FetchPlaces`, monotonic; None while it has none.
     """
 
     tp: TopicPartition
@@ -98,6 +99,7 @@ class Span:
     limit: int | None
     heard_at_ms: int = 0
     asked_at_ms: int | None = None
+    place_since_s: float | None = None
 
     @property
     def position(self) -> int:

@@ -36,6 +36,7 @@ from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.changelog_records import ChangelogRecords, check_position, pieces
 from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.fetch_places import FetchPlaces
 from streamflow.runtime.followed import Filled, Marks, Span, is_followed, limit_of
 from streamflow.runtime.local_state import LocalState, LocalStates
 from streamflow.runtime.source_records import SourceRecords
@@ -53,6 +54,9 @@ _PAUSE_S = 0.2
 """Pause of one that is level: many small commits of the task are then one fetch and one write here."""
 _LOOK_S = 30.0
 _NOTE_EVERY_MS = 600_000
+_NEAR = 1_000
+"""Who lacks no more offsets than this needs no place: such fetches are small, and mostly wait for what comes."""
+_PARKED_S = 5.0
 _LOOKS = 5
 """Commits of transactions are seen a moment later: how often it is looked whether a table is ahead of its source."""
 _SILENT_MS = 15_000
@@ -70,6 +74,7 @@ class Standby:
         sources: The task's source partitions.
         local: Opens its store.
         reader: The lane of all standbys.
+        places: For fetches of what they lack.
         admin: For offsets.
         clock: Time.
         sensors: Metrics hooks.
@@ -92,6 +97,7 @@ class Standby:
         sources: Sequence[TopicPartition],
         local: LocalStates,
         reader: Reader,
+        places: FetchPlaces,
         admin: Admin,
         clock: Clock,
         sensors: Sensors,
@@ -109,6 +115,7 @@ class Standby:
         self._sources = list(sources)
         self._local = local
         self._reader = reader
+        self._places = places
         self._admin = admin
         self._clock = clock
         self._sensors = sensors
@@ -324,8 +331,9 @@ class Standby:
                 await anyio.to_thread.run_sync(state.set_aside, damage.reason, str(damage))
 
     def _let_go(self) -> None:
-        for tp in self._spans:
+        for tp, span in self._spans.items():
             self._reader.remove(tp)
+            self._leave_place(span)
         self._fetched.clear()
         self._spans = {}
 
@@ -344,6 +352,7 @@ class Standby:
             self._check_limits()
             while self._fetched:
                 await self._take(self._fetched.popleft())
+            self._leave_parked()
             if not self.lag:
                 await self._note_level()
                 await anyio.sleep(_PAUSE_S)
@@ -357,10 +366,34 @@ class Standby:
 
     def _ask(self) -> None:
         for span in self._spans.values():
-            if span.limit is None or span.position < span.limit:
+            is_wanted = span.limit is None or span.position < span.limit
+            if is_wanted and (span.asked_at_ms is not None or self._has_place(span)):
                 if span.asked_at_ms is None:
                     span.asked_at_ms = self._clock.now_ms()
                 self._reader.ask(span.tp)
+
+    def _has_place(self, span: Span) -> bool:
+        """Whether one more fetch may be asked for now."""
+        if self._end(span) - span.position <= _NEAR:
+            return True
+        if span.place_since_s is None and self._places.take(self._wake):
+            span.place_since_s = self._clock.monotonic()
+        return span.place_since_s is not None
+
+    def _leave_place(self, span: Span) -> None:
+        if span.place_since_s is not None:
+            span.place_since_s = None
+            self._places.give_back()
+
+    def _leave_parked(self) -> None:
+        """What waits for the end of a transaction has nothing on its way that takes a place."""
+        due_s = self._clock.monotonic() - _PARKED_S
+        for span in self._spans.values():
+            if span.asked_at_ms is not None and span.place_since_s is not None and span.place_since_s < due_s:
+                self._leave_place(span)
+
+    def _wake(self) -> None:
+        self._news.set()
 
     async def _open(self, mark: CommitMark) -> None:
         async def attempt() -> None:
@@ -492,6 +525,7 @@ class Standby:
         limit = sys.maxsize if span.limit is None else span.limit
         for piece in pieces(fetched):
             await self._apply(span, piece, min(piece.next_offset, limit))
+        self._leave_place(span)
         if fetched.next_offset > limit:
             self._reader.remove(span.tp)
             self._reader.add(span.tp, span.position)

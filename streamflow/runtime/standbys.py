@@ -20,6 +20,7 @@ from streamflow.log.api import Admin, Log, Reader
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.dormant_state import DormantState
+from streamflow.runtime.fetch_places import FetchPlaces
 from streamflow.runtime.followed import Marks
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalState, LocalStates
@@ -35,6 +36,7 @@ _MARKS_UNLIMITED_EVERY_S = 5.0
 _ENDS_EVERY_S = 5.0
 _DORMANT_EVERY_S = 5.0
 _REFUSED_S = 600.0
+_FETCHES = 8
 
 
 class Standbys:
@@ -73,6 +75,7 @@ class Standbys:
         self._layout = layout
         self._local = local
         self._reader = reader
+        self._places = FetchPlaces(_FETCHES)
         self._admin = admin
         self._clock = clock
         self._sensors = sensors
@@ -167,6 +170,7 @@ class Standbys:
             self._layout.of_task(sub, task.partition),
             self._local,
             self._reader,
+            self._places,
             self._admin,
             self._clock,
             self._sensors,

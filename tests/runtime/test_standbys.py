@@ -16,6 +16,7 @@ from streamflow.log.codec import NONE
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.commit_mark import CommitMark
+from streamflow.runtime.fetch_places import FetchPlaces
 from streamflow.runtime.standby import Standby
 from streamflow.runtime.standbys import Standbys
 from streamflow.sensors import Sensors
@@ -319,6 +320,54 @@ async def test_a_standby_of_what_nobody_changes_says_that_it_misses_nothing(monk
         await until(lambda: machine.clock.now_ms() - store.checkpoint.caught_up_at_ms < 3_600_000)
         await follow(second)
         assert standby.rebuilds == 0
+
+
+@pytest.mark.parametrize("guarantee", GUARANTEES)
+async def test_of_many_that_are_behind_only_some_have_fetches_under_way(
+    monkeypatch: pytest.MonkeyPatch, guarantee: str
+) -> None:
+    """Each may be 1 MiB, which is in no budget; where the disk is slow, it stays there."""
+    monkeypatch.setattr("streamflow.runtime.standbys._FETCHES", 2)
+    monkeypatch.setattr("streamflow.runtime.standby._NEAR", 0)
+    summing, goes_on, take = Summing(partitions=6), anyio.Event(), Standby._take
+    held, most = Counter[str](), 0
+
+    async def slow(standby: Standby, fetched: Fetched) -> None:
+        nonlocal most
+        held[standby.name] += 1
+        most = max(most, len(+held))
+        await goes_on.wait()
+        await take(standby, fetched)
+        held[standby.name] -= 1
+
+    async with Machine(summing.app, processing_guarantee=guarantee) as machine:
+        first = await machine.start()
+        await summing.send(machine, 120, keys=60)
+        await machine.settle()
+        monkeypatch.setattr(Standby, "_take", slow)
+        second = await machine.start()
+        await is_told(second)
+        standbys = standbys_of(second)
+        tasks = [TaskId("numbers", number) for number in range(6) if f"numbers-{number}" in first.tasks]
+        await standbys.follow(tasks, [], lambda _: False)
+        await until(lambda: most == 2)
+        await anyio.sleep(0.05)  # the others would be there by now
+        assert most == 2
+        goes_on.set()
+        await until(lambda: all(each._spans and each.lag == 0 for each in standbys.held().values()))
+        await until(lambda: standbys._places._free == 2)
+        await standbys.follow([], [], lambda _: False)
+        await until(lambda: standbys._places._free == 2)
+
+
+def test_who_waits_for_a_place_is_woken_when_there_is_one() -> None:
+    places, woken = FetchPlaces(1), list[str]()
+    assert places.take(lambda: woken.append("a"))
+    assert not places.take(lambda: woken.append("b"))
+    assert not places.take(lambda: woken.append("c"))
+    places.give_back()
+    assert woken == ["b"]
+    assert places.take(lambda: None)
 
 
 class Faults:
