@@ -188,13 +188,13 @@ class GroupChaos(Chaos):
         for place in sorted(set(range(MOST)) - taken):
             self.workers.append(self.start(place))
             await asyncio.sleep(self.dice.choice([0.0, self.dice.uniform(0, 1)]))
-        # Work of either kind: tasks are even in number, and only as far as state allows in kind.
+        # Work of either kind: each sub-topology is spread over all.
         sources = [self.system.topic("numbers"), self.system.topic("by-digit-repartition")]
 
         async def all_work() -> bool:
             self._check_run()
             await self._settles("growing")
-            return all([any([await worker.owned(source) for source in sources]) for worker in self.workers])
+            return all([await worker.owned(source) for worker in self.workers for source in sources])
 
         await until(all_work, lambda: f"work for each of four; {self.system.told()}", self._patience_s)
 

@@ -1,47 +1,14 @@
-"""Who processes what: balanced, sticky, and no task with state goes where its state is not."""
+"""Who processes what: balanced, even, sticky, and no task with state goes where its state is not."""
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.spread import Counts, Spread
 from streamflow.runtime.assignment.standing import Standing
-
-
-def shares(
-    able: Sequence[str],
-    count: int,
-    capacity: Mapping[str, int],
-    before: Mapping[str, int],
-    owned: Mapping[str, int],
-    held: Mapping[str, int],
-) -> dict[str, int]:
-    """How many of `count` tasks each member is to have: in proportion to its capacity, rounded to the nearest.
-
-    One after the other goes to who has least per capacity with half of it (Webster's method). So no two differ by more
-    than one task per unit of capacity, nobody gets more because another one joins, and where several are as good, who
-    has one keeps it, else who is smallest gets it.
-
-    Args:
-        able: The members.
-        count: Tasks to share.
-        capacity: By member.
-        before: Tasks that they have besides.
-        owned: Of those tasks, how many each one owns.
-        held: Of those tasks, how many each one could go on with.
-    """
-    share = dict.fromkeys(able, 0)
-    order = [((before[one] + 0.5) / capacity[one], owned[one] <= 0, held[one] <= 0, capacity[one], one) for one in able]
-    heapq.heapify(order)
-    for _ in range(count):
-        one = order[0][-1]
-        has = share[one] = share[one] + 1
-        load = (before[one] + has + 0.5) / capacity[one]
-        heapq.heapreplace(order, (load, owned[one] <= has, held[one] <= has, capacity[one], one))
-    return share
 
 
 class ActivePlacement:
@@ -57,14 +24,16 @@ class ActivePlacement:
 
     def __init__(self, standing: Standing) -> None:
         self._standing = standing
-        self._capacity = {name: member.capacity for name, member in standing.members.items()}
+        # What counts is how they compare: all of 4 are as all of 1.
+        unit = math.gcd(*(member.capacity for member in standing.members.values()))
+        self._capacity = {name: member.capacity // unit for name, member in standing.members.items()}
         self._load = dict.fromkeys(standing.members, 0)
-        self._kinds: dict[str, Counter[str]] = {name: Counter() for name in standing.members}
         self._holder = self._find_holders()
         self.target: dict[TaskId, str] = {}
         groups: dict[tuple[str, ...], list[TaskId]] = {}
+        following = {able: tuple(filter(standing.follows, able)) for able in set(standing.able.values())}
         for task, able in standing.able.items():
-            groups.setdefault(able, []).append(task)
+            groups.setdefault(following[able] if self._only_by_warm_up(task) else able, []).append(task)
         # Those with the least choice first: the others even out what they leave.
         for able, tasks in sorted(groups.items(), key=lambda group: (len(group[0]), group[0])):
             if able:
@@ -97,6 +66,11 @@ class ActivePlacement:
             loads[holders[task]] += 1
         return holders
 
+    def _only_by_warm_up(self, task: TaskId) -> bool:
+        """Whether a task goes only to who follows changelogs: one that does, too, has its state."""
+        holder = self._holder.get(task)
+        return holder is not None and task in self._standing.lags and self._standing.follows(holder)
+
     def _now(self, task: TaskId, target: str) -> str:
         standing, holder = self._standing, self._holder.get(task)
         if holder is None or standing.is_ready(task, target):
@@ -109,43 +83,47 @@ class ActivePlacement:
     # --- balance -----------------------------------------------------------------------------------------------
 
     def _place(self, able: Sequence[str], tasks: Sequence[TaskId]) -> None:
-        """Give tasks to the members that may have them: each keeps its share, the rest goes to who lacks some."""
-        held: dict[str, list[TaskId]] = {one: [] for one in able}
-        owned: Counter[str] = Counter()
+        """Give tasks to the members that may have them: how many of each sub-topology comes first, then which."""
+        kinds: dict[str, list[TaskId]] = {}
+        for task in tasks:
+            kinds.setdefault(task.sub_topology, []).append(task)
+        held: Counts = {kind: dict.fromkeys(able, 0) for kind in kinds}
+        owned: Counts = {kind: dict.fromkeys(able, 0) for kind in kinds}
+        for task in tasks:
+            holder = self._holder.get(task)
+            if holder is not None:
+                held[task.sub_topology][holder] += 1
+                owned[task.sub_topology][holder] += self._standing.owner.get(task) == holder
+        spread = Spread(
+            {kind: len(of_kind) for kind, of_kind in kinds.items()},
+            {one: self._capacity[one] for one in able},
+            {one: self._load[one] for one in able},
+        )
+        for kind, share in spread.counts(held, owned).items():
+            self._place_kind(kinds[kind], share)
+
+    def _place_kind(self, tasks: Sequence[TaskId], share: Mapping[str, int]) -> None:
+        """Give the tasks of one sub-topology: each member keeps its share, the rest goes to who lacks some."""
+        held: dict[str, list[TaskId]] = {one: [] for one in share}
         for task in tasks:
             if task in self._holder:
                 held[self._holder[task]].append(task)
-                owned[self._holder[task]] += self._standing.owner.get(task) == self._holder[task]
-        counts = {one: len(mine) for one, mine in held.items()}
-        share = shares(able, len(tasks), self._capacity, self._load, owned, counts)
-        room = {one: share[one] - counts[one] for one in able if counts[one] < share[one]}
-        totals = Counter(task.sub_topology for task in tasks)
-        placed: set[TaskId] = set()
+        room = {one: share[one] - len(mine) for one, mine in held.items() if len(mine) < share[one]}
+        left = [task for task in tasks if task not in self._holder]
         for one, mine in held.items():
-            kept = mine if len(mine) <= share[one] else self._keep(mine, totals, room)[: share[one]]
-            for task in kept:
+            if len(mine) > share[one]:
+                mine = sorted(mine, key=lambda task: self._keep_first(task, room))
+                left += mine[share[one] :]
+            for task in mine[: share[one]]:
                 self._give(task, one)
-            placed.update(kept)
-        left = [task for task in tasks if task not in placed]
-        self._place_spread(self._place_near(left, room), room)
+        rest = self._place_near(left, room)
+        seats = sorted((number, one) for one, free in room.items() for number in range(free))
+        for task, (_, one) in zip(rest, seats, strict=True):
+            self._give(task, one)
 
-    def _keep(self, mine: Iterable[TaskId], totals: Mapping[str, int], room: Mapping[str, int]) -> list[TaskId]:
-        """Tasks of one member, those it should keep first.
-
-        Of each sub-topology as large a part as of the others: they differ in the work they are. Among its tasks those
-        are given away first whose state lies where there is room, then those that were not this member's.
-        """
-        owner, holder = self._standing.owner, self._holder
-
-        def keep_first(task: TaskId) -> tuple[float, bool, TaskId]:
-            return -self._nearest(task, room), owner.get(task) != holder[task], task
-
-        seen: Counter[str] = Counter()
-        ranked: list[tuple[float, int, TaskId]] = []
-        for order, task in enumerate(sorted(mine, key=keep_first)):
-            seen[task.sub_topology] += 1
-            ranked.append((seen[task.sub_topology] / totals[task.sub_topology], order, task))
-        return [task for _, _, task in sorted(ranked)]
+    def _keep_first(self, task: TaskId, room: Mapping[str, int]) -> tuple[float, bool, TaskId]:
+        """The order of keeping: last what has its state where there is room, before that what it does not own."""
+        return -self._nearest(task, room), self._standing.owner.get(task) != self._holder[task], task
 
     def _nearest(self, task: TaskId, room: Mapping[str, int]) -> float:
         """How far behind the best of the members with room is; -1 for one that is caught up."""
@@ -172,36 +150,15 @@ class ActivePlacement:
         for _, _, task in sorted(choices):
             near = [one for one in standing.lags[task] if one in room]
             if near:
-                self._fill(task, min(near, key=lambda one: (self._distance(task, one), self._weight(task, one))), room)
+                one = min(near, key=lambda one: (self._distance(task, one), -room[one], one))
+                self._give(task, one)
+                room[one] -= 1
+                if not room[one]:
+                    del room[one]
             else:
                 rest.append(task)
         return sorted(rest)
 
-    def _place_spread(self, tasks: Iterable[TaskId], room: dict[str, int]) -> None:
-        """Give tasks to members with room, those of each sub-topology to different ones as far as that goes."""
-        order: list[tuple[float, float, str]] = []
-        last: str | None = None
-        for task in tasks:
-            if task.sub_topology != last:
-                last = task.sub_topology
-                order = [self._weight(task, one) for one in room]
-                heapq.heapify(order)
-            one = heapq.heappop(order)[-1]
-            self._fill(task, one, room)
-            if one in room:
-                heapq.heappush(order, self._weight(task, one))
-
-    def _weight(self, task: TaskId, one: str) -> tuple[float, float, str]:
-        capacity = self._capacity[one]
-        return self._kinds[one][task.sub_topology] / capacity, self._load[one] / capacity, one
-
-    def _fill(self, task: TaskId, one: str, room: dict[str, int]) -> None:
-        self._give(task, one)
-        room[one] -= 1
-        if not room[one]:
-            del room[one]
-
     def _give(self, task: TaskId, one: str) -> None:
         self.target[task] = one
         self._load[one] += 1
-        self._kinds[one][task.sub_topology] += 1

@@ -14,8 +14,9 @@ def plan(cluster: Cluster) -> Plan:
     """Decide who processes what, who keeps copies of which state, and who is to catch up with what.
 
     docs/assignment.md states the rules. In short: every task has one member that reads all its topics; who has one
-    keeps it while that is balanced to within one task per unit of capacity; a task with state goes to who is caught up,
-    or stays while its target warms up; copies lie in other members than their task, and in other racks where they can.
+    keeps it while that is balanced to within one task per unit of capacity, in all and of each sub-topology; a task
+    with state goes to who is caught up, or stays while its target warms up; copies lie in other members than their
+    task, and in other racks where they can.
 
     Args:
         cluster: All that is known.
