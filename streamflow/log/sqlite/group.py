@@ -23,7 +23,7 @@ from streamflow.log.api import Group, GroupEvent, GroupStatistics, Membership, O
 from streamflow.log.sqlite import membership, tables
 from streamflow.log.sqlite.database import Database
 from streamflow.log.sqlite.execution import Session
-from streamflow.log.sqlite.membership import Standing, Step, Subscription, check_membership
+from streamflow.log.sqlite.membership import MemberStanding, Step, Subscription, check_membership
 from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
@@ -61,7 +61,7 @@ class Heart:
 
     def __init__(self, session: Session, mine: Subscription, monotonic: Callable[[], float], wishes: Wishes) -> None:
         self.session = session
-        self.standing = Standing()
+        self.standing = MemberStanding()
         self.statistics = GroupStatistics()
         self.last_beat: float | None = None
         self.progressed = True
@@ -159,7 +159,7 @@ class SqliteGroup(Group):
         self._events: deque[GroupEvent] = deque()
         self._failure: StreamFlowError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._standing = Standing()
+        self._standing = MemberStanding()
         self.wishes = Wishes(says)
         self._last_beat: float | None = None
         self.heart: Heart | None = None
@@ -247,7 +247,7 @@ class SqliteGroup(Group):
     def fail(self, error: StreamFlowError) -> None:
         """Membership is over: `next_event` raises from now on."""
         self._failure = error
-        self._standing = Standing()
+        self._standing = MemberStanding()
         self._wake_waiter()
 
     def _monotonic(self) -> float:
@@ -266,9 +266,9 @@ def _known(error: Exception) -> StreamFlowError:
     return unknown
 
 
-def _without(standing: Standing, partitions: frozenset[TopicPartition]) -> Standing:
+def _without(standing: MemberStanding, partitions: frozenset[TopicPartition]) -> MemberStanding:
     left = standing.owned - partitions
-    return Standing(standing.member_id, standing.generation, standing.version, left, unheard=standing.unheard)
+    return MemberStanding(standing.member_id, standing.generation, standing.version, left, unheard=standing.unheard)
 
 
 @asynccontextmanager

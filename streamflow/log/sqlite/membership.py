@@ -63,7 +63,7 @@ class Subscription:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class MemberStanding:
     """Where a member stands after a step; replaced only when the step's transaction was stored.
 
     Attributes:
@@ -103,7 +103,7 @@ class Step:
         told_others: Whether other members have to react.
     """
 
-    standing: Standing
+    standing: MemberStanding
     events: list[GroupEvent]
     told_others: bool
 
@@ -112,7 +112,7 @@ class _Stepping:
     """One step: a value that is built up within one write transaction."""
 
     def __init__(
-        self, sql: sqlite3.Connection, mine: Subscription, standing: Standing, elapsed_s: float, says: bytes
+        self, sql: sqlite3.Connection, mine: Subscription, standing: MemberStanding, elapsed_s: float, says: bytes
     ) -> None:
         self.sql = sql
         self.mine = mine
@@ -313,7 +313,7 @@ class _Stepping:
         generation, version = self.sql.execute(
             "SELECT generation, version FROM groups WHERE id = ?", (self.group,)
         ).fetchone()
-        standing = Standing(
+        standing = MemberStanding(
             self.member_id,
             generation,
             version,
@@ -334,7 +334,7 @@ class _Stepping:
 def step(
     sql: sqlite3.Connection,
     mine: Subscription,
-    standing: Standing,
+    standing: MemberStanding,
     *,
     elapsed_s: float,
     answered: Collection[TopicPartition],
