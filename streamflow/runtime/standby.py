@@ -13,6 +13,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,29 @@ _MAX_REBUILDS = 3
 _REBUILDS_WITHIN_S = 600.0
 
 
+@dataclass(frozen=True, slots=True)
+class StandbySurroundings:
+    """What the standbys of a worker share.
+
+    Attributes:
+        local: Opens stores.
+        reader: The lane of all standbys.
+        places: For fetches of what they lack.
+        admin: For offsets.
+        clock: Time.
+        sensors: Metrics hooks.
+        fail: Told what stops the worker.
+    """
+
+    local: LocalStates
+    reader: Reader
+    places: FetchPlaces
+    admin: Admin
+    clock: Clock
+    sensors: Sensors
+    fail: Callable[[StreamFlowError], None]
+
+
 class Standby:
     """Follows the changelogs of one task; `run` does, until it is cancelled by `close` or `hand_over`.
 
@@ -72,13 +96,7 @@ class Standby:
         sub: The task's sub-topology, which has tables.
         partition: The task's partition.
         sources: The task's source partitions.
-        local: Opens its store.
-        reader: The lane of all standbys.
-        places: For fetches of what they lack.
-        admin: For offsets.
-        clock: Time.
-        sensors: Metrics hooks.
-        fail: Told what stops the worker.
+        shared: What all standbys share.
 
     Attributes:
         name: The task's name.
@@ -95,13 +113,7 @@ class Standby:
         sub: SubTopology,
         partition: int,
         sources: Sequence[TopicPartition],
-        local: LocalStates,
-        reader: Reader,
-        places: FetchPlaces,
-        admin: Admin,
-        clock: Clock,
-        sensors: Sensors,
-        fail: Callable[[StreamFlowError], None],
+        shared: StandbySurroundings,
     ) -> None:
         self.sub_topology = sub
         self.partition = partition
@@ -113,13 +125,13 @@ class Standby:
         self.state: LocalState | None = None
         self.left_at: Checkpoint | None = None
         self._sources = list(sources)
-        self._local = local
-        self._reader = reader
-        self._places = places
-        self._admin = admin
-        self._clock = clock
-        self._sensors = sensors
-        self._fail = fail
+        self._local = shared.local
+        self._reader = shared.reader
+        self._places = shared.places
+        self._admin = shared.admin
+        self._clock = shared.clock
+        self._sensors = shared.sensors
+        self._fail = shared.fail
         self._mark: CommitMark | None = None
         self._marks: Marks | None = None
         self._marks_at_ms = 0

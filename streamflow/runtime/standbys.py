@@ -16,7 +16,7 @@ import anyio.abc
 
 from streamflow.clock import Clock
 from streamflow.errors import RetriableError, StreamFlowError
-from streamflow.log.api import Admin, Log, Reader
+from streamflow.log.api import Log
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.dormant_state import DormantState
@@ -24,7 +24,7 @@ from streamflow.runtime.fetch_places import FetchPlaces
 from streamflow.runtime.followed import Marks
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalState, LocalStates
-from streamflow.runtime.standby import Standby
+from streamflow.runtime.standby import Standby, StandbySurroundings
 from streamflow.runtime.status import StandbyStatus
 from streamflow.sensors import Sensors
 from streamflow.state.store import Checkpoint
@@ -45,12 +45,7 @@ class Standbys:
     Args:
         app: The app's id, which is its group.
         layout: How its work is cut into tasks.
-        local: Opens stores.
-        reader: A lane of its own.
-        admin: For offsets.
-        clock: Time.
-        sensors: Metrics hooks.
-        fail: Told what stops the worker.
+        shared: What they share.
         group: Task group the standbys run in.
 
     Attributes:
@@ -63,23 +58,16 @@ class Standbys:
         self,
         app: str,
         layout: Layout,
-        local: LocalStates,
-        reader: Reader,
-        admin: Admin,
-        clock: Clock,
-        sensors: Sensors,
-        fail: Callable[[StreamFlowError], None],
+        shared: StandbySurroundings,
         group: anyio.abc.TaskGroup,
     ) -> None:
         self._app = app
         self._layout = layout
-        self._local = local
-        self._reader = reader
-        self._places = FetchPlaces(_FETCHES)
-        self._admin = admin
-        self._clock = clock
-        self._sensors = sensors
-        self._fail = fail
+        self._shared = shared
+        self._reader = shared.reader
+        self._admin = shared.admin
+        self._clock = shared.clock
+        self._fail = shared.fail
         self._group = group
         self._subs = {sub.name: sub for sub in layout.sub_topologies if sub.tables}
         self._held: dict[TaskId, Standby] = {}
@@ -87,7 +75,7 @@ class Standbys:
         # Of those that did not get on, and are not followed any more: until when they are refused, monotonic.
         self._refused: dict[TaskId, float] = {}
         self._no_room_until_s = 0.0
-        self.dormant = DormantState(layout, local, admin, clock)
+        self.dormant = DormantState(layout, shared.local, shared.admin, shared.clock)
         self.told: frozenset[TaskId] = frozenset()
         self.warm_ups: frozenset[TaskId] = frozenset()
 
@@ -108,14 +96,15 @@ class Standbys:
         Args:
             app: See the class.
             layout: See the class.
-            local: See the class.
+            local: Opens stores.
             log: The log.
-            clock: See the class.
-            sensors: See the class.
-            fail: See the class.
+            clock: Time.
+            sensors: Metrics hooks.
+            fail: Told what stops the worker.
         """
         async with log.reader("standby") as reader, anyio.create_task_group() as group:
-            opened = cls(app, layout, local, reader, log.admin, clock, sensors, fail, group)
+            shared = StandbySurroundings(local, reader, FetchPlaces(_FETCHES), log.admin, clock, sensors, fail)
+            opened = cls(app, layout, shared, group)
             if opened._subs:
                 await opened._look_for_dormant()
                 group.start_soon(opened._receive)
@@ -168,13 +157,7 @@ class Standbys:
             sub,
             task.partition,
             self._layout.of_task(sub, task.partition),
-            self._local,
-            self._reader,
-            self._places,
-            self._admin,
-            self._clock,
-            self._sensors,
-            self._fail,
+            self._shared,
         )
         self._held[task] = standby
         self._group.start_soon(standby.run, name=f"standby {standby.name}")

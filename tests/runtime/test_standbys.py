@@ -355,9 +355,9 @@ async def test_of_many_that_are_behind_only_some_have_fetches_under_way(
         assert most == 2
         goes_on.set()
         await until(lambda: all(each._spans and each.lag == 0 for each in standbys.held().values()))
-        await until(lambda: standbys._places._free == 2)
+        await until(lambda: standbys._shared.places._free == 2)
         await standbys.follow([], [], lambda _: False)
-        await until(lambda: standbys._places._free == 2)
+        await until(lambda: standbys._shared.places._free == 2)
 
 
 def test_who_waits_for_a_place_is_woken_when_there_is_one() -> None:
