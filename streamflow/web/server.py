@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import socket
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
@@ -11,11 +12,16 @@ from contextlib import asynccontextmanager
 import anyio
 import uvicorn
 from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamflow.config import DEFAULT_WEB_PORT, Settings
 from streamflow.errors import ConfigurationError
 
 BACKLOG = 128
+_ENDING_S = 0.5
+_CANCELLED_S = 2
+"""When uvicorn would cancel what is still under way: those who ask would get 500, and the log a traceback of each."""
 
 
 def listen(host: str, port: int | None) -> socket.socket:
@@ -88,23 +94,63 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Ended:
+    """Requests that end with 503 some time after the server was told to stop, if they are not answered by then.
+
+    Args:
+        site: Answers them.
+    """
+
+    def __init__(self, site: ASGIApp) -> None:
+        self._site = site
+        self._under_way: set[anyio.CancelScope] = set()
+        self._end_s = math.inf
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        with anyio.CancelScope(deadline=self._end_s) as limit:
+            self._under_way.add(limit)
+            try:
+                await self._site(scope, receive, sent)
+            finally:
+                self._under_way.discard(limit)
+        if limit.cancelled_caught and not has_begun:
+            told = Response(b'{"error":"this process is stopping"}', 503, {"retry-after": "1"}, "application/json")
+            await told(scope, receive, send)
+
+    def end(self) -> None:
+        """Give them a moment, and end them."""
+        self._end_s = anyio.current_time() + _ENDING_S
+        for limit in self._under_way:
+            limit.deadline = self._end_s
+
+
 @asynccontextmanager
 async def serving(site: Starlette, listener: socket.socket) -> AsyncGenerator[None]:
     """Serve a site while the block runs; the listener is closed at its end.
+
+    Requests that are under way then have half a second, and get 503 with `Retry-After` after that.
 
     Args:
         site: What to serve.
         listener: From `listen`.
     """
+    requests = _Ended(site)
     config = uvicorn.Config(
-        site,
+        requests,
         http="h11",
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=_CANCELLED_S,
     )
     server = _Server(config)
     try:
@@ -114,5 +160,6 @@ async def serving(site: Starlette, listener: socket.socket) -> AsyncGenerator[No
                 yield
             finally:
                 server.should_exit = True
+                requests.end()
     finally:
         listener.close()

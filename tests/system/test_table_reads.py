@@ -251,3 +251,24 @@ async def test_several_processes_are_read_at_one_address(sqlite: System) -> None
         await everywhere([worker], dict.fromkeys(KEYS, 1))
     assert await paged(worker, 7) == sorted(KEYS)
     assert await worker.stops(15) == STOPPED
+
+
+@pytest.mark.parametrize("arguments", [[], ["--processes", "2"]], ids=["worker", "supervisor"])
+async def test_a_read_that_waits_while_the_worker_stops_gets_503(sqlite: System, arguments: list[str]) -> None:
+    sqlite.write_app(APP, partitions=6)
+    worker = await sqlite.start(*arguments).ready()
+    host, port = (await worker.url()).removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        path = f"/tables/newest?timeout_s=60&at={sqlite.topic('numbers')}:0:99"
+        writer.write(f"GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
+        await writer.drain()
+        assert (await worker.get("/live"))[0] == 200  # so the read has come, too
+        assert await worker.stops(25) == STOPPED
+        head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
+    finally:
+        writer.close()
+    assert head.startswith("HTTP/1.1 503 "), head + body
+    assert "retry-after: 1" in head
+    assert json.loads(body)["error"]
+    assert "Traceback" not in worker.said

@@ -63,6 +63,34 @@ async def test_it_serves_and_stops():
         await asyncio.open_connection(*url.removeprefix("http://").split(":"))
 
 
+async def test_what_is_under_way_at_the_end_is_answered(caplog):
+    arrived, over = asyncio.Semaphore(0), asyncio.Event()
+
+    async def waits(_):
+        arrived.release()
+        await asyncio.Event().wait()
+
+    async def nearly_done(_):
+        arrived.release()
+        await over.wait()
+        return PlainTextResponse("done")
+
+    listener = listen("127.0.0.1", 0)
+    url = address_of(listener)
+    site = Starlette(routes=[Route("/waits", waits), Route("/done", nearly_done)])
+    async with httpx.AsyncClient(timeout=20) as client:
+        async with serving(site, listener):
+            asked = [asyncio.create_task(client.get(url + path)) for path in ("/waits", "/done", "/waits")]
+            for _ in asked:
+                await arrived.acquire()
+            over.set()
+        ended, done, _ = [await each for each in asked]
+    assert (ended.status_code, ended.headers["retry-after"]) == (503, "1")
+    assert ended.json() == {"error": "this process is stopping"}
+    assert (done.status_code, done.text) == (200, "done")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_an_error_in_the_block_comes_out():
     with pytest.raises(BaseExceptionGroup) as caught:
         async with serving(Starlette(), listen("127.0.0.1", 0)):
