@@ -14,11 +14,13 @@ from typing import Any
 import anyio.to_thread
 
 from streamflow.clock import Clock
-from streamflow.errors import StateError
+from streamflow.errors import StateCorruptedError, StateError
 from streamflow.log.api import Admin
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
+from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.changelog_records import check_position
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.followed import Marks, is_followed, limit_of
 from streamflow.runtime.layout import Layout
@@ -26,8 +28,6 @@ from streamflow.runtime.local_state import LocalStates
 from streamflow.state.store import Checkpoint
 
 logger = logging.getLogger("streamflow.standbys")
-
-TaskKey = tuple[str, int]
 
 
 class DormantState:
@@ -49,8 +49,8 @@ class DormantState:
         self._local = local
         self._admin = admin
         self._clock = clock
-        self._stores: dict[TaskKey, Checkpoint] = {}
-        self.lags: dict[TaskKey, int] = {}
+        self._stores: dict[TaskId, Checkpoint] = {}
+        self.lags: dict[TaskId, int] = {}
 
     def __len__(self) -> int:
         """How many there are."""
@@ -60,8 +60,8 @@ class DormantState:
         """Find the stores of the slot; only while none of them is open."""
         self._stores = await anyio.to_thread.run_sync(self._found)
 
-    def _found(self) -> dict[TaskKey, Checkpoint]:
-        found: dict[TaskKey, Checkpoint] = {}
+    def _found(self) -> dict[TaskId, Checkpoint]:
+        found: dict[TaskId, Checkpoint] = {}
         for sub in self._subs.values():
             for partition in range(max(self._layout.counts[topic] for topic in sub.topics)):
                 try:
@@ -70,10 +70,10 @@ class DormantState:
                     logger.warning("%s; it counts as no state when tasks are assigned", error)
                     continue
                 if checkpoint is not None:
-                    found[sub.name, partition] = checkpoint
+                    found[TaskId(sub.name, partition)] = checkpoint
         return found
 
-    def left(self, task: TaskKey, checkpoint: Checkpoint) -> None:
+    def left(self, task: TaskId, checkpoint: Checkpoint) -> None:
         """A store was closed.
 
         Args:
@@ -82,7 +82,7 @@ class DormantState:
         """
         self._stores[task] = checkpoint
 
-    def taken(self, task: TaskKey) -> None:
+    def taken(self, task: TaskId) -> None:
         """A store is in use again."""
         self._stores.pop(task, None)
         self.lags.pop(task, None)
@@ -105,7 +105,7 @@ class DormantState:
         partitions = sorted(changelogs)
         starts = await self._admin.start_offsets(partitions)
         ends = await self._admin.high_watermarks(partitions)
-        lags: dict[TaskKey, int] = {}
+        lags: dict[TaskId, int] = {}
         for task, checkpoint in stores.items():
             lag = self._lag(task, checkpoint, tables[task], marks, starts, ends)
             if lag is not None and task in self._stores:
@@ -117,7 +117,7 @@ class DormantState:
 
     def _lag(
         self,
-        task: TaskKey,
+        task: TaskId,
         checkpoint: Checkpoint,
         tables: Iterable[Table[Any, Any]],
         marks: Marks,
@@ -135,8 +135,9 @@ class DormantState:
             position = checkpoint.changelogs.get(table.name, 0)
             limit = limit_of(table, task[1], mark, marks)
             end = ends[tp] if limit is None else min(limit, ends[tp])
-            is_stale = 0 < position < end and away_ms > self._local.stale_after_ms(table)
-            if position > end or 0 < position < starts[tp] or is_stale:
+            try:
+                check_position(tp, position, starts[tp], end, away_ms, self._local.stale_after_ms(table), committed=end)
+            except StateCorruptedError:
                 return None
             lag += end - max(position, starts[tp])
         return max(0, lag)

@@ -205,7 +205,7 @@ class Standbys:
 
     def lags(self) -> dict[TaskId, int]:
         """How far behind each task's state is that is here and not in its hands."""
-        lags = {TaskId(*task): lag for task, lag in self.dormant.lags.items()}
+        lags = dict(self.dormant.lags)
         for task, standby in self._held.items():
             if (lag := standby.lag) is not None:
                 lags[task] = lag
