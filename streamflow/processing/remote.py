@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -13,12 +14,11 @@ from streamflow.processing.context import RunningApp
 
 LONGEST_READ_S = 60.0
 DEFAULT_READ_S = 5.0
-_NO_HEADERS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class TableRead:
-    """A read that comes over HTTP, for `@app.authorize_reads`.
+    """A read that comes over HTTP, or with `headers=` from Python, for `@app.authorize_reads`.
 
     Attributes:
         table: The table's name.
@@ -30,9 +30,25 @@ class TableRead:
     key: Any
     headers: Mapping[str, str]
 
+    @classmethod
+    def of_caller(cls, table: str, key: Any, headers: Mapping[str, str]) -> TableRead:
+        """One that comes from Python, by the headers that the caller gives."""
+        return cls(table, key, {name.lower(): value for name, value in headers.items()})
+
 
 Authorize: TypeAlias = Callable[[TableRead], bool] | Callable[[TableRead], Awaitable[bool]]
 """Says whether a read is allowed, or raises `PermissionError`; sync or async."""
+
+
+async def check_allowed(guard: Authorize, read: TableRead) -> None:
+    """Ask an app whether this may be read.
+
+    Raises:
+        PermissionError: It may not.
+    """
+    said = guard(read)
+    if (await said if inspect.isawaitable(said) else said) is not True:
+        raise PermissionError("@app.authorize_reads does not allow this")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +59,14 @@ class ReadOptions:
         at: Positions that what is read must have come to, as text.
         stale_ok: Whether a standby may answer, which may be behind.
         timeout_s: Seconds to wait for an answer, 0 to 60.
-        headers: For `@app.authorize_reads` of the worker that answers.
+        headers: For `@app.authorize_reads` of this worker and of the one that answers; None for a read of the app's own
+            code, which this worker does not ask about.
     """
 
     at: str = ""
     stale_ok: bool = False
     timeout_s: float = DEFAULT_READ_S
-    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    headers: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.timeout_s <= LONGEST_READ_S:

@@ -59,17 +59,18 @@ class RemoteTable(OrderedMapping[K, V], Generic[K, V]):
             at: Positions that what is read must have come to: `RecordMetadata.position`, `table.position(key)`.
             stale_ok: Whether a standby may answer, which may be behind.
             timeout_s: Seconds to wait for who holds it, for a restore, for `at`; from 0 to 60.
-            headers: For `@app.authorize_reads` of the worker that answers.
+            headers: For `@app.authorize_reads`, which decides wherever the key is; left out, it is the app's own read,
+                and is asked about by other workers only.
 
         Raises:
             NotHeld: No worker that can be reached has answered within the time; the message says why. Ask again.
-            PermissionError: The worker that holds it does not allow the read.
+            PermissionError: `@app.authorize_reads` does not allow the read.
             ProductionError: It is no key of the table.
             ConfigurationError: `at` is no position that the table comes to.
 
         Cancellation: gives up at once.
         """
-        asked = ReadOptions(at, stale_ok, timeout_s, headers or {})
+        asked = ReadOptions(at, stale_ok, timeout_s, headers)
         value = await reader_of_app(self.app, self.name).value(self, key, asked)
         return default if value is MISSING else value
 
@@ -100,8 +101,8 @@ class RemoteTable(OrderedMapping[K, V], Generic[K, V]):
 
         Raises:
             NotHeld: A page could not be read within the time.
-            PermissionError: A worker does not allow the read.
+            PermissionError: `@app.authorize_reads` does not allow the read.
         """
         low, high = self.span_of(start, stop, prefix, "scan_remote")
-        asked = ReadOptions(at, stale_ok, timeout_s, headers or {})
+        asked = ReadOptions(at, stale_ok, timeout_s, headers)
         return reader_of_app(self.app, self.name).entries(self, low, high, asked)

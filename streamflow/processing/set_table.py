@@ -288,7 +288,7 @@ class SetTable(Mapping[K, Members[M]], Generic[K, M]):
 
         Arguments and errors are those of `Table.get_remote`.
         """
-        asked = ReadOptions(at, stale_ok, timeout_s, headers or {})
+        asked = ReadOptions(at, stale_ok, timeout_s, headers)
         reader = reader_of_app(self.app, self.name)
         return {member async for member in reader.members(self.pairs, key, asked)}
 

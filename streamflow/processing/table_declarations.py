@@ -53,8 +53,9 @@ class TableDeclarations:
 
         It is given an `sf.TableRead` and returns True to allow the read; anything else, or raising `PermissionError`,
         whose text is the answer, refuses it. Both the worker that is asked and the one that has the key call it, with
-        the headers of the request. Without one, whoever reaches the web server reads. Code of the app itself that reads
-        what its own process holds is not asked.
+        the headers of the request. Without one, whoever reaches the web server reads. `get_remote` and `scan_remote`
+        with `headers=` are decided on, too; without, they are the app's own, and what this process holds is not asked
+        about.
 
         Raises:
             TopologyError: The app has such a function already.

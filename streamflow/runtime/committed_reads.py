@@ -20,6 +20,7 @@ from streamflow.log.api import Group
 from streamflow.model.position import positions_of, text_of
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
+from streamflow.processing.remote import Authorize
 from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
@@ -80,6 +81,11 @@ class CommittedReads:
     def app_id(self) -> str:
         """Id of the app."""
         return self._app.id
+
+    @property
+    def guard(self) -> Authorize | None:
+        """Who decides what may be read; None where all may."""
+        return self._app.reads_guard
 
     def check_asker(self, question: Question) -> None:
         """Refuse what is not asked of this app.

@@ -21,7 +21,7 @@ from streamflow.errors import NotHeld, StreamFlowError
 from streamflow.log.api import Group
 from streamflow.model.position import positions_of, text_of
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.remote import ReadOptions, registered_reader
+from streamflow.processing.remote import ReadOptions, TableRead, check_allowed, registered_reader
 from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
@@ -120,6 +120,7 @@ class TableReads:
     # --- from Python -------------------------------------------------------------------------------------------
 
     async def value(self, table: Table[Any, Any], key: Any, options: ReadOptions) -> Any:
+        await self._allow(table, key, options)
         return (await self.get(table, key, options)).value
 
     async def entries(
@@ -127,6 +128,7 @@ class TableReads:
     ) -> AsyncIterator[tuple[Any, Any]]:
         after: bytes | None = None
         while True:
+            await self._allow(table, None, options)
             page = await self.page(table, (low, high), after, MOST_ROWS, options)
             for row in page.rows:
                 yield row
@@ -136,11 +138,22 @@ class TableReads:
     async def members(self, table: Pairs[Any, Any], key: Any, options: ReadOptions) -> AsyncIterator[Any]:
         after: bytes | None = None
         while True:
+            await self._allow(table, key, options)
             page = await self.members_page(table, key, after, MOST_ROWS, options)
             for (_, member), _ in page.rows:
                 yield member
             if (after := page.after) is None:
                 return
+
+    async def _allow(self, table: Table[Any, Any], key: Any, options: ReadOptions) -> None:
+        """Ask the app about what is read for somebody: he must not be told more where this process holds the key.
+
+        Raises:
+            PermissionError: It may not be read.
+        """
+        guard = self.committed.guard
+        if guard is not None and options.headers is not None:
+            await check_allowed(guard, TableRead.of_caller(table.name, key, options.headers))
 
     # --- what is read ------------------------------------------------------------------------------------------
 
@@ -353,7 +366,7 @@ class TableReads:
         """Errors are returned: raised, they would come out of a task group as a group."""
         url = f"{where.rstrip('/')}{PATH}?{question.query()}"
         try:
-            return await self._client.get(url, options.headers, timeout_s=question.timeout_s + _MORE_S)
+            return await self._client.get(url, options.headers or {}, timeout_s=question.timeout_s + _MORE_S)
         except UnreachableError as error:
             return error
 

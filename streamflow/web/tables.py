@@ -5,7 +5,6 @@ Any worker answers, for keys that others hold, too. Nothing is written here.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
@@ -22,7 +21,7 @@ from streamflow.model.text import plain, reader_of
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.key_text import range_of
-from streamflow.processing.remote import ReadOptions, TableRead
+from streamflow.processing.remote import ReadOptions, TableRead, check_allowed
 from streamflow.processing.set_table import Pairs, SetTable
 from streamflow.processing.table import Table
 from streamflow.runtime import global_reads
@@ -194,9 +193,7 @@ class TableSite:
         guard = self._app.reads_guard
         if guard is None:
             return
-        said = guard(TableRead(table, key, headers_of(request)))
-        if (await said if inspect.isawaitable(said) else said) is not True:
-            raise PermissionError("@app.authorize_reads does not allow this")
+        await check_allowed(guard, TableRead(table, key, headers_of(request)))
 
 
 def _key_asked(table: Table[Any, Any], question: Question) -> Any:

@@ -295,6 +295,26 @@ async def test_who_may_read_is_asked_for_on_both_workers() -> None:
         assert await elsewhere.get_remote("bob", headers={"authorization": "Bearer root"}) == 2
 
 
+async def test_headers_in_python_are_decided_on_wherever_the_key_is() -> None:
+    async with Cluster(guarded) as cluster:
+        await filled(cluster, {"ann": 1, "bob": 2})
+        ann, root = {"Authorization": "Bearer ann"}, {"Authorization": "Bearer root"}
+        for worker in range(2):
+            table = cluster.table("stock", worker)
+            assert await table.get_remote("ann", headers=ann) == 1
+            assert await table.get_remote("bob", headers=root) == 2
+            assert [row async for row in table.scan_remote(headers=root)] == [("ann", 1), ("bob", 2)]
+            with pytest.raises(PermissionError, match="does not allow"):
+                await table.get_remote("bob", headers=ann)
+            with pytest.raises(PermissionError, match="does not allow"):
+                [row async for row in table.scan_remote(headers=ann)]
+            for key in ("ann", "bob"):
+                with pytest.raises(PermissionError, match="who are you"):
+                    await table.get_remote(key, headers={})
+        # The app's own code, which asks for nobody.
+        assert await cluster.table("stock", cluster.owner("stock", "bob")).get_remote("bob") == 2
+
+
 async def test_a_header_that_is_there_twice_is_one_and_the_same_on_both_workers() -> None:
     async with Cluster(guarded) as cluster:
         await filled(cluster, {"ann": 1, "bob": 2})
