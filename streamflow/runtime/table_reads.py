@@ -421,12 +421,23 @@ def _answer_of(where: str, response: Response | Exception) -> Answer:
         with suppress(msgspec.MsgspecError):
             return Answer.of_data(response.body)
         raise NotReadableYet(f"{where} gives an answer that is none")
-    text = response.body.decode(errors="replace")
+    text = _said(response.body)
     if response.status == 403:
         raise PermissionError(text)
     if response.status == 421:
         raise Misdirected(text)
     raise NotReadableYet(f"{where}: {response.status} {text}")
+
+
+class _Failure(msgspec.Struct):
+    error: str
+
+
+def _said(body: bytes) -> str:
+    """What a worker says is wrong; all of it where it comes from somebody else."""
+    with suppress(msgspec.MsgspecError):
+        return msgspec.json.decode(body, type=_Failure).error
+    return body.decode(errors="replace")
 
 
 def _behind(store_key: bytes) -> bytes:

@@ -242,7 +242,7 @@ class Worker:
             if job.on_leader and not has_agents:
                 raise TopologyError(
                     f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns "
-                    "partition 0 of its first source topic"
+                    "partition 0 of its first source topic. Give it one, or leave on_leader=True out"
                 )
 
     async def _run_unless_stopped(self, log: Log, topology: Topology) -> None:
