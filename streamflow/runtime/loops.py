@@ -13,7 +13,7 @@ import anyio.abc
 from streamflow.clock import Clock
 from streamflow.config import Settings
 from streamflow.errors import StateFullError
-from streamflow.log.api import GroupEvent
+from streamflow.log.api import GroupEvent, Revoked, Told
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.task import Task
@@ -118,7 +118,7 @@ class Loops:
         async def act() -> None:
             while True:
                 while waiting:
-                    await manager.handle(waiting.popleft())
+                    await manager.handle(_next(waiting))
                 arrived.clear()
                 await arrived.wait()
 
@@ -150,3 +150,20 @@ class Loops:
                 )
             if all(task.oldest_in_flight_s() < max_poll_s for task in manager.running()):
                 self._group.report_progress()
+
+
+def _next(waiting: deque[GroupEvent | Overtaken]) -> GroupEvent | Overtaken:
+    """The next event; what was asked for meanwhile goes in one, with one commit.
+
+    Rounds may follow faster than commits do, and each asks for a task or two: one commit for each would have the last
+    ones wait for longer than the group does.
+    """
+    event = waiting.popleft()
+    if isinstance(event, Revoked):
+        for later in list(waiting):
+            if isinstance(later, Revoked):
+                waiting.remove(later)
+                event = Revoked(event.partitions | later.partitions)
+            elif not isinstance(later, Told):
+                break
+    return event

@@ -10,7 +10,7 @@ import pytest
 from streamflow.clock import VirtualClock
 from streamflow.config import Settings
 from streamflow.errors import StateFullError
-from streamflow.log.api import Assigned, Group, GroupEvent, Lost
+from streamflow.log.api import Assigned, Group, GroupEvent, Lost, Revoked, Told
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.open_log import OpenLog
@@ -46,12 +46,16 @@ class BusyManager:
         self.handled.append(event)
 
 
+def following(events: list[GroupEvent]) -> Loops:
+    group = cast(Group, SpeakingGroup(list(events)))
+    nothing: Any = None
+    return Loops(Settings(), VirtualClock(), Sensors(), OpenLog(group, nothing, nothing, cast(Any, SimpleNamespace())))
+
+
 async def test_what_is_lost_is_known_while_an_earlier_event_is_acted_on() -> None:
     events: list[GroupEvent] = [Assigned(frozenset({A}), 1), Lost(frozenset({A}), "gone"), Assigned(frozenset({A}), 2)]
     manager = BusyManager()
-    group = cast(Group, SpeakingGroup(list(events)))
-    nothing: Any = None
-    loops = Loops(Settings(), VirtualClock(), Sensors(), OpenLog(group, nothing, nothing, cast(Any, SimpleNamespace())))
+    loops = following(events)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(loops._follow_group, manager)
         for _ in range(10):
@@ -63,6 +67,37 @@ async def test_what_is_lost_is_known_while_an_earlier_event_is_acted_on() -> Non
             await asyncio.sleep(0)
         assert manager.handled == events
         tasks.cancel_scope.cancel()
+
+
+async def test_what_is_asked_for_in_several_rounds_goes_in_one_unless_something_of_it_came_back() -> None:
+    b, c, d = (TopicPartition("a", number) for number in (1, 2, 3))
+    events: list[GroupEvent] = [
+        Revoked(frozenset({A})),
+        Revoked(frozenset({b})),
+        Told(b"one", 2),
+        Revoked(frozenset({c})),
+        Assigned(frozenset({b}), 3),
+        Revoked(frozenset({d})),
+        Told(b"two", 4),
+    ]
+    manager = BusyManager()
+    loops = following(events)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(loops._follow_group, manager)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert manager.foreseen == events
+        manager.free.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        tasks.cancel_scope.cancel()
+    assert manager.handled == [
+        Revoked(frozenset({A, b, c})),
+        Told(b"one", 2),
+        Assigned(frozenset({b}), 3),
+        Revoked(frozenset({d})),
+        Told(b"two", 4),
+    ]
 
 
 class FakeStored:
