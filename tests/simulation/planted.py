@@ -7,9 +7,9 @@ from unittest import mock
 
 from streamflow.model.record import TopicPartition
 from streamflow.runtime import standby
-from streamflow.runtime.assignment import active
 from streamflow.runtime.assignment.active import ActivePlacement
 from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.spread import Counts, Spread
 from streamflow.runtime.commit import Commits
 from streamflow.runtime.conversation import Conversation
 from streamflow.runtime.exactly_once import ExactlyOnce
@@ -52,8 +52,9 @@ async def _keep_what_goes(self: TaskManager, tasks: Sequence[Task], *_: Any) -> 
     """Who is told that a task has to go answers so, and goes on with it."""
 
 
-def _give_all_to_one(able: Sequence[str], count: int, *_: Any) -> dict[str, int]:
-    return {one: count if at == 0 else 0 for at, one in enumerate(able)}
+def _give_all_to_one(self: Spread, held: Counts, owned: Counts) -> Counts:
+    first = next(iter(self._capacity))
+    return {kind: {one: total * (one == first) for one in self._capacity} for kind, total in self._totals.items()}
 
 
 def _up_to_the_end(*_: Any) -> None:
@@ -90,7 +91,7 @@ BUGS: dict[str, tuple[object, str, Any]] = {
     "a task comes, and its standby goes on": (Standby, "hand_over", _hand_over_what_is_followed),
     "what a member is told is lost": (Conversation, "heard", _hear_nothing),
     "a task moves to where its state is not": (ActivePlacement, "_now", _move_at_once),
-    "one member is given everything": (active, "shares", _give_all_to_one),
+    "one member is given everything": (Spread, "counts", _give_all_to_one),
 }
 
 FOUND_BY: dict[str, int] = {
