@@ -193,7 +193,10 @@ async def shares(system: System, workers: Sequence[Worker], partitions: int = PA
         owned = [await worker.owned(system.topic("numbers")) for worker in workers]
         counts[:] = [len(each) for each in owned]
         together = set[int]().union(*owned)
-        return sum(counts) == len(together) == partitions and max(counts) - min(counts) <= 1
+        if not sum(counts) == len(together) == partitions or max(counts) - min(counts) > 1:
+            return False
+        # Who was ready without any may have been given one since, and restore it.
+        return all([(await worker.get("/ready"))[0] == 200 for worker in workers])
 
     await until(shared, lambda: f"{counts}; {system.told()}")
     return counts
