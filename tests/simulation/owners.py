@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamflow.log.api import Assigned, Membership
+from streamflow.log.api import Admin, Assigned, Membership
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.assignment.cluster import Cluster, ClusterMember, Plan, TaskId
 from streamflow.runtime.assignment.plan import plan
@@ -17,6 +17,7 @@ from streamflow.runtime.task_manager import TaskManager
 from streamflow.runtime.task_view import TaskView
 from streamflow.state.identity import Identity
 from streamflow.state.store import Checkpoint
+from tests.simulation.apps import APP_ID
 from tests.simulation.population import Broken
 from tests.simulation.processes import Process, current
 from tests.simulation.workers import Running
@@ -104,11 +105,11 @@ class Owners:
 
     # --- coming to rest ----------------------------------------------------------------------------------------
 
-    async def come_to_rest(self) -> None:
+    async def come_to_rest(self, admin: Admin) -> None:
         """Wait until everything is assigned, open and in balance; then nothing may move any more."""
         loop = self._world.loop
         since_s = loop.time()
-        while why := self.unsettled():
+        while why := self.unsettled() or await self._absent(admin):
             if self._world.breaks is not None:
                 raise self._world.breaks
             if loop.time() - since_s > SETTLE_S:
@@ -183,6 +184,11 @@ class Owners:
         if max(counts) - min(counts) > 1:
             return f"out of balance: {counts}"
         return self._standbys_unsettled(managers)
+
+    async def _absent(self, admin: Admin) -> str:
+        """Whether the group still takes one for a member that is gone: a static one is, until its session is over."""
+        members = await admin.group_members(APP_ID)
+        return f"gone, and still a member: some of {members}" if len(members) > len(self._held()) else ""
 
     def _standbys_unsettled(self, managers: Mapping[str, TaskManager]) -> str:
         """Every task with tables has as many copies elsewhere as there are to be, level with it, and no other ones."""

@@ -107,7 +107,7 @@ async def _run(world: World) -> None:
         world.faulty = False
         await asyncio.wait(nobodies[:2])
         await _settle(world, log)
-        await world.owners.come_to_rest()
+        await world.owners.come_to_rest(log.admin)
         population.is_over = True
         await _stop_all(world)
         for each in nobodies:
