@@ -6,11 +6,14 @@ in the end what the run did: a worker on its own, or the supervisor of several.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping
 
+from streamflow.config import Settings
 from streamflow.log.api import Admin
 from streamflow.model.record import TopicPartition
+from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import Topology
+from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.status import Outcome, Progress, TopicOutcome
 
@@ -43,14 +46,13 @@ class Extent:
         self.written_ends: Mapping[TopicPartition, int] = {}
         self._starts: dict[TopicPartition, int] = {}
 
-    async def find(
-        self, admin: Admin, begin: Callable[[Sequence[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
-    ) -> None:
+    async def find(self, admin: Admin, app: Declarations, settings: Settings) -> None:
         """Note where the run begins and where the external topics end now; before anybody of it joins the group.
 
         Args:
             admin: For offsets.
-            begin: Where partitions begin that have no committed offset.
+            app: The app.
+            settings: Its settings: they say where partitions begin that have no committed offset.
 
         Raises:
             RetriableError: The log does not answer.
@@ -60,7 +62,7 @@ class Extent:
         committed = await admin.group_offsets(self._group_id)
         starts, ends = await admin.start_offsets(every), await admin.end_offsets(every)
         self.limits = {tp: ends[tp] for tp in external}
-        begins = await begin([tp for tp in every if tp not in committed])
+        begins = await beginnings(admin, app, settings, [tp for tp in every if tp not in committed])
         for tp in every:
             self._starts[tp] = max(committed[tp].offset, starts[tp]) if tp in committed else min(begins[tp], ends[tp])
 

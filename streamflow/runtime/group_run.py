@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 
 import anyio
 
@@ -14,7 +13,6 @@ from streamflow.log.api import Admin, Log
 from streamflow.log.connect import connect
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import Topology
-from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.extent import Extent
 from streamflow.runtime.internal_topics import prepare_topics
 from streamflow.runtime.layout import Layout
@@ -62,7 +60,7 @@ class GroupRun:
         if not layout.counts:
             return None
         extent = Extent(layout, self._app.id)
-        await extent.find(admin, partial(beginnings, admin, self._app, self._settings))
+        await extent.find(admin, self._app, self._settings)
         return extent
 
     async def end(self, *, finished: bool) -> Outcome | None:

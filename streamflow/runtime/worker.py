@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -35,7 +34,6 @@ from streamflow.processing.topology import Topology
 from streamflow.processing.visit import is_visited
 from streamflow.runtime.assignment.assignor import TaskAssignor
 from streamflow.runtime.at_least_once import AtLeastOnce
-from streamflow.runtime.beginnings import beginnings
 from streamflow.runtime.births import noting_births
 from streamflow.runtime.conversation import Conversation, says
 from streamflow.runtime.derived import Processor
@@ -279,9 +277,8 @@ class Worker:
                 await self._run_without_agents()
                 return
             if self._until_end:
-                begin = partial(beginnings, log.admin, self.app, self.settings)
                 extent = Extent(layout, self.app.id)
-                await extent.find(log.admin, begin)
+                await extent.find(log.admin, self.app, self.settings)
                 self._ends = UntilEnd(extent, log.admin, self.clock, self._on_progress)
             self._delivery = await self._open_delivery(stack, log, slot)
             restorer = Restorer(
