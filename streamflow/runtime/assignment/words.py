@@ -63,7 +63,7 @@ class Says:
 
     @property
     def checksum(self) -> int:
-        """Tells another worker in the same place: what does not change while one runs."""
+        """Tells another worker in the same place: what stays while one runs, and its room, which is to be heard of."""
         return zlib.crc32(msgspec.msgpack.encode((self.url, self.rack, self.capacity, self.follows)))
 
     def encode(self) -> bytes:
