@@ -7,11 +7,16 @@ come to it, so it misses nothing that was there then. Silence is no evidence, ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import anyio.to_thread
+
+from streamflow.errors import StateCorruptedError
 from streamflow.log.api import OffsetMark
+from streamflow.log.batch import RecordBatch
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
 from streamflow.runtime.changelog_records import ChangelogRecords
@@ -65,6 +70,22 @@ class Filled:
     is_filling: bool
     awaited: tuple[int, int] | None = None
 
+    async def read(
+        self, tp: TopicPartition, batches: Sequence[RecordBatch], *, below: int
+    ) -> tuple[dict[bytes, bytes | None], int]:
+        """What fetched batches say of the table: stored keys and values, and how many records it was.
+
+        Args:
+            tp: Where they are from.
+            batches: What was fetched.
+            below: The offset from which on records are left out.
+        """
+        if isinstance(self.reads, SourceRecords):
+            of_source = await self.reads.read(tp, batches, below=below)
+            return of_source.by_key, of_source.records
+        read = await anyio.to_thread.run_sync(partial(self.reads.read, batches, below=below))
+        return read.by_key, read.records - len(read.beyond)
+
     def seen(self, end: int, at_ms: int) -> None:
         """See `Span.seen`."""
         if self.awaited is None or self.position >= end:
@@ -116,6 +137,31 @@ class Span:
         self.heard_at_ms = max(self.heard_at_ms, at_ms)
         for each in self.filled:
             each.seen(end, at_ms)
+
+    def is_stale(self, upto: int, now_ms: int, stale_after_ms: Mapping[str, int]) -> bool:
+        """Whether deletions may have been missed while nothing was heard.
+
+        Args:
+            upto: The offset up to which records have arrived.
+            now_ms: Now; wall clock.
+            stale_after_ms: By table: after how long.
+        """
+        return any(
+            each.position < upto and now_ms - each.level_at_ms > stale_after_ms[each.table.name] for each in self.filled
+        )
+
+    def check_limit(self) -> None:
+        """A changelog that was committed with the offsets may not be so any more, from where it was known to be on.
+
+        Raises:
+            StateCorruptedError: The store has what is not committed.
+        """
+        for each in self.filled:
+            if each.table.source is None and self.limit is not None and each.position > self.limit:
+                raise StateCorruptedError(
+                    f"it reaches offset {each.position} of changelog {self.tp}, which is committed up to {self.limit}",
+                    reason="ahead",
+                )
 
     def answered(self, end: int) -> None:
         """A fetch was answered.

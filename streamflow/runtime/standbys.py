@@ -24,7 +24,8 @@ from streamflow.runtime.fetch_places import FetchPlaces
 from streamflow.runtime.followed import Marks
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.local_state import LocalState, LocalStates
-from streamflow.runtime.standby import Standby, StandbySurroundings
+from streamflow.runtime.standby import Standby
+from streamflow.runtime.standby_surroundings import StandbySurroundings
 from streamflow.runtime.status import StandbyStatus
 from streamflow.sensors import Sensors
 from streamflow.state.store import Checkpoint

@@ -328,7 +328,7 @@ async def test_of_many_that_are_behind_only_some_have_fetches_under_way(
 ) -> None:
     """Each may be 1 MiB, which is in no budget; where the disk is slow, it stays there."""
     monkeypatch.setattr("streamflow.runtime.standbys._FETCHES", 2)
-    monkeypatch.setattr("streamflow.runtime.standby._NEAR", 0)
+    monkeypatch.setattr("streamflow.runtime.standby_fetches._NEAR", 0)
     summing, goes_on, take = Summing(partitions=6), anyio.Event(), Standby._take
     held, most = Counter[str](), 0
 
@@ -513,7 +513,7 @@ async def test_a_worker_whose_disk_is_full_for_long_takes_no_copies_for_a_while(
     async with Machine(summing.app) as machine:
         second, standby = await faults.meet(machine, summing, *no_room(999))
         standbys = standbys_of(second)
-        await until(lambda: standby._full_since_s is not None)
+        await until(lambda: standby._store.full_since_s is not None)
         assert standbys.has_room  # it may be a matter of moments
         machine.clock.advance(61)
         assert standby.is_stuck
