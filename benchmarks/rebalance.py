@@ -4,7 +4,8 @@
 
 For each change: the latency of outputs of partitions that stayed where they were, beside that of the steady state; the
 longest silence of those that moved; the changelog records that were restored for it. At the end every worker is stopped
-and started once, one after the other, and all outputs are counted. `run.sh` explains the settings.
+and started once, one after the other, and all outputs are counted. `run.sh` explains the settings (`STANDBYS=1` gives
+each table partition a warm copy).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ PARTITIONS = 12  # of which 3 and 4 workers have the same number each
 WORKERS = 3
 ABLE = ("streamflow", "kstreams", "faust")
 TIMING = {"SESSION_MS": "10000", "HEARTBEAT_MS": "300"}
-CALM_S = 3.0  # without a change, after which the group has settled
+CALM_S = 3.0  # without a change, after which the group has settled, if each has its share
+UNEVEN_CALM_S = 75.0  # the same with uneven shares: Kafka Streams looks every 60 s whether more can move
 AFTER_S = 0.5  # of what comes then, which counts to the rebalance
 LAST_OUTPUTS_S = 60
 POLL_S = 0.1
@@ -72,6 +74,7 @@ class Change:
         silence_s: The longest that a moved partition gave no output; None where none moved.
         restored: Changelog records that were read to restore state.
         load: Of the machine, at the end.
+        shares: How many partitions each worker had then.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Change:
     silence_s: float | None
     restored: int
     load: float
+    shares: list[int]
 
 
 class Scenario:
@@ -129,10 +133,11 @@ class Scenario:
             max((self._silence_s(partition, began_s, ended_s) for partition in moved), default=None),
             self._restored() - restored,
             os.getloadavg()[0],
+            sorted(Counter(after.values()).values()),
         )
 
     def settle(self, began_s: float) -> tuple[Owners, float]:
-        """Wait until each worker has its share and nothing changes; the owners, and since when it was so."""
+        """Wait until each worker has a share and nothing changes; the owners, and since when it was so."""
         deadline = time.perf_counter() + self._limit_s
         known: Owners = {}
         since_s = began_s
@@ -140,7 +145,8 @@ class Scenario:
             owners, now_s = self._owners(), time.perf_counter()
             if owners != known:
                 known, since_s = owners, now_s
-            if now_s - since_s > CALM_S and self._is_shared(owners) and not self._load.silent_partitions(since_s):
+            calm_s = CALM_S if self._is_even(owners) else UNEVEN_CALM_S
+            if now_s - since_s > calm_s and self._is_shared(owners) and not self._load.silent_partitions(since_s):
                 return owners, since_s
             if now_s > deadline:
                 silent = self._load.silent_partitions(since_s)
@@ -152,8 +158,11 @@ class Scenario:
             time.sleep(POLL_S)
 
     def _is_shared(self, owners: Owners) -> bool:
+        return len(owners) == PARTITIONS and len(set(owners.values())) == len(self.workers)
+
+    def _is_even(self, owners: Owners) -> bool:
         counts = Counter(owners.values()).values()
-        return len(owners) == PARTITIONS and len(counts) == len(self.workers) and max(counts) - min(counts) <= 1
+        return bool(counts) and max(counts) - min(counts) <= 1
 
     def _owners(self) -> Owners:
         """The member that has each partition; empty while the group does not say."""
@@ -198,6 +207,11 @@ class Scenario:
         return max(later - earlier for earlier, later in itertools.pairwise([began_s, *times]))
 
 
+def _standbys() -> dict[str, str]:
+    copies = os.environ.get("STANDBYS") or "0"
+    return {"STANDBYS": copies, "STREAMFLOW_STANDBY_REPLICAS": copies}
+
+
 def _changes(scenario: Scenario) -> list[tuple[str, Callable[[], None]]]:
     come = partial(scenario.start, WORKERS)
     changes = [
@@ -216,7 +230,7 @@ def measure(peer: Peer, bootstrap: str, settings: Settings) -> dict[str, Any]:
     """All changes, one after the other."""
     everyone = set(range(PARTITIONS))
     with (
-        Run(peer, bootstrap, settings.mode, partitions=PARTITIONS, settings=TIMING) as run,
+        Run(peer, bootstrap, settings.mode, partitions=PARTITIONS, settings=TIMING | _standbys()) as run,
         ExitStack() as stack,
         SteadyLoad(bootstrap, run.source, run.out, min(settings.rate, peer.most_rate), PARTITIONS) as load,
     ):
@@ -283,15 +297,16 @@ def _table(name: str, found: dict[str, Any]) -> str:
     lines = [
         heading,
         "",
-        "| change | settled after s | kept: p50 ms | p99 | most | moved | silent for s | records restored | load |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| change | settled after s | kept: p50 ms | p99 | most | moved | silent for s | restored | shares | load |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for each in found["changes"]:
         kept = each["kept"]
         delays = ["-"] * 3 if kept is None else [f"{kept[key]:.0f}" for key in ("p50_ms", "p99_ms", "max_ms")]
         silent = "-" if each["silence_s"] is None else f"{each['silence_s']:.2f}"
         cells = [each["name"], f"{each['settled_s']:.1f}", *delays, str(each["moved"]), silent]
-        lines.append(f"| {' | '.join([*cells, format(each['restored'], ','), format(each['load'], '.1f')])} |")
+        cells += [f"{each['restored']:,}", " ".join(map(str, each["shares"])), f"{each['load']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     if found["unsettled"]:
         lines += ["", f"Then it came to no rest: {found['unsettled'].splitlines()[0]}."]
     return "\n".join(lines)

@@ -14,6 +14,7 @@
 #   RATE=1000      records/s of the latency run; 0 leaves it out
 #   LATENCY_S=10   its length in seconds
 #   LIMIT_S=150    what one run may take at most
+#   STANDBYS=0     warm copies of each table partition, for rebalance (StreamFlow, Kafka Streams)
 #   BOOTSTRAP=     a broker that runs already; by default one is started on loopback and stopped at the end
 #   BENCH_HOME=~/.cache/streamflow-bench    environments of the peers, scratch data, results
 #   STREAMFLOW=    the streamflow command (default: the one of .venv)

@@ -77,6 +77,7 @@ public class KStreamsBench {
             settings.put("session.timeout.ms", environment.get("SESSION_MS"));
             settings.put("heartbeat.interval.ms", environment.get("HEARTBEAT_MS"));
             settings.put("probing.rebalance.interval.ms", 60_000); // the least it takes
+            settings.put("num.standby.replicas", environment.getOrDefault("STANDBYS", "0"));
             settings.put("internal.leave.group.on.close", true); // else a stop is noticed when the session ends
         }
         return settings;
