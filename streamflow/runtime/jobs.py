@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 
 from streamflow.clock import Clock
+from streamflow.error_groups import one_error
 from streamflow.errors import ClosedError, FatalError, StreamFlowError
 from streamflow.processing.agent import Agent
 from streamflow.processing.context import Outgoing, current_turn
@@ -31,6 +32,10 @@ from streamflow.state.stage import PlainStage, Stage
 logger = logging.getLogger("streamflow.jobs")
 
 _LEADER_POLL_S = 0.25
+
+
+class _MovedOn(StreamFlowError):
+    """What ran in the leader task did not get on: that task is another worker's by now."""
 
 
 class LeaderTurn:
@@ -68,8 +73,13 @@ class LeaderTurn:
             write(self._stage)
             self._stage.clear()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the leader task is this worker's still."""
+        return _is_held(self._task)
+
     def _check_held(self) -> None:
-        if self._task.lost or self._task.state in ("created", "closing", "closed"):
+        if not self.is_held:
             raise ClosedError(f"the leader task {self._task.name} has moved to another worker, or the worker stops")
 
     def refuse_ask(self, agent: Agent[Any, Any, Any]) -> None:
@@ -99,6 +109,11 @@ class LeaderTurn:
         self._check_held()
         write(self._stage)
         self._stage.clear()
+
+
+def _is_held(leader: Task) -> bool:
+    """Whether what is sent in a leader task is taken by it: it is open, and not about to go."""
+    return not leader.lost and leader.state not in ("created", "closing", "closed")
 
 
 class Jobs:
@@ -134,6 +149,10 @@ class Jobs:
         leads = self._leader_task() is not None
         return any(leads or not task.on_leader for task in self._not_begun.values())
 
+    def _leader(self) -> Task | None:
+        leader = self._leader_task()
+        return leader if leader is not None and _is_held(leader) else None
+
     async def run(self) -> None:
         """Run until cancelled."""
         async with anyio.create_task_group() as group:
@@ -161,12 +180,14 @@ class Jobs:
             await self._fire(crontab.name, crontab.fn, crontab.on_leader)
 
     async def _fire(self, name: str, fn: Action, on_leader: bool) -> None:
-        leader = self._leader_task() if on_leader else None
+        leader = self._leader() if on_leader else None
         if on_leader and leader is None:
             return
         self.firing += 1
         try:
             await self._turn(fn, leader)
+        except _MovedOn as moved:
+            logger.info("%s: the leader task has moved while it ran; it comes again at its next time: %s", name, moved)
         except Exception:
             self._sensors.record_error(name, "timer")
             logger.exception("%s raised; it comes again at its next time", name)
@@ -182,12 +203,16 @@ class Jobs:
         token = current_turn.set(turn)
         try:
             await call_user(fn)
+            turn.done()
+        except Exception as exc:
+            if turn.is_held:
+                raise
+            raise _MovedOn(f"{type(exc).__name__}: {exc}") from exc
         finally:
             current_turn.reset(token)
-        turn.done()
 
     async def _run_task(self, task: BackgroundTask) -> None:
-        while task.on_leader and self._leader_task() is None:
+        while task.on_leader and self._leader() is None:
             await self._clock.sleep(_LEADER_POLL_S)
         try:
             if task.on_leader:
@@ -209,23 +234,31 @@ class Jobs:
     async def _run_leading(self, task: BackgroundTask) -> None:
         """Run the task while this worker leads; when leadership comes back, it starts anew."""
         while True:
-            leader = self._leader_task()
+            leader = self._leader()
             if leader is None:
                 await self._clock.sleep(_LEADER_POLL_S)
                 continue
-            finished = False
+            if await self._lead(task, leader):
+                return
+
+    async def _lead(self, task: BackgroundTask, leader: Task) -> bool:
+        """Run the task while this worker leads; whether it is done."""
+        finished = False
+        with one_error():
             async with anyio.create_task_group() as group:
 
-                async def lead(leader: Task = leader, scope: anyio.CancelScope = group.cancel_scope) -> None:
+                async def lead() -> None:
                     nonlocal finished
                     self._begins(task)
-                    await self._turn(task.fn, leader, at_once=True)
-                    finished = True
-                    scope.cancel()
+                    try:
+                        await self._turn(task.fn, leader, at_once=True)
+                        finished = True
+                    except _MovedOn as moved:
+                        logger.info("%s: the leader task has moved while it ran: %s", task.name, moved)
+                    group.cancel_scope.cancel()
 
                 group.start_soon(lead)
-                while self._leader_task() is leader:
+                while self._leader() is leader:
                     await self._clock.sleep(_LEADER_POLL_S)
                 group.cancel_scope.cancel()
-            if finished:
-                return
+        return finished

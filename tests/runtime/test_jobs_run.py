@@ -1,6 +1,7 @@
 """Timers, crontabs, tasks and hooks over a virtual clock."""
 
 import asyncio
+import dataclasses
 import datetime
 import logging
 from typing import Any
@@ -206,6 +207,77 @@ async def test_a_leader_task_that_never_ends_sends_all_the_same() -> None:
     async with TestApp(app) as test:
         await test.advance(1)  # it looks every quarter of a second whether it leads
         await until_records(test, 1)
+
+
+@pytest.mark.parametrize("kind", ["task", "timer"])
+@pytest.mark.parametrize("is_caught", [False, True])
+async def test_what_sends_while_the_leader_moves_stops_no_worker(
+    kind: str, is_caught: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A send is refused once the leader task goes, and mostly before it is noticed that another one leads."""
+    caplog.set_level(logging.INFO, "streamflow.jobs")
+    begun: list[sf.App] = []
+    refused: list[sf.App] = []
+
+    def make() -> sf.App:
+        app = sf.App("moving")
+        numbers = app.topic("numbers", key_type=str, value_type=int, partitions=4)
+        out = app.topic("out", key_type=str, value_type=int, partitions=1)
+
+        @app.agent(numbers)
+        def work(number: int) -> None: ...
+
+        async def lead() -> None:
+            begun.append(app)
+            while True:
+                try:
+                    await out.send(key="k", value=1)
+                except sf.ClosedError as error:
+                    refused.append(app)
+                    if is_caught:
+                        raise RuntimeError("wrapped") from error
+                    raise
+                await asyncio.sleep(0.001)
+
+        if kind == "task":
+            app.task(on_leader=True)(lead)
+        else:
+            app.timer(1, on_leader=True)(lead)
+        return app
+
+    async with Machine(make()) as machine:
+        first = await machine.start()
+        await until(lambda: len(first.tasks) == 4)
+        machine.clock.advance(1)
+        await until(lambda: begun == [machine.app])
+        machine.settings = dataclasses.replace(machine.settings, capacity=1000)
+        second = await machine.start(app=make())
+        await until(lambda: refused == [machine.app])
+        await until(lambda: "numbers-0" in second.tasks)
+        machine.clock.advance(1)
+        await until(lambda: begun == [machine.app, second.worker.app])
+        assert not first.ended.is_set()
+        assert "the leader task has moved while it ran" in caplog.text
+        assert "Traceback" not in caplog.text
+
+
+async def test_a_task_that_raises_while_it_leads_is_named_with_its_error() -> None:
+    app = sf.App("failing")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+
+    @app.agent(numbers)
+    def work(number: int) -> None: ...
+
+    @app.task(on_leader=True)
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        await until(lambda: "numbers-0" in running.tasks)
+        machine.clock.advance(1)
+        with pytest.raises(sf.StreamFlowError, match="task 'fail' raised ValueError: broken"):
+            await machine.ended(running)
 
 
 async def test_a_leader_needs_an_agent() -> None:
