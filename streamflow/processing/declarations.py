@@ -453,7 +453,10 @@ class Declarations(TableDeclarations):
         return fn
 
     def on_revoked(self, fn: P) -> P:
-        """Call a function (sync or async) with the set of `sf.TopicPartition` that left this worker."""
+        """Call a function (sync or async) with the set of `sf.TopicPartition` that left this worker, whichever way.
+
+        Each partition that came is told once: when it was given back, lost, or at the end.
+        """
         check_action(fn, "@app.on_revoked", "partitions")
         self.revoked_hooks.append(fn)
         return fn

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -97,6 +97,10 @@ class TaskManager:
         self.tasks: dict[tuple[str, int], Task] = {}
         self.changing = False
         self.is_finishing = False
+        # Of the partitions that are lost by events that are not acted on yet, how often.
+        self._lost_ahead: Counter[TopicPartition] = Counter()
+        # What hooks were told has come, and were not told has gone.
+        self._told_of: set[TopicPartition] = set()
         # Of the group's events and rebuilds, one is acted on at a time.
         self._acting = anyio.Lock()
         # When tasks were rebuilt, monotonic seconds.
@@ -145,6 +149,7 @@ class TaskManager:
     def foresee(self, event: GroupEvent | Overtaken) -> None:
         """Note what an event means for commits that may be made before it is acted on."""
         if isinstance(event, Lost):
+            self._lost_ahead.update(event.partitions)
             for task in self._tasks_of(event.partitions):
                 task.lost = True
 
@@ -225,6 +230,7 @@ class TaskManager:
         if partitions:
             logger.info("assigned: %s", _named(partitions))
             self._sensors.rebalanced(len(partitions), 0, 0)
+            self._told_of |= partitions
             await self._call_hooks("on_assigned", self._app.assigned_hooks, partitions)
         if self.is_finishing:
             return  # a task that began now would have nobody to commit it
@@ -315,16 +321,23 @@ class TaskManager:
         self._task_group.start_soon(task.run, name=f"task {task.name}")
 
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
-        logger.info("revoked: %s", _named(partitions))
-        tasks = self._tasks_of(partitions)
+        asked = partitions - self._lost_ahead.keys()  # the others are lost, and told as that
+        if not asked:
+            return
+        logger.info("giving back: %s", _named(asked))
+        tasks = self._tasks_of(asked)
         await self._finish(tasks)
         # All in one, so that what stays does not wait for a commit of its own behind this one.
         await self._delivery.commit(self.running())
-        await self._close(tasks, partitions)
-        self._sensors.rebalanced(0, len(partitions), 0)
-        self._group.revoked(partitions)
+        await self._close(tasks, asked)
+        given_back = asked - self._lost_ahead.keys()
+        if given_back:
+            logger.info("revoked: %s", _named(given_back))
+            self._sensors.rebalanced(0, len(given_back), 0)
+            self._group.revoked(given_back)
 
     async def _lost(self, event: Lost) -> None:
+        self._lost_ahead -= Counter(event.partitions)
         logger.warning("lost: %s: %s", _named(event.partitions), event.reason)
         tasks = self._tasks_of(event.partitions)
         for task in tasks:
@@ -360,8 +373,10 @@ class TaskManager:
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
-        if partitions:
-            await self._call_hooks("on_revoked", self._app.revoked_hooks, partitions)
+        gone = partitions & self._told_of
+        self._told_of -= gone
+        if gone:
+            await self._call_hooks("on_revoked", self._app.revoked_hooks, gone)
 
     async def _call_hooks(
         self, kind: str, hooks: Sequence[Callable[..., Any]], partitions: frozenset[TopicPartition]
@@ -392,9 +407,8 @@ class TaskManager:
 
     async def close(self) -> None:
         """Cancel all agents; those that went on when they were cancelled are the worker's failure."""
-        partitions = frozenset(self._by_tp)
         try:
-            await self._close(self.running(), partitions, _LAST_CLOSE_S)
+            await self._close(self.running(), frozenset(self._told_of), _LAST_CLOSE_S)
         finally:
             if deaf := sorted({f"{name!r} (task {task})" for task, name, agent in self._deaf if not agent.done()}):
                 self._shared.fail(

@@ -29,7 +29,7 @@ class Holding:
         worker: Which.
         partition: As it is written.
         begin_s: When it said that it was assigned.
-        end_s: When it said that it had begun to give it back, was killed, or was told that it is lost.
+        end_s: When it said that it gives it back, with all done, was killed, or was told that it is lost.
         ended: How it ended.
     """
 

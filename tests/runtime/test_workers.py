@@ -11,9 +11,11 @@ import pytest
 
 import streamflow as sf
 from streamflow.errors import LogUnavailableError
-from streamflow.log.api import AtomicCommit, Lost
+from streamflow.log.api import AtomicCommit, Lost, Revoked
 from streamflow.log.sqlite.admin import SqliteAdmin
+from streamflow.log.sqlite.group import SqliteGroup
 from streamflow.log.sqlite.producer import SqliteTransactionalProducer
+from streamflow.metrics import PrometheusSensors
 from streamflow.runtime import patience
 from tests.runtime.machine import Machine
 from tests.runtime.waiting import until
@@ -223,6 +225,83 @@ async def test_lost_partitions_commit_nothing_and_are_processed_by_the_next_owne
         await until(lambda: first.tasks and not before & set(map(id, first.tasks.values())))
         await machine.settle()
         assert sorted(machine.values(out)) == list(range(20))
+
+
+class Moves:
+    """An app whose agent can be held up, and what is said of its partitions."""
+
+    def __init__(self) -> None:
+        app = self.app = sf.App("moves")
+        numbers = self.numbers = app.topic("numbers", key_type=str, value_type=int, partitions=2)
+        self.gate = asyncio.Event()
+        self.in_hand = 0
+        self.gone: list[sf.TopicPartition] = []
+
+        @app.agent(numbers)
+        async def work(number: int) -> None:
+            self.in_hand += 1
+            await self.gate.wait()
+
+        @app.on_revoked
+        def note(partitions: set[sf.TopicPartition]) -> None:
+            self.gone.extend(partitions)
+
+
+async def test_what_was_lost_before_it_could_be_given_back_is_told_as_lost_and_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop was blocked: both events are there when it gets on."""
+    caplog.set_level("INFO")
+    moves, sensors = Moves(), PrometheusSensors()
+    both = frozenset(sf.TopicPartition("numbers", number) for number in range(2))
+    kept, lost = sorted(both)
+    answered: list[frozenset[sf.TopicPartition]] = []
+    monkeypatch.setattr(SqliteGroup, "revoked", lambda _, partitions: answered.append(partitions))
+    async with Machine(moves.app) as machine:
+        running = await machine.start(sensors=sensors)
+        manager = running.worker.manager
+        assert manager is not None
+        caplog.clear()
+        events = [Revoked(both), Lost(frozenset({lost}), "the session expired")]
+        for event in events:
+            manager.foresee(event)
+        for event in events:
+            await manager.handle(event)
+        assert [line for line in caplog.messages if "numbers-" in line] == [
+            "giving back: numbers-0",
+            "revoked: numbers-0",
+            "lost: numbers-1: the session expired",
+        ]
+        assert answered == [{kept}]
+        assert sensors.moved == {"assigned": 2, "revoked": 1, "lost": 1}
+        assert moves.gone == [kept, lost]
+        await machine.stop(running)
+    assert moves.gone == [kept, lost]
+
+
+async def test_what_is_not_given_back_in_time_is_told_as_lost_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    moves, sensors = Moves(), PrometheusSensors()
+    async with Machine(moves.app, session_timeout_ms=10_000, heartbeat_interval_ms=1_000) as machine:
+        first = await machine.start(sensors=sensors)
+        for key in "abcdef":
+            await machine.send(moves.numbers, 1, key=key)
+        await until(lambda: moves.in_hand == 2)
+        second = machine.launch()  # which is ready when it has its share
+        await until(lambda: "giving back: numbers-" in caplog.text)
+        assert first.worker.group is not None
+        while len(first.worker.group.assignment) == 2:  # it is asked to give one back, and does not
+            machine.clock.advance(1.1)
+            await anyio.sleep(0.001)
+        moves.gate.set()
+        await until(lambda: "lost: numbers-" in caplog.text)
+        assert "not given back within rebalance_timeout_ms" in caplog.text
+        assert "revoked: " not in caplog.text
+        await until(lambda: len(moves.gone) == 1)
+        assert sensors.moved == {"assigned": 2, "revoked": 0, "lost": 1}
+        await until(lambda: len(second.tasks) == 1)
+        await machine.stop(first)
+        assert sorted(moves.gone) == [sf.TopicPartition("numbers", 0), sf.TopicPartition("numbers", 1)]
 
 
 async def test_a_stop_does_not_wait_for_records_of_partitions_that_are_lost_meanwhile() -> None:

@@ -64,7 +64,7 @@ async def test_what_a_worker_keeps_is_not_disturbed_when_another_joins(system: S
         await first.owns(system.topic("numbers"), 2)
         await second.owns(system.topic("numbers"), 2)
         before = {worker: await worker.owned(system.topic("numbers")) for worker in (first, second)}
-        gone = {worker: worker.said.count("revoked: ") for worker in (first, second)}
+        gone = {worker: worker.said.count("giving back: ") for worker in (first, second)}
 
         third = await system.started()
         came = await third.owns(system.topic("numbers"), 1)
@@ -72,7 +72,7 @@ async def test_what_a_worker_keeps_is_not_disturbed_when_another_joins(system: S
             kept = before[worker] - came
             await worker.owns(system.topic("numbers"), len(kept))
             assert await worker.owned(system.topic("numbers")) == kept
-            told = worker.said.split("revoked: ")[1 + gone[worker] :]
+            told = worker.said.split("giving back: ")[1 + gone[worker] :]
             assert len(told) == len(before[worker] & came), worker.said
         await system.has("results", await system.count("results") + 500)
         for worker in (third, second, first):

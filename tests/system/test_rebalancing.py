@@ -61,7 +61,7 @@ def seen(folder: Path) -> Counter[str]:
 
 
 def told(worker: Worker, what: str, topic: str) -> set[int]:
-    """The partitions that a worker was last told of: `assigned`, `revoked`, `lost`."""
+    """The partitions that a worker was last told of: `assigned`, `giving back`, `lost`."""
     lines = re.findall(rf"{what}: (.*)", worker.said)
     return {int(number) for number in re.findall(rf"{topic}-(\d+)", lines[-1])} if lines else set()
 
@@ -86,8 +86,8 @@ async def holding_a_record_everywhere(system: System, **options: object) -> Work
 async def test_what_stays_goes_on_while_what_leaves_is_waited_for(system: System) -> None:
     first = await holding_a_record_everywhere(system, shutdown_timeout_s=60)
     second = system.start(OPEN="1")
-    await first.says("revoked: ")
-    leaving = told(first, "revoked", system.topic("numbers"))
+    await first.says("giving back: ")
+    leaving = told(first, "giving back", system.topic("numbers"))
     staying = set(range(PARTITIONS)) - leaving
     assert len(leaving) == PARTITIONS // 2
 
@@ -121,7 +121,7 @@ async def test_what_takes_too_long_to_leave_is_let_go_and_its_work_dropped(syste
     first = await holding_a_record_everywhere(system, **options)
     second = await system.started(OPEN="1")
     taken = await second.owns(system.topic("numbers"), PARTITIONS // 2)
-    assert taken == told(first, "revoked", system.topic("numbers"))
+    assert taken == told(first, "giving back", system.topic("numbers"))
     await system.has_committed("numbers", PARTITIONS + len(taken))
     open_gates(system, set(range(PARTITIONS)))  # nobody is behind those of the ones that left any more
     await system.has_committed("numbers", 2 * PARTITIONS)
@@ -304,12 +304,12 @@ async def test_partitions_that_are_added_are_shared_while_the_old_ones_go_on(kaf
     first, second = await kafka.started(**quick), await kafka.started(**quick)
     await shares(kafka, [first, second], 2)
     await kafka.write("numbers", numbered(200))
-    moved = [worker.said.count("revoked: ") for worker in (first, second)]
+    moved = [worker.said.count("giving back: ") for worker in (first, second)]
     await kafka.grow("numbers", PARTITIONS)
     await kafka.write("numbers", numbered(200, start=200))
     assert await shares(kafka, [first, second]) == [2, 2]
     await kafka.has_committed("numbers", 400)
-    assert [worker.said.count("revoked: ") for worker in (first, second)] == moved
+    assert [worker.said.count("giving back: ") for worker in (first, second)] == moved
     for worker in (first, second):
         assert await worker.stops() == STOPPED
     assert sorted(value for _, value in await kafka.rows("results")) == [2 * number for number in range(400)]
