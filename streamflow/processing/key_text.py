@@ -64,7 +64,7 @@ def _prefix_of(table: OrderedMapping[Any, Any], codec: BoundCodec[Any], text: st
         if not isinstance(found, list) or get_origin(form) is not tuple:
             return found
         return _elements(form, found)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise ConfigurationError(
             f"{word} {text!r} does not fit keys of {table.kind} {table.name!r}: {exc}; it is read as JSON, a list for "
             "the first elements of a tuple"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from streamflow.processing.context import RunningApp
 
 LONGEST_READ_S = 60.0
 DEFAULT_READ_S = 5.0
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_SEEN = r"[\x01-\x08\x0e-\x1f!-~\x80-\xff]"
+_VALUE = re.compile(rf"({_SEEN}([\t ]|{_SEEN})*(?<![\t ]))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,9 @@ class ReadOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.timeout_s <= LONGEST_READ_S:
             raise ConfigurationError(f"timeout_s={self.timeout_s!r}: seconds, from 0 to {LONGEST_READ_S:g}")
+        for name, value in (self.headers or {}).items():
+            if not (_NAME.fullmatch(name) and _VALUE.fullmatch(value)):
+                raise ConfigurationError(f"headers={{{name!r}: {value!r}}}: HTTP has no such header: encode the value")
 
 
 class RemoteReader(Protocol):

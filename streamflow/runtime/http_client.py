@@ -55,7 +55,7 @@ class _Connection:
         self.used_s = 0.0
         self._state = h11.Connection(h11.CLIENT)
 
-    async def exchange(self, target: str, headers: list[tuple[str, str]]) -> Response:
+    async def exchange(self, target: str, headers: list[tuple[bytes, bytes]]) -> Response:
         request = h11.Request(method="GET", target=target, headers=headers)
         await self.stream.send(
             b"".join(filter(None, (self._state.send(request), self._state.send(h11.EndOfMessage()))))
@@ -129,7 +129,9 @@ class HttpClient:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         origin = parts.scheme, parts.hostname or "", port
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        named = [("host", parts.netloc.rpartition("@")[2]), *headers.items()]
+        # As they came in: a server, too, reads them as latin-1.
+        sent = {"host": parts.netloc.rpartition("@")[2], **headers}
+        named = [(name.encode(), value.encode("latin-1")) for name, value in sent.items()]
         await self._close_old()
         try:
             with anyio.fail_after(timeout_s):
@@ -141,7 +143,7 @@ class HttpClient:
             await _close(self._idle.pop(origin, []))
             raise UnreachableError(f"{parts.scheme}://{parts.netloc} is not reached: {exc!r}") from exc
 
-    async def _ask(self, origin: _Origin, target: str, headers: list[tuple[str, str]]) -> Response:
+    async def _ask(self, origin: _Origin, target: str, headers: list[tuple[bytes, bytes]]) -> Response:
         while kept := self._idle.get(origin):
             try:
                 return await self._exchange(kept.pop(), origin, target, headers)
@@ -157,7 +159,7 @@ class HttpClient:
         return _Connection(await anyio.connect_tcp(host, port, ssl_context=self._tls))
 
     async def _exchange(
-        self, connection: _Connection, origin: _Origin, target: str, headers: list[tuple[str, str]]
+        self, connection: _Connection, origin: _Origin, target: str, headers: list[tuple[bytes, bytes]]
     ) -> Response:
         is_kept = False
         try:

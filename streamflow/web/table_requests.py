@@ -14,7 +14,7 @@ from starlette.requests import Request
 from streamflow.config import nearest
 from streamflow.errors import ConfigurationError
 from streamflow.processing.remote import DEFAULT_READ_S, ReadOptions
-from streamflow.runtime.committed_reads import MOST_ROWS
+from streamflow.runtime.committed_reads import MOST_ROWS, UnknownTable
 from streamflow.runtime.table_reads import Span
 
 DEFAULT_ROWS = 100
@@ -30,10 +30,16 @@ _NOT_FORWARDED = frozenset(_HOP_BY_HOP.split(" "))
 
 
 def key_in_path(request: Request) -> str:
-    """The key as it stands in the address, percent-decoded; bytes that are no UTF-8 as surrogates."""
+    """The key as it stands in the address, percent-decoded; bytes that are no UTF-8 as surrogates.
+
+    Raises:
+        UnknownTable: A `%2F` stands in the name of the table, or where a slash is to be before the key.
+    """
     raw = request.scope.get("raw_path") or request.scope["path"].encode()
-    _, _, behind = raw.partition(b"/tables/")
-    return unquote_to_bytes(behind.partition(b"/")[2]).decode(errors="surrogateescape")
+    _, _, table, *key = raw.split(b"/", 3)
+    if not key or unquote_to_bytes(table).decode(errors="replace") != request.path_params["table"]:
+        raise UnknownTable(f"no table has a name with a slash in it: {table.decode(errors='replace')!r}")
+    return unquote_to_bytes(key[0]).decode(errors="surrogateescape")
 
 
 def headers_of(request: Request) -> dict[str, str]:

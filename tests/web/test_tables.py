@@ -48,6 +48,48 @@ async def test_every_key_is_read_from_every_worker() -> None:
         assert {cluster.owner("stock", key) for key in ODD} == {0, 1}
 
 
+async def test_odd_addresses_mean_one_key_or_none() -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"": 1, "tea": 2})
+        for worker in range(2):
+            assert await cluster.json("/t%61bles/st%6Fck/tea", worker=worker) == {"key": "tea", "value": 2}
+            assert (await cluster.get("/tables%2Fstock/tea", worker=worker)).status_code == 404
+            answer = await cluster.get("/tables/stock%2Ftea", worker=worker)
+            assert (answer.status_code, "stock%2Ftea" in answer.text) == (404, True)
+            assert await cluster.json("/tables/stock/", worker=worker) == {"key": "", "value": 1}
+
+
+async def test_headers_of_any_bytes_are_passed_on() -> None:
+    seen: list[tuple[str, str | None]] = []
+
+    def guarded() -> sf.App:
+        app = shop()
+
+        @app.authorize_reads
+        def allowed(read: sf.TableRead) -> bool:
+            seen.append((read.key, read.headers.get("x-name")))
+            return True
+
+        return app
+
+    async with Cluster(guarded) as cluster:
+        await filled(cluster, {"tea": 1})
+        other = 1 - cluster.owner("stock", "tea")
+        url = f"{cluster.urls[other]}/tables/stock/tea"
+        for name in ("José".encode(), b"Jos\xe9", b"\x01", b""):
+            seen.clear()
+            answer = await cluster.http.get(url, headers={b"x-name": name})
+            assert (answer.status_code, answer.json()) == (200, {"key": "tea", "value": 1})
+            assert seen == [("tea", name.decode("latin-1"))] * 2
+        seen.clear()
+        assert await cluster.table("stock", other).get_remote("tea", headers={"X-Name": "José"}) == 1
+        assert seen == [("tea", "José")] * 2
+        for bad in ({"x-name": "Łukasz"}, {"x-name": "a\r\nx-admin: yes"}, {"x name": "a"}, {"x-name": " a"}, {"": ""}):
+            for worker in range(2):
+                with pytest.raises(sf.ConfigurationError, match="header"):
+                    await cluster.table("stock", worker).get_remote("tea", headers=bad)
+
+
 async def test_what_is_not_there_is_404_and_a_bad_key_400() -> None:
     async with Cluster(shop) as cluster:
         await filled(cluster, {"tea": 1})
@@ -136,6 +178,7 @@ async def test_keys_are_read_by_their_type() -> None:
             ("/tables/places/seven", "key for table 'places'"),
             ("/tables/pairs/a", "tuple[str, int]"),
             ("/tables/pairs?prefix=5&from=6", "prefix="),
+            ("/tables/pairs?prefix=" + "[" * 5_000, "does not fit keys of table 'pairs'"),
         ):
             answer = await cluster.get(path)
             assert answer.status_code == 400
