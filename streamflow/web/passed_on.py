@@ -12,7 +12,7 @@ from starlette.routing import Route
 from streamflow.processing.remote import LONGEST_READ_S
 from streamflow.runtime.http_client import HttpClient, UnreachableError
 from streamflow.web.table_requests import forwarded
-from streamflow.web.tables import KEY, failure
+from streamflow.web.tables import KEY, ReadRoute, failure
 
 _MORE_S = 2.0
 _KEPT = ("content-type", "cache-control", "retry-after", "streamflow-position", "streamflow-lag")
@@ -34,7 +34,7 @@ class PassedOn:
     def routes(self) -> list[Route]:
         """What it answers."""
         paths = ["/tables", "/tables/{table}", f"/tables/{{table}}/{{key:{KEY}}}"]
-        return [Route(path, self._answer, methods=["GET"]) for path in paths]
+        return [ReadRoute(path, self._answer) for path in paths]
 
     async def _answer(self, request: Request) -> Response:
         urls = list(self._urls())

@@ -14,6 +14,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from streamflow.errors import ConfigurationError, DeserializationError, NotHeld, RecordError, StreamFlowError
 from streamflow.model.schema import type_name
@@ -56,6 +57,25 @@ KEY = "streamflow_key"
 register_url_convertor(KEY, _KeyConvertor())
 
 
+class ReadRoute(Route):
+    """A path that is read; other methods are refused in the form of all other errors.
+
+    Args:
+        path: The path, as Starlette writes it.
+        answer: Answers `GET` and `HEAD`.
+    """
+
+    def __init__(self, path: str, answer: Handler) -> None:
+        super().__init__(path, answer, methods=["GET", "HEAD"])
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["method"] in {"GET", "HEAD"}:
+            return await super().handle(scope, receive, send)
+        refused = failure(405, f"{scope['method']} {scope['path']}: tables are only read here", {"allow": "GET, HEAD"})
+        await refused(scope, receive, send)
+
+
 class TableSite:
     """The tables of one worker on the web.
 
@@ -76,7 +96,7 @@ class TableSite:
             f"/tables/{{table}}/{{key:{KEY}}}": self._one,
             PATH: self._for_workers,
         }
-        return [Route(path, _answering(answer), methods=["GET"]) for path, answer in answers.items()]
+        return [ReadRoute(path, _answering(answer)) for path, answer in answers.items()]
 
     # --- for everyone ------------------------------------------------------------------------------------------
 

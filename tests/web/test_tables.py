@@ -4,14 +4,18 @@ import dataclasses
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import msgspec
 import pytest
+from starlette.applications import Starlette
 
 import streamflow as sf
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route
+from streamflow.runtime.http_client import HttpClient
 from streamflow.runtime.read_question import Question
 from streamflow.runtime.readable import Owned
+from streamflow.web.passed_on import PassedOn
 from tests.runtime.cut_off import CutOff
 from tests.web.cluster import Cluster
 
@@ -111,6 +115,21 @@ async def test_nothing_is_written() -> None:
             for method in ("POST", "PUT", "PATCH", "DELETE"):
                 answer = await cluster.http.request(method, cluster.urls[0] + path)
                 assert answer.status_code == 405, (method, path)
+                assert answer.headers["allow"] == "GET, HEAD"
+                assert answer.headers["content-type"] == "application/json"
+                assert answer.json() == {"error": f"{method} {path}: tables are only read here"}
+        head = await cluster.http.request("HEAD", cluster.urls[0] + "/tables")
+        assert (head.status_code, head.content) == (200, b"")
+
+
+async def test_the_supervisor_of_several_processes_refuses_to_write_likewise() -> None:
+    async with HttpClient() as client:
+        site = Starlette(routes=PassedOn(list, client).routes())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://worker") as http:
+            refused = await http.post("/tables/stock/tea")
+            assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+            assert refused.json() == {"error": "POST /tables/stock/tea: tables are only read here"}
+            assert (await http.get("/tables/stock/tea")).status_code == 503  # there is no process to ask
 
 
 # --- types ---------------------------------------------------------------------------------------------------------
