@@ -540,7 +540,7 @@ class Admin(ABC):
 
     @abstractmethod
     async def group_members(self, group_id: str) -> Sequence[str]:
-        """Who is in a group, in words that help to find them; empty when nobody is.
+        """Who is in a group, in words that help to find them, instance ids with them; empty when nobody is.
 
         A member that was killed counts until its session is over, unless it is certain that its process has ended:
         only SQLite can tell that, and may take a session to find out about a member on another machine or boot.

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -925,6 +926,18 @@ async def test_a_group_tells_its_members_and_is_deleted_only_without_them(open_l
             assert await group.committed([tp]) == {tp: OffsetMark(3, "kept")}
             assert member.owned == {tp}
         assert await other.admin.group_members(group_id) == []
+        named = replace(SETTINGS, instance_id="till-1")
+        async with (
+            log.group(name("named"), frozenset({topic}), spread, named) as group,
+            log.group(name("named"), frozenset({topic}), spread, SETTINGS) as unnamed,
+            Watched(group),
+            Watched(unnamed),
+        ):
+            await until(lambda: group.membership is not None and unnamed.membership is not None)
+            told = sorted(await other.admin.group_members(name("named")), key=lambda each: "instance_id" in each)
+            assert ["(process" in each or " on 127.0.0.1" in each for each in told] == [True, True]
+            assert [each.count("instance_id 'till-1'") for each in told] == [0, 1]
+            assert unnamed.membership.member_id[:8] in told[0]
         assert await other.admin.group_offsets(group_id, stable=True) == {tp: OffsetMark(3, "kept")}
         await other.admin.delete_group(group_id)
         assert await other.admin.group_offsets(group_id) == {}

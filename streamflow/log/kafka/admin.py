@@ -232,7 +232,10 @@ class KafkaAdmin(Admin):
             ((code, _group, _state, _kind, _protocol, members, _operations),) = response.groups
             if code and code != codes.GROUP_ID_NOT_FOUND:
                 raise codes.error(code, f"describe group {group_id}")
-            return sorted(f"{client_id} on {host.lstrip('/')}" for _id, _instance, client_id, host, *_ in members)
+            return sorted(
+                f"{member_id} on {host.lstrip('/')}" + (f" (instance_id {instance_id!r})" if instance_id else "")
+                for member_id, instance_id, _client_id, host, *_ in members
+            )
 
         return await self._retried(attempt)
 

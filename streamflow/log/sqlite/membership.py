@@ -390,22 +390,26 @@ class MemberRow:
         process: The identity of its process.
         session_timeout_ms: Silence after which it is taken for dead.
         beat: How often its heart has beaten.
+        instance_id: Its static name, if it has one.
     """
 
     member_id: str
     process: str
     session_timeout_ms: int
     beat: int
+    instance_id: str | None
 
     def told(self) -> str:
         """The member in words."""
-        return f"member {self.member_id[:8]} (process {self.process.split(' ')[1]})"
+        name = "" if self.instance_id is None else f", instance_id {self.instance_id!r}"
+        return f"member {self.member_id[:8]} (process {self.process.split(' ')[1]}{name})"
 
 
 def members(sql: sqlite3.Connection, group_id: str) -> list[MemberRow]:
     """All members of a group, dead ones that nobody has removed yet included."""
     rows = sql.execute(
-        "SELECT member_id, process, session_timeout_ms, beat FROM members WHERE group_id = ? ORDER BY member_id",
+        "SELECT member_id, process, session_timeout_ms, beat, instance_id FROM members WHERE group_id = ? "
+        "ORDER BY member_id",
         (group_id,),
     )
     return [MemberRow(*row) for row in rows]
