@@ -82,6 +82,7 @@ class Conversation:
         self._asked_as: int | None = None
         self._asked_for: frozenset[TaskId] = frozenset()
         self._new_since_s: float | None = None
+        self._logged = "standbys: none"
         self.told = Told()
 
     async def heard(self, event: ToldBytes) -> None:
@@ -92,13 +93,24 @@ class Conversation:
             # Who leads may take no notice of what cannot be followed: that is asked for once.
             self._asked_at_s, self._asked_for = None, self._asked_for & self._standbys.stuck()
         self._routes.told(told.routes.values())
-        if told.standby | told.warm_up != self._standbys.told | self._standbys.warm_ups:
-            logger.info("standbys: %s; warm-ups: %s", _named(told.standby), _named(told.warm_up))
+        if (described := self._described()) != self._logged:
+            self._logged = described
+            logger.info("%s", described)
         if self._manager.is_finishing:
             return
         # What is followed and comes here now is handed over open when it is assigned, which is said next.
         coming = self._own() & self._standbys.held().keys()
         await self._standbys.follow(told.standby, told.warm_up | coming, self._manager.has)
+
+    def _described(self) -> str:
+        """What is followed here, and what for: a copy to fall back on, to be had when it is level, or had next."""
+        own = self._own()
+        parts = [f"standbys: {_named(self.told.standby)}"]
+        if warming := self.told.warm_up - own:
+            parts.append(f"warming up, to run here once they have caught up: {_named(warming)}")
+        if coming := frozenset(task for task in self.told.warm_up & own if not self._manager.has(task)):
+            parts.append(f"about to run here: {_named(coming)}")
+        return "; ".join(parts)
 
     async def run(self) -> None:
         """Keep what is said current, and ask for a round when what is to come here is near enough, or never will be."""

@@ -63,8 +63,11 @@ class Group:
 class Manager:
     is_finishing = False
 
+    def __init__(self) -> None:
+        self.running: set[TaskId] = set()
+
     def has(self, task: TaskId) -> bool:
-        return False
+        return task in self.running
 
     def lags(self) -> dict[TaskId, int]:
         return {ONE: 7}
@@ -74,14 +77,14 @@ class Side:
     """One member's side of the conversation."""
 
     def __init__(self) -> None:
-        self.standbys, self.group = FakeStandbys(), Group()
+        self.standbys, self.group, self.manager = FakeStandbys(), Group(), Manager()
         settings = sf.App("app").settings({"rack": "a", "capacity": 3, "acceptable_lag_records": 10})
         routes: Any = Routes()
         self.url = "http://here"
         self.conversation = Conversation(
             settings,
             lambda: self.url,
-            Manager(),  # type: ignore[arg-type]
+            self.manager,  # type: ignore[arg-type]
             self.standbys,
             routes,
             self.group,  # type: ignore[arg-type]
@@ -116,6 +119,25 @@ def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     at = [100.0]
     monkeypatch.setattr(conversation.anyio, "current_time", lambda: at[0])
     return at
+
+
+async def test_what_is_followed_is_told_apart_by_what_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    side, three = Side(), TaskId("numbers", 2)
+    await side.hear()
+    await side.hear(standby=[three], warm_up=[ONE, TWO])
+    await side.hear(standby=[three], warm_up=[ONE, TWO])  # nothing new
+    await side.hear(standby=[three], warm_up=[ONE, TWO], active=[TWO])
+    side.manager.running = {TWO}
+    await side.hear(standby=[three], warm_up=[ONE, TWO], active=[TWO])
+    await side.hear()
+    warming = "warming up, to run here once they have caught up"
+    assert caplog.messages == [
+        f"standbys: numbers-2; {warming}: numbers-0, numbers-1",
+        f"standbys: numbers-2; {warming}: numbers-0; about to run here: numbers-1",
+        f"standbys: numbers-2; {warming}: numbers-0",
+        "standbys: none",
+    ]
 
 
 async def test_a_round_is_asked_for_once_when_all_warm_ups_are_near_enough(at: list[float]) -> None:
