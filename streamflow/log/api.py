@@ -204,7 +204,8 @@ class TransactionalProducer(ABC):
             UnknownTopicError: An output topic does not exist (any more). Nothing was stored.
             IndeterminateCommitError: It may have been stored. Close this producer and open one with the same id, which
                 settles it either way; then the stable committed offsets tell which.
-            ProducerFencedError: A later producer has this one's id; nothing was stored.
+            ProducerFencedError: A later producer has this one's id, or the id was fenced (`Admin.fence_producer`).
+                Nothing was stored.
 
         Cancellation: before the log is asked to decide, it is given up and nothing is stored. Then the outcome is
         waited for, and the cancellation is raised by the next await; on Kafka `transaction_timeout_ms` bounds that.
@@ -544,6 +545,18 @@ class Admin(ABC):
 
         A member that was killed counts until its session is over, unless it is certain that its process has ended:
         only SQLite can tell that, and may take a session to find out about a member on another machine or boot.
+        """
+
+    @abstractmethod
+    async def fence_producer(self, transactional_id: str) -> None:
+        """End what a producer with this id has left open, for a process that is gone; a commit under way is waited for.
+
+        A producer with this id that lives all the same stores nothing any more: its next commit raises
+        `ProducerFencedError`. One that is opened later is as good as any.
+
+        Raises:
+            AuthorizationError: This user may not use the id.
+            RetriableError: It did not come about in time, or it did and the answer was lost.
         """
 
     @abstractmethod

@@ -40,11 +40,14 @@ class Commits:
         clock: For back-off.
 
     Attributes:
+        transactional_id: What its commits are fenced by; empty where there is none.
         wanted: Set when a commit is wanted before the interval is over.
         last_commit_s: Monotonic time of the last commit; None before the first.
         trying_since_s: Since when a commit is being tried; None while none is.
         overtaken: Told of a task that another worker has had in between: it is to be opened anew.
     """
+
+    transactional_id: str = ""
 
     def __init__(self, group: Callable[[], Group], sensors: Sensors, clock: Clock) -> None:
         self._group = group

@@ -1,7 +1,8 @@
 """What a worker says to the leader of its group with each round, and what it is told beside its partitions.
 
-It says where it is reached, how much it can take, and how far behind each state is that it has. It is told which tasks
-to be a standby of, which are to come to it, and where the others are reached. The words are in `assignment/words.py`.
+It says where it is reached, how much it can take, how far behind each state is that it has, and what its commits are
+fenced by. It is told which tasks to be a standby of, which are to come to it, and the same of the others. The words are
+in `assignment/words.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import anyio
 from streamflow.config import Settings
 from streamflow.log.api import Group
 from streamflow.log.api import Told as ToldBytes
+from streamflow.runtime.abandoned_transactions import AbandonedTransactions
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route, Says, Told
 from streamflow.runtime.routes import Routes
@@ -27,7 +29,7 @@ _ASK_AGAIN_S = 30.0
 _ASK_SOON_S = 5.0
 
 
-def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int]) -> Says:
+def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int], transactional_id: str) -> Says:
     """What a worker says of itself.
 
     Args:
@@ -35,6 +37,7 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         url: Where other workers reach its HTTP server; empty where they do not.
         standbys: Its standbys.
         lags: How far behind each state is that it has.
+        transactional_id: What its commits are fenced by; empty where there is none.
     """
     return Says(
         url=url,
@@ -45,6 +48,7 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         lags=lags,
         unpacks=True,
         refused=standbys.refused(),
+        transactional_id=transactional_id,
     )
 
 
@@ -57,6 +61,7 @@ class Conversation:
         manager: Its tasks.
         standbys: Its standbys.
         routes: Told where tasks are.
+        abandoned: Told whose transactional id is whose.
         group: Its membership.
 
     Attributes:
@@ -70,6 +75,7 @@ class Conversation:
         manager: TaskManager,
         standbys: Standbys,
         routes: Routes,
+        abandoned: AbandonedTransactions,
         group: Group,
     ) -> None:
         self._settings = settings
@@ -77,6 +83,7 @@ class Conversation:
         self._manager = manager
         self._standbys = standbys
         self._routes = routes
+        self._abandoned = abandoned
         self._group = group
         self._asked_at_s: float | None = None
         self._asked_as: int | None = None
@@ -92,6 +99,7 @@ class Conversation:
         if _wanted(told) != _wanted(before):
             # Who leads may take no notice of what cannot be followed: that is asked for once.
             self._asked_at_s, self._asked_for = None, self._asked_for & self._standbys.stuck()
+        self._abandoned.told(told.routes.values())
         self._routes.told(told.routes.values())
         if (described := self._described()) != self._logged:
             self._logged = described
@@ -115,7 +123,8 @@ class Conversation:
     async def run(self) -> None:
         """Keep what is said current, and ask for a round when what is to come here is near enough, or never will be."""
         while True:
-            word = says(self._settings, self._url(), self._standbys, self._manager.lags())
+            lags, own_id = self._manager.lags(), self._abandoned.own_id
+            word = says(self._settings, self._url(), self._standbys, lags, own_id)
             self._group.say(word.encode())
             self._ask(word)
             await anyio.sleep(_SAY_EVERY_S)

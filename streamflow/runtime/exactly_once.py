@@ -2,7 +2,8 @@
 
 A commit does not stop the work: what it holds is sealed, and processing goes on while the log answers. What was sealed
 is sent unchanged until the log has decided, and before anything newer. Where the outcome is unknown, a new producer
-with the same id settles it, and the commit id in the stable committed offsets tells which way.
+with the same id settles it, and the commit id in the stable committed offsets tells which way. A producer that was
+fenced, as this worker was taken for dead, is replaced: whether its tasks are still its own, the membership tells.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ logger = logging.getLogger("streamflow.commits")
 
 _CHANGE_PATIENCE_S = 10.0
 _CHANGE_POLL_S = 0.02
+# As many as have got tasks of one that they take for dead may fence it, once each; a double does so at every commit.
+_MAX_FENCES = 10
 
-OpenProducer = Callable[[], AbstractAsyncContextManager[TransactionalProducer]]
+OpenProducer = Callable[[str], AbstractAsyncContextManager[TransactionalProducer]]
 
 
 @dataclass(slots=True)
@@ -58,18 +61,21 @@ class ExactlyOnce(Commits):
     """One atomic commit over outputs, changelogs and offsets.
 
     Args:
-        open_producer: Opens a producer with this worker's transactional id.
+        transactional_id: This worker's, which no other one has.
+        open_producer: Opens a producer with a transactional id.
         admin: For the ends of changelogs after a commit whose answer was lost.
         group: See `Commits`.
         sensors: See `Commits`.
         clock: See `Commits`.
 
     Attributes:
+        transactional_id: See above.
         patience_s: How long a commit that the log refuses waits for the group to say why, in seconds.
     """
 
     def __init__(
         self,
+        transactional_id: str,
         open_producer: OpenProducer,
         admin: Admin,
         group: Callable[[], Group],
@@ -77,6 +83,7 @@ class ExactlyOnce(Commits):
         clock: Clock,
     ) -> None:
         super().__init__(group, sensors, clock)
+        self.transactional_id = transactional_id
         self._open_producer = open_producer
         self._admin = admin
         self._opened = AsyncExitStack()
@@ -88,9 +95,13 @@ class ExactlyOnce(Commits):
         self._taken: deque[_Taken] = deque()
         # Whether it is unknown if the first of them was stored, also when whoever looks for the answer was cancelled.
         self._is_outcome_unknown = False
+        # The producer stores nothing any more.
+        self._is_fenced = False
+        # As which member this worker was fenced last, and how often.
+        self._fenced_as, self._fences = "", 0
 
     async def __aenter__(self) -> Self:
-        self._producer = await self._opened.enter_async_context(self._open_producer())
+        self._producer = await self._opened.enter_async_context(self._open_producer(self.transactional_id))
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
@@ -125,6 +136,8 @@ class ExactlyOnce(Commits):
                     if self._is_outcome_unknown:
                         await self._settle_unknown()
                     else:
+                        if self._is_fenced:
+                            await self._until_answered(self._replace_producer)
                         await self._commit_first()
                 except TaskMigratedError as error:
                     await self._migrated(error)
@@ -176,11 +189,31 @@ class ExactlyOnce(Commits):
         except ProductionError as error:
             raise FatalError(f"an output could not be written: {error}") from error
         except ProducerFencedError as error:
+            self._is_fenced = True
+            if self._group().membership is not None:
+                self._count_fence(commit.membership, error)
+            logger.warning("commit: %s; a new producer takes its place", error)
             if self._group().membership is None:
                 raise TaskMigratedError(str(error)) from error
+            raise RetriableError(str(error)) from error
+
+    def _count_fence(self, membership: Membership | None, error: ProducerFencedError) -> None:
+        """Tell who was taken for dead from who has a double, by which it is fenced again and again.
+
+        Who was taken for dead is a new member of the group from then on, and was fenced a few times at once: by those
+        that have got its tasks.
+
+        Raises:
+            ConfigurationError: It has a double.
+        """
+        member_id = "" if membership is None else membership.member_id
+        self._fences = self._fences + 1 if member_id == self._fenced_as else 1
+        self._fenced_as = member_id
+        if self._fences >= _MAX_FENCES:
             raise ConfigurationError(
-                f"{error}. This worker is still a member of its group, so another process has the same slot: the data "
-                "directory was copied, or two workers on different machines share it. Give each its own data_dir"
+                f"{error}. That was so {self._fences} times while this worker was a member of its group, so another "
+                "process has the same slot: the data directory was copied, or two workers on different machines share "
+                "it. Give each its own data_dir"
             ) from error
 
     def _membership(self) -> Membership:
@@ -258,4 +291,5 @@ class ExactlyOnce(Commits):
         self._producer = None
         await self._opened.aclose()
         self._opened = AsyncExitStack()
-        self._producer = await self._opened.enter_async_context(self._open_producer())
+        self._producer = await self._opened.enter_async_context(self._open_producer(self.transactional_id))
+        self._is_fenced = False

@@ -32,6 +32,7 @@ from streamflow.processing.declarations import Declarations
 from streamflow.processing.holding import registered_holder
 from streamflow.processing.topology import Topology
 from streamflow.processing.visit import is_visited
+from streamflow.runtime.abandoned_transactions import AbandonedTransactions
 from streamflow.runtime.assignment.assignor import TaskAssignor
 from streamflow.runtime.at_least_once import AtLeastOnce
 from streamflow.runtime.births import noting_births
@@ -291,7 +292,8 @@ class Worker:
                 Standbys.open(self.app.id, layout, local, log, self.clock, self.sensors, self._fail)
             )
             assignor = TaskAssignor.of(layout, self.settings)
-            words = says(self.settings, self.url, standbys, standbys.lags()).encode()
+            own_id = self._delivery.transactional_id
+            words = says(self.settings, self.url, standbys, standbys.lags(), own_id).encode()
             topics = frozenset(layout.counts)
             async with log.group(self.app.id, topics, assignor, self._group_settings(), words) as group:
                 self.group = group
@@ -302,7 +304,8 @@ class Worker:
         if self.guarantee == "exactly_once":
             transactional_id = f"{self.app.id}-{uuid4().hex if slot is None else slot.id}"
             exactly_once = ExactlyOnce(
-                lambda: log.transactional_producer(transactional_id),
+                transactional_id,
+                log.transactional_producer,
                 log.admin,
                 self._current_group,
                 self.sensors,
@@ -393,8 +396,9 @@ class Worker:
             manager = self.manager = TaskManager(self.app, layout, self.settings, log, shared, local, standbys, tasks)
             if ends is not None:
                 manager.limits = ends.limits
+            abandoned = AbandonedTransactions(log.delivery.transactional_id, log.admin.fence_producer, self.clock)
             conversation = self.conversation = Conversation(
-                self.settings, lambda: self.url, manager, standbys, self.routes, log.group
+                self.settings, lambda: self.url, manager, standbys, self.routes, abandoned, log.group
             )
             manager.on_told = conversation.heard
             tasks.start_soon(self._announce, manager, log)
@@ -408,6 +412,7 @@ class Worker:
                 loops.start(services, manager)
                 services.start_soon(restorer.run)
                 services.start_soon(conversation.run)
+                services.start_soon(abandoned.run)
                 self._jobs = Jobs(self.app, self.clock, self.sensors, self._leader_task, self._fail)
                 services.start_soon(self._jobs.run)
                 services.start_soon(purge.run)

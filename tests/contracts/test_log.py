@@ -642,6 +642,29 @@ async def test_a_later_producer_of_the_same_id_fences_the_earlier_one(open_log, 
         assert await commits.read(log) == [[b"0", b"1"]] * 2
 
 
+async def test_a_producer_whose_id_was_fenced_stores_nothing_and_one_that_is_opened_later_does(open_log, name):
+    commits = Commits(name)
+    async with open_log() as log, open_log() as other:
+        await commits.create(log)
+        await other.admin.fence_producer(commits.transactional_id)  # nobody has used it yet
+        async with commits.join(log) as group, Watched(group) as member:
+            await until(lambda: member.owned)
+            async with log.transactional_producer(commits.transactional_id) as old:
+                await old.commit(commits.commit(0, group.membership))
+                async with asyncio.TaskGroup() as tasks:  # by two that have both heard of its death
+                    tasks.create_task(other.admin.fence_producer(commits.transactional_id))
+                    tasks.create_task(log.admin.fence_producer(commits.transactional_id))
+                for _ in range(2):  # once for all
+                    with pytest.raises(ProducerFencedError):
+                        await old.commit(commits.commit(1, group.membership))
+                async with log.transactional_producer(commits.transactional_id) as new:
+                    await new.commit(commits.commit(1, group.membership))
+                    async with other.transactional_producer(commits.transactional_id + "-another"):
+                        await other.admin.fence_producer(commits.transactional_id + "-another")
+                    await new.commit(commits.commit(2, group.membership))
+        assert await commits.read(log) == [[b"0", b"1", b"2"]] * 2
+
+
 async def test_an_output_that_cannot_be_written_refuses_the_whole_commit(open_log, name):
     commits = Commits(name)
     async with open_log() as log:

@@ -159,7 +159,7 @@ class Fixture:
         group = lambda: cast(Group, self.group)  # noqa: E731
         self.delivery: ExactlyOnce | AtLeastOnce
         if kind is ExactlyOnce:
-            self.delivery = ExactlyOnce(self._open, cast(Admin, None), group, Sensors(), self.clock)
+            self.delivery = ExactlyOnce("orders-1", self._open, cast(Admin, None), group, Sensors(), self.clock)
             self.delivery.patience_s = 0.05
         else:
             producer = cast(Producer, self.producer)
@@ -174,7 +174,8 @@ class Fixture:
         return CommitMark(task.commit_id).metadata()
 
     @asynccontextmanager
-    async def _open(self) -> AsyncGenerator[TransactionalProducer]:
+    async def _open(self, transactional_id: str) -> AsyncGenerator[TransactionalProducer]:
+        assert transactional_id == "orders-1"
         self.opened += 1
         if self.producer.opening is not None:
             await self.producer.opening.wait()
@@ -452,15 +453,86 @@ async def test_an_unknown_commit_of_tasks_that_have_gone_is_dropped() -> None:
     assert (at.a.committed, at.b.committed) == ({A: 0}, {B: 0})
 
 
-async def test_a_fenced_producer_of_a_member_is_a_copied_data_directory() -> None:
+def fenced(at: Fixture, times: int, after: Callable[[], None] = lambda: None) -> Callable[[AtomicCommit], None]:
+    """Fences so many producers, each at its first commit."""
+    used: set[int] = set()
+
+    def decide(commit: AtomicCommit) -> None:
+        assert at.opened not in used, "a fenced producer was used again"
+        if len(used) < times:
+            used.add(at.opened)
+            after()
+            raise ProducerFencedError("a later producer has the id orders-1")
+
+    return decide
+
+
+async def test_a_member_whose_producer_is_fenced_again_and_again_has_a_double() -> None:
+    at = Fixture(ExactlyOnce)
+    at.producer.decide = fenced(at, 10)
+    with pytest.raises(ConfigurationError, match="the data directory was copied"):
+        await at.commit_over_time()
+    assert at.opened == 10
+    assert at.producer.stored == []
+
+
+async def test_a_member_that_was_taken_for_dead_commits_with_a_new_producer() -> None:
+    """By several, that each have some of its tasks and end what it has left at their time."""
+    at = Fixture(ExactlyOnce)
+    at.producer.decide = fenced(at, 9)
+    await at.commit_over_time()
+    assert at.opened == 10
+    assert at.producer.stored == [([b"5", b"3"], {A: 5, B: 3}, 7)]
+    assert (at.a.committed, at.b.committed) == ({A: 5}, {B: 3})
+
+
+async def test_fences_are_counted_anew_for_a_new_member() -> None:
+    """Each session that ends may have its own."""
+    at = Fixture(ExactlyOnce)
+    for number in range(4):
+        at.group.membership = Membership("g", f"member {number}", 7)
+        at.producer.decide = fenced(at, 9)
+        at.a.work(10 + number)
+        await at.commit_over_time()
+    assert [offsets[A] for _, offsets, _ in at.producer.stored] == [10, 11, 12, 13]
+    assert at.opened == 1 + 4 * 9
+
+
+async def test_who_is_fenced_and_out_of_the_group_drops_what_is_gone_and_goes_on_with_a_new_producer() -> None:
+    """It was stopped for longer than its session: its tasks are lost, and those that it gets later are committed."""
     at = Fixture(ExactlyOnce)
 
-    def fenced(commit: AtomicCommit) -> None:
-        raise ProducerFencedError("a later producer has the id orders-1")
+    def hear() -> None:
+        at.a.lost = at.b.lost = True
+        at.group.membership = None
 
-    at.producer.decide = fenced
-    with pytest.raises(ConfigurationError, match="the data directory was copied"):
-        await at.commit()
+    at.producer.decide = fenced(at, 1, hear)
+    await at.commit_over_time()
+    assert at.producer.stored == []
+    at.group.membership = Membership("g", "me again", 9)
+    at.a, at.b = FakeTask(A), FakeTask(B)
+    at.a.work(7)
+    await at.commit_over_time()
+    assert at.opened == 2
+    assert at.producer.stored == [([b"7"], {A: 7}, 9)]
+
+
+async def test_a_new_producer_is_opened_also_when_whoever_wanted_to_was_cancelled() -> None:
+    at = Fixture(ExactlyOnce)
+    at.producer.decide = fenced(at, 1)
+    await at.delivery.__aenter__()  # type: ignore[union-attr]
+    at.producer.opening = asyncio.Event()
+    committing = asyncio.ensure_future(at.commit())
+    while at.opened < 2:
+        await asyncio.sleep(0)
+        at.clock.advance(1)
+    committing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await committing
+    at.producer.opening.set()
+    await at.commit_over_time()
+    assert at.producer.stored[0] == ([b"5", b"3"], {A: 5, B: 3}, 7)
+    assert at.opened == 3
 
 
 async def test_at_least_once_commits_offsets_after_the_outputs_are_acknowledged() -> None:

@@ -11,6 +11,7 @@ from streamflow.clock import VirtualClock
 from streamflow.log.api import Membership
 from streamflow.log.api import Told as ToldBytes
 from streamflow.runtime import conversation
+from streamflow.runtime.abandoned_transactions import AbandonedTransactions
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route, Says, Teller
 from streamflow.runtime.conversation import Conversation
@@ -81,17 +82,22 @@ class Side:
         settings = sf.App("app").settings({"rack": "a", "capacity": 3, "acceptable_lag_records": 10})
         routes: Any = Routes()
         self.url = "http://here"
+        self.abandoned = AbandonedTransactions("app-1", self.fence, VirtualClock())
         self.conversation = Conversation(
             settings,
             lambda: self.url,
             self.manager,  # type: ignore[arg-type]
             self.standbys,
             routes,
+            self.abandoned,
             self.group,  # type: ignore[arg-type]
         )
 
     def word(self) -> Says:
-        return conversation.says(self.conversation._settings, self.url, self.standbys, {ONE: 7})
+        return conversation.says(self.conversation._settings, self.url, self.standbys, {ONE: 7}, "app-1")
+
+    async def fence(self, transactional_id: str) -> None:
+        raise AssertionError("nobody is gone")
 
     async def hear(
         self,
@@ -222,7 +228,9 @@ async def test_a_standby_whose_task_comes_is_followed_until_it_is_assigned() -> 
 async def test_what_is_said() -> None:
     side = Side()
     await side.hear(standby={TWO})
-    assert side.word() == Says("http://here", "a", 3, True, frozenset({TWO}), {ONE: 7}, unpacks=True)
+    assert side.word() == Says(
+        "http://here", "a", 3, True, frozenset({TWO}), {ONE: 7}, unpacks=True, transactional_id="app-1"
+    )
     assert Says.decode(side.word().encode(), "w") == side.word()
 
 

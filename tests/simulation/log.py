@@ -191,6 +191,7 @@ class FaultyTransactionalProducer(TransactionalProducer):
         if self._is_over:
             raise ClosedError("the outcome of an earlier commit is unknown")
         wire, world = self._wire, self._wire.world
+        sent_s = world.loop.time()  # by the worker: it may have lost the task when this arrives
         await wire.hop("commit", commit=True)
         if wire.chance("refused"):
             raise RetriableError("simulated: the coordinator is busy")
@@ -199,10 +200,8 @@ class FaultyTransactionalProducer(TransactionalProducer):
         if wire.chance("lost_request"):
             raise self._unknown()
         if wire.chance("late_request"):
-            sent_s = world.loop.time()
             world.late.setdefault(self._id, []).append(lambda: self._store(commit, sent_s))
             raise self._unknown()
-        sent_s = world.loop.time()
         ends = await wire.decided_there("commit", lambda: self._store(commit, sent_s))
         if wire.chance("lost_reply"):
             raise self._unknown()
@@ -364,3 +363,9 @@ class FaultyAdmin(Admin):
 
     async def delete_group(self, group_id: str) -> None:
         await self._inner.delete_group(group_id)
+
+    async def fence_producer(self, transactional_id: str) -> None:
+        await self._may_refuse("fence")
+        await self._wire.world.settle_late(transactional_id)
+        await self._inner.fence_producer(transactional_id)
+        await self._may_refuse("fenced")

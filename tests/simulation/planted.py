@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 from streamflow.model.record import TopicPartition
-from streamflow.runtime import standby
+from streamflow.runtime import exactly_once, standby
 from streamflow.runtime.assignment.active import ActivePlacement
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.spread import Counts, Spread
@@ -85,6 +85,7 @@ BUGS: dict[str, tuple[object, str, Any]] = {
     "what a full store refused is forgotten": (Overlay, "not_stored", Overlay.stored),
     "a commit holds what the turn in progress has written": (Undo, "aside", _in_sight),
     "a failed turn leaves its writes": (Undo, "take_out", Undo.clear),
+    "who was taken for dead ends as if it had a double": (exactly_once, "_MAX_FENCES", 1),
     "a task that stays is opened anew in every generation": (Commits, "_keep_owned", _start_anew_in_every_generation),
     "a task that has to go goes on": (TaskManager, "_close", _keep_what_goes),
     "a standby runs ahead of the commit": (standby, "limit_of", _up_to_the_end),

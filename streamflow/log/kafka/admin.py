@@ -12,8 +12,10 @@ import anyio
 from streamflow.errors import ConfigurationError, GroupInUseError, LogUnavailableError, StreamFlowError
 from streamflow.log.api import Admin, NewTopic, OffsetMark, TopicDescription
 from streamflow.log.kafka import codes, wire, wire_admin, wire_group
+from streamflow.log.kafka.attempt import Attempt
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.offsets import EARLIEST, LATEST, list_offsets
+from streamflow.log.kafka.transaction_coordinator import TransactionCoordinator
 from streamflow.model.record import TopicPartition
 
 T = TypeVar("T")
@@ -254,6 +256,17 @@ class KafkaAdmin(Admin):
                 raise codes.error(code, f"delete group {group_id}")
 
         await self._retried(attempt)
+
+    # --- transactions --------------------------------------------------------------------------------------------
+
+    async def fence_producer(self, transactional_id: str) -> None:
+        owner = object()  # a connection of its own: the coordinator may hold the request while a commit completes
+        timeout_ms = self._client.options.transaction_timeout_ms
+        coordinator = TransactionCoordinator(self._client, transactional_id, timeout_ms, (owner, "fence"))
+        try:
+            await coordinator.init(None, Attempt(_TIMEOUT_S))
+        finally:
+            self._client.close_lane(owner)
 
     # --- sending -------------------------------------------------------------------------------------------------
 

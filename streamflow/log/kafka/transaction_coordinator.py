@@ -112,8 +112,8 @@ class TransactionCoordinator:
     def fenced(self, code: int) -> ProducerFencedError:
         """The error that says so."""
         return ProducerFencedError(
-            f"transactional id {self._id!r} was taken over by a later producer ({codes.name(code)}): another process "
-            "has this one's id; nothing was stored"
+            f"transactional id {self._id!r} was taken over by a later producer ({codes.name(code)}): another worker "
+            "has taken this one for dead, or has its slot; nothing was stored"
         )
 
     # --- within a transaction ------------------------------------------------------------------------------------

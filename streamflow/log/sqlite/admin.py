@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from streamflow.errors import ConfigurationError, GroupInUseError
 from streamflow.log.api import Admin, NewTopic, OffsetMark, TopicDescription
 from streamflow.log.batch import DEFAULT_MAX_BATCH_BYTES
-from streamflow.log.sqlite import membership, process, tables
+from streamflow.log.sqlite import membership, process, tables, transactional_ids
 from streamflow.log.sqlite.database import Database
 from streamflow.model.record import TopicPartition
 
@@ -119,6 +119,11 @@ class SqliteAdmin(Admin):
 
         await self._database.writer.write(work)
         self._database.wrote(members=True)
+
+    async def fence_producer(self, transactional_id: str) -> None:
+        await self._database.writer.write(
+            lambda sql: transactional_ids.fence(sql, transactional_id, self._database.clock.now_ms())
+        )
 
     async def _members(self, group_id: str) -> list[membership.MemberRow]:
         return await self._database.reader.read(lambda sql: membership.members(sql, group_id))

@@ -29,11 +29,22 @@ def take_over(sql: sqlite3.Connection, transactional_id: str, now_ms: int) -> in
     return int(epoch)
 
 
+def fence(sql: sqlite3.Connection, transactional_id: str, now_ms: int) -> None:
+    """Fence the producers of an id; nobody uses it then. One that was never used, or has expired, needs no fence."""
+    (epoch,) = sql.execute("SELECT coalesce(max(epoch), -1) + 1 FROM transactional_ids").fetchone()
+    fenced = sql.execute(
+        "UPDATE transactional_ids SET epoch = ?, process = '', used_ms = ? WHERE id = ?",
+        (epoch, now_ms, transactional_id),
+    )
+    if fenced.rowcount:
+        sql.execute("UPDATE transactional_ids SET epoch = ?, used_ms = ? WHERE id = ?", (epoch, now_ms, _COUNTER))
+
+
 def check(sql: sqlite3.Connection, transactional_id: str, epoch: int) -> None:
     """Refuse a commit of a producer that was fenced.
 
     Raises:
-        ProducerFencedError: A later producer took the id over, or it expired.
+        ProducerFencedError: A later producer took the id over, another worker fenced it, or it expired.
     """
     row = sql.execute("SELECT epoch FROM transactional_ids WHERE id = ?", (transactional_id,)).fetchone()
     if row is None:
@@ -44,7 +55,7 @@ def check(sql: sqlite3.Connection, transactional_id: str, epoch: int) -> None:
     if row[0] != epoch:
         raise ProducerFencedError(
             f"transactional id {transactional_id!r} was taken over by a later producer (epoch {row[0]}, ours {epoch}): "
-            "another worker has this one's slot; nothing was stored"
+            "another worker has taken this one for dead, or has its slot; nothing was stored"
         )
 
 

@@ -88,7 +88,10 @@ class TaskAssignor:
         )
         planned = plan(cluster)
         teller = Teller(
-            {name: Route(says.url, planned.active[name], planned.standby[name]) for name, says in said.items()},
+            {
+                name: Route(says.url, planned.active[name], planned.standby[name], says.transactional_id)
+                for name, says in said.items()
+            },
             self._acceptable_lag_records,
         )
         given: dict[str, Given] = {}

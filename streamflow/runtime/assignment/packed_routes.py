@@ -21,17 +21,18 @@ _MOST_WORKERS = 65_535
 _CODES: Mapping[int, str] = {1: "B", 2: "H"}
 
 Tasks = frozenset[TaskId]
-Worker = tuple[str, Tasks, Tasks]
-"""Address, active tasks, standbys."""
+Worker = tuple[str, Tasks, Tasks, str]
+"""Address, active tasks, standbys, transactional id."""
 
 
 class _Packed(msgspec.Struct, omit_defaults=True):
     """In `active` and `standby`, a row has by partition the number of a worker, from 1; 0 is nobody.
 
-    Several rows are for tasks that several have.
+    Several rows are for tasks that several have. `ids` are in the order of `urls`; none where nobody has one.
     """
 
     urls: Annotated[list[str], msgspec.Meta(max_length=_MOST_WORKERS)] = []
+    ids: Annotated[list[str], msgspec.Meta(max_length=_MOST_WORKERS)] = []
     bytes_each: Literal[1, 2] = 1
     active: dict[str, list[bytes]] = {}
     standby: dict[str, list[bytes]] = {}
@@ -47,13 +48,15 @@ def pack(workers: Iterable[Worker]) -> bytes:
         workers: At most 65,535. Their order is not kept.
     """
     ordered = sorted(workers, key=lambda worker: worker[0])  # neighbours are alike, which compresses well
+    ids = [transactional_id for _, _, _, transactional_id in ordered]
     bytes_each: Literal[1, 2] = 1 if len(ordered) < 256 else 2
     code = _CODES[bytes_each]
     word = _Packed(
-        [url for url, _, _ in ordered],
+        [url for url, _, _, _ in ordered],
+        ids if any(ids) else [],
         bytes_each,
-        _rows([active for _, active, _ in ordered], code),
-        _rows([standby for _, _, standby in ordered], code),
+        _rows([active for _, active, _, _ in ordered], code),
+        _rows([standby for _, _, standby, _ in ordered], code),
     )
     return zlib.compress(msgspec.msgpack.encode(word), 9)
 
@@ -74,7 +77,10 @@ def unpack(data: bytes) -> list[Worker]:
     word = _decode(plain)
     code, count = _CODES[word.bytes_each], len(word.urls)
     active, standby = _tasks(word.active, code, count), _tasks(word.standby, code, count)
-    return [(url, frozenset(active[at]), frozenset(standby[at])) for at, url in enumerate(word.urls)]
+    ids = word.ids or [""] * count
+    if len(ids) != count:
+        raise ValueError(f"routes: {len(ids)} transactional ids of {count} workers")
+    return [(url, frozenset(active[at]), frozenset(standby[at]), ids[at]) for at, url in enumerate(word.urls)]
 
 
 def _rows(tasks: Sequence[Tasks], code: str) -> dict[str, list[bytes]]:

@@ -50,6 +50,7 @@ class Says:
         unpacks: Whether it reads routes that are packed, and what else `Told` has beside standbys, warm-ups and routes.
             Versions before do not: they are told the routes in full.
         refused: Tasks whose state it could not follow, and will not be able to for a while: others are to have them.
+        transactional_id: What its commits are fenced by; empty where it has none (at least once, an older version).
     """
 
     url: str = ""
@@ -60,6 +61,7 @@ class Says:
     lags: Mapping[TaskId, int] = field(default_factory=dict[TaskId, int])
     unpacks: bool = False
     refused: frozenset[TaskId] = frozenset()
+    transactional_id: str = ""
 
     @property
     def checksum(self) -> int:
@@ -71,8 +73,18 @@ class Says:
         lags: _Lags = {}
         for (sub_topology, partition), lag in sorted(self.lags.items()):
             lags.setdefault(sub_topology, {})[partition] = lag
-        standby, refused = _nested(self.standby), _nested(self.refused)
-        return _write(_Says(self.url, self.rack, self.capacity, self.follows, standby, lags, self.unpacks, refused))
+        word = _Says(
+            self.url,
+            self.rack,
+            self.capacity,
+            self.follows,
+            _nested(self.standby),
+            lags,
+            self.unpacks,
+            _nested(self.refused),
+            self.transactional_id,
+        )
+        return _write(word)
 
     @classmethod
     def decode(cls, data: bytes, who: str) -> Says:
@@ -86,8 +98,17 @@ class Says:
         if word is None:
             return cls()
         lags = {TaskId(name, partition): lag for name, by in word.lags.items() for partition, lag in by.items()}
-        standby, refused = _flat(word.standby), _flat(word.refused)
-        return cls(word.url, word.rack, word.capacity, word.follows, standby, lags, word.unpacks, refused)
+        return cls(
+            word.url,
+            word.rack,
+            word.capacity,
+            word.follows,
+            _flat(word.standby),
+            lags,
+            word.unpacks,
+            _flat(word.refused),
+            word.transactional_id,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +119,14 @@ class Route:
         url: Its HTTP server's; empty where it has none.
         active: Tasks it is the owner of, or about to be.
         standby: Tasks it is a standby of.
+        transactional_id: What its commits are fenced by, as it says; empty where it says none. In packed routes only:
+            who does not unpack does not know of it.
     """
 
     url: str = ""
     active: frozenset[TaskId] = frozenset()
     standby: frozenset[TaskId] = frozenset()
+    transactional_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +209,8 @@ class Teller:
     def _pack(self, *, copies: bool) -> bytes:
         if copies not in self._packed:
             self._packed[copies] = packed_routes.pack(
-                (route.url, route.active, route.standby if copies else frozenset()) for route in self._routes.values()
+                (route.url, route.active, route.standby if copies else frozenset(), route.transactional_id)
+                for route in self._routes.values()
             )
         return self._packed[copies]
 
@@ -211,6 +236,7 @@ class _Says(msgspec.Struct, omit_defaults=True):
     lags: _Lags = {}
     unpacks: bool = False
     refused: _Tasks = {}
+    transactional_id: str = ""
 
 
 class _Route(msgspec.Struct, omit_defaults=True):

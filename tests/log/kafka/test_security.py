@@ -237,6 +237,8 @@ async def test_what_a_user_may_not_do_is_named(secure, name):
         async with log.producer() as producer:
             with pytest.raises(AuthorizationError, match=f"write to {tp}"):
                 await (await producer.enqueue(tp, batch(b"x")))
+        with pytest.raises(AuthorizationError, match=f"{name('x')}.*Write and Describe on the transactional id"):
+            await log.admin.fence_producer(name("x"))
         async with log.group(group_id, frozenset({topic}), spread, GroupSettings()) as group:
             with pytest.raises(AuthorizationError, match=f"{group_id}.*GROUP_AUTHORIZATION_FAILED"):
                 async with asyncio.timeout(10):

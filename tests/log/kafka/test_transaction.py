@@ -222,6 +222,44 @@ async def test_what_a_killed_process_has_left_open_is_aborted_by_the_next_one(co
         await committer.check([0, 1])
 
 
+async def test_what_a_killed_process_has_left_open_is_ended_by_who_fences_it(committing):
+    async with committing(transaction_timeout_ms=600_000) as (committer, proxy):
+        async with asyncio.timeout(DEADLINE_S):
+            process = await child(committer, servers=f"127.0.0.1:{proxy.port}")
+            process.kill()
+            await process.wait()
+            waiting = asyncio.create_task(committer.commit_id())
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            await committer.log.admin.fence_producer(committer.transactional_id)
+            assert await waiting == "0"
+            await committer.check([0])
+            await committer.reopen()
+            await committer.commit(1)
+        await committer.check([0, 1])
+
+
+async def test_a_process_that_wakes_up_after_it_was_fenced_commits_nothing(committing):
+    async with committing(transaction_timeout_ms=600_000) as (committer, proxy):
+        async with asyncio.timeout(DEADLINE_S):
+            process = await child(committer, servers=f"127.0.0.1:{proxy.port}")
+            await committer.log.admin.fence_producer(committer.transactional_id)
+            process.stdin.write(b"go on\n")
+            assert await process.stdout.readline() == b"ProducerFencedError\n"
+            await process.wait()
+        await committer.check([0])
+
+
+async def test_a_commit_that_is_decided_is_not_undone_by_who_fences_it(committing):
+    """The answer is on its way: it may be stored, and is."""
+    async with committing() as (committer, proxy):
+        proxy.on_request = once(END_TXN, "lose answer")
+        with pytest.raises(IndeterminateCommitError):
+            await committer.producer.commit(committer.numbered(1))
+        await committer.log.admin.fence_producer(committer.transactional_id)
+        await committer.check([0, 1])
+
+
 async def test_a_process_that_wakes_up_after_its_successor_has_begun_commits_nothing(committing):
     async with committing() as (committer, proxy):
         async with asyncio.timeout(DEADLINE_S):

@@ -131,6 +131,19 @@ def test_state_stays_and_everybody_is_told_what_it_does_and_who_does_what() -> N
     assert sorted(told["a"].routes.values(), key=lambda route: route.url) == list(routes.values())
 
 
+def test_everybody_is_told_the_transactional_ids_that_are_said() -> None:
+    """By their tasks: b's are told with the id that b says, and c says none."""
+    a, b = (member(name, Says(transactional_id=f"app-{name}", unpacks=True), at) for at, name in enumerate("ab"))
+    given_out = TaskAssignor({"s": ["s"]})([a, b, member("c", Says(follows=True, unpacks=True))], {"s": 2})
+    for each in given_out.values():
+        routes = Told.decode(each.told).routes.values()
+        assert {route.transactional_id: route.active for route in routes} == {
+            "app-a": ids("s", 0),
+            "app-b": ids("s", 1),
+            "": frozenset(),
+        }
+
+
 def test_a_lag_of_more_than_is_acceptable_is_warmed_up_first() -> None:
     a = member("a", Says(follows=True), 0, 1)
     b = member("b", Says(follows=True, lags={TaskId("s", 1): 501}))

@@ -23,8 +23,12 @@ SAYS = st.builds(
     standby=SETS,
     lags=st.dictionaries(TASKS, st.integers(0, 2**62), max_size=20),
     unpacks=st.booleans(),
+    transactional_id=st.text(max_size=9),
 )
-ROUTES = st.dictionaries(st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS), max_size=9)
+NAMED = st.dictionaries(st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS), max_size=9)
+ROUTES = st.dictionaries(
+    st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS, st.text(max_size=9)), max_size=9
+)
 
 NEW = Says("http://new", "a", 3, unpacks=True)
 
@@ -43,7 +47,9 @@ def without_copies(routes: Iterable[Route]) -> list[Route]:
 
 
 def in_order(routes: Iterable[Route]) -> list[Route]:
-    return sorted(routes, key=lambda route: (route.url, sorted(route.active), sorted(route.standby)))
+    return sorted(
+        routes, key=lambda route: (route.url, sorted(route.active), sorted(route.standby), route.transactional_id)
+    )
 
 
 @given(SETS, SETS, ROUTES.filter(bool))
@@ -63,7 +69,7 @@ def test_what_is_told_is_heard_in_full_and_in_short(
         assert in_order(heard.routes.values()) == in_order(expected)
 
 
-@given(SETS, SETS, ROUTES.filter(bool))
+@given(SETS, SETS, NAMED.filter(bool))
 def test_who_reads_no_packed_routes_is_told_them_by_name(
     standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
 ) -> None:
@@ -89,6 +95,7 @@ def test_many_workers_fit_into_two_bytes_each() -> None:
         zlib.compress(msgspec.msgpack.encode({"urls": ["u"], "active": {"s": [b"\x02"]}})),
         zlib.compress(msgspec.msgpack.encode({"urls": ["u"], "bytes_each": 2, "active": {"s": [b"\x01"]}})),
         zlib.compress(msgspec.msgpack.encode({"urls": [b"\xff"]})),
+        zlib.compress(msgspec.msgpack.encode({"urls": ["u", "v"], "ids": ["x"]})),
         zlib.compress(b"\x81\xa4urls\x91\xa1\xff"),
         zlib.compress(bytes(65 * 1024 * 1024)),
     ],
