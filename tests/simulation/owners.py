@@ -18,7 +18,7 @@ from streamflow.runtime.task_view import TaskView
 from streamflow.state.identity import Identity
 from streamflow.state.store import Checkpoint
 from tests.simulation.apps import APP_ID
-from tests.simulation.population import Broken
+from tests.simulation.population import SESSION_S, Broken
 from tests.simulation.processes import Process, current
 from tests.simulation.workers import Running
 
@@ -174,6 +174,10 @@ class Owners:
                 return f"{name} does not run"
             if each.process in population.hear_late:
                 return f"{name} has not heard of everything"
+            # It may have been stopped for longer than its session. The group finds that out when it looks, which is
+            # after it woke, and takes a round then: what it has now is not yet at rest.
+            if self._world.loop.time() - each.process.went_on_s < SESSION_S:
+                return f"{name} went on a moment ago, and may have lost its session"
             managers[name] = worker.manager
         owners = Counter(tp for manager in managers.values() for task in manager.running() for tp in task.committed)
         if wrong := {str(tp): owners[tp] for tp in self._world.sources.partitions() if owners[tp] != 1}:

@@ -7,6 +7,7 @@ up.
 
 import asyncio
 import contextvars
+import math
 from typing import Literal
 
 from streamflow.virtual_loop import VirtualLoop
@@ -21,6 +22,8 @@ class Process:
         self.name = name
         self.state: Literal["running", "stopped", "dead"] = "running"
         self.held: list[asyncio.Handle] = []
+        self.went_on_s = -math.inf
+        """When it went on last after it was stopped, in seconds of the loop."""
         self.instance_id: str | None = None
         """Under which its worker is a member."""
 
@@ -43,7 +46,7 @@ class ProcessLoop(VirtualLoop):
 
     def let_run(self, process: Process) -> None:
         """Go on with everything that was put by."""
-        process.state = "running"
+        process.state, process.went_on_s = "running", self.time()
         self._ready.extend(process.held)
         process.held = []
 
