@@ -142,6 +142,7 @@ class Jobs:
         self._failed = failed
         self._not_begun = {id(task): task for task in app.tasks}
         self.firing = 0
+        self.has_fired = False
 
     @property
     def is_beginning(self) -> bool:
@@ -195,6 +196,7 @@ class Jobs:
             self.firing -= 1
 
     async def _turn(self, fn: Action, leader: Task | None, *, at_once: bool = False) -> None:
+        self.has_fired = True
         if leader is None:
             current_turn.set(None)
             await call_user(fn)
@@ -218,6 +220,7 @@ class Jobs:
             if task.on_leader:
                 await self._run_leading(task)
             else:
+                self.has_fired = True
                 current_turn.set(None)
                 self._begins(task)
                 await call_user(task.fn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter
 
 import anyio
@@ -50,12 +51,18 @@ class Loops:
         # Told of tasks whose local state cannot be used.
         self.damaged = self._damaged.put_nowait
 
-    def start(self, services: anyio.abc.TaskGroup, manager: TaskManager) -> None:
-        """Start all loops in a task group that the worker cancels."""
+    def start(self, services: anyio.abc.TaskGroup, manager: TaskManager, runs_user_code: Callable[[], bool]) -> None:
+        """Start all loops in a task group that the worker cancels.
+
+        Args:
+            services: The task group.
+            manager: The worker's tasks.
+            runs_user_code: Whether code of the app may have begun to run.
+        """
         services.start_soon(self._fetch, manager)
         services.start_soon(self._commit, manager)
         services.start_soon(self._follow_group, manager)
-        services.start_soon(self._watch, manager)
+        services.start_soon(self._watch, manager, runs_user_code)
         services.start_soon(self._store, manager)
         services.start_soon(self._rebuild, manager)
         if isinstance(self._delivery, AtLeastOnce):
@@ -133,16 +140,21 @@ class Loops:
             while True:
                 happened(await self._group.next_event())
 
-    async def _watch(self, manager: TaskManager) -> None:
-        """Measure stalls of the event loop, and report progress unless a record is stuck."""
+    async def _watch(self, manager: TaskManager, runs_user_code: Callable[[], bool]) -> None:
+        """Measure stalls of the event loop, and report progress unless a record is stuck.
+
+        Before code of the app runs, a stall is the worker's own, or the machine's: nothing that the app could mend.
+        """
         max_poll_s = self._settings.max_poll_interval_ms / 1000
+        may_be_the_apps = False
         while True:
             before_s = perf_counter()
             await asyncio.sleep(_WATCH_S)
             stalled_s = perf_counter() - before_s - _WATCH_S
             if stalled_s > _STALL_S:
                 self._sensors.loop_stalled(stalled_s)
-            if stalled_s > _WARNED_STALL_S:
+            may_be_the_apps = may_be_the_apps or runs_user_code()
+            if stalled_s > _WARNED_STALL_S and may_be_the_apps:
                 logger.warning(
                     "the event loop was blocked for %.1f s: nothing else ran meanwhile. Await what waits, or give work "
                     "that blocks to a thread (a `def` agent with thread=True)",

@@ -144,6 +144,15 @@ class TaskManager:
         """Whether they are restored, too."""
         return self.has_opened and all(task.restored.is_set() for task in self.running())
 
+    @property
+    def runs_user_code(self) -> bool:
+        """Whether agents or hooks of the app may have begun to run."""
+        app = self._app
+        if any(task.restored.is_set() for task in self.running()):
+            return True
+        has_hooks = bool(app.assigned_hooks) and bool(self._told_of)
+        return has_hooks or (bool(self.tasks) and any(table.on_recover for table in app.tables.values()))
+
     # --- events ------------------------------------------------------------------------------------------------
 
     def foresee(self, event: GroupEvent | Overtaken) -> None:

@@ -204,6 +204,11 @@ class Worker:
         ]
         return f"records of {', '.join(behind)} are on their way" if behind else ""
 
+    def runs_user_code(self) -> bool:
+        """Whether agents, hooks or timers of the app may have begun to run beside the worker."""
+        has_fired = self._jobs is not None and self._jobs.has_fired
+        return has_fired or (self.manager is not None and self.manager.runs_user_code)
+
     def outcome(self) -> Outcome | None:
         """How a bounded run went; None for another one, and before it is known where the topics end."""
         return None if self._ends is None else self._ends.outcome()
@@ -409,7 +414,7 @@ class Worker:
             stack.callback(self._reads_no_more)
             purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
             async with anyio.create_task_group() as services:
-                loops.start(services, manager)
+                loops.start(services, manager, self.runs_user_code)
                 services.start_soon(restorer.run)
                 services.start_soon(conversation.run)
                 services.start_soon(abandoned.run)

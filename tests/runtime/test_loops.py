@@ -1,6 +1,7 @@
 """The worker's loops against a group that speaks while the manager is still busy."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from streamflow.log.api import Assigned, Group, GroupEvent, Lost, Revoked, Told
 from streamflow.model.record import TopicPartition
 from streamflow.runtime.loops import Loops
 from streamflow.runtime.open_log import OpenLog
+from streamflow.runtime.task import Task
 from streamflow.sensors import Sensors
 from tests.runtime.test_commit import FakeGroup
 from tests.runtime.waiting import until
@@ -98,6 +100,34 @@ async def test_what_is_asked_for_in_several_rounds_goes_in_one_unless_something_
         Revoked(frozenset({d})),
         Told(b"two", 4),
     ]
+
+
+async def test_a_blocked_event_loop_is_told_once_the_app_may_have_blocked_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("streamflow.runtime.loops._WATCH_S", 0.001)
+    monkeypatch.setattr("streamflow.runtime.loops._WARNED_STALL_S", 0.02)
+    stalls: list[float] = []
+    manager: Any = SimpleNamespace(running=list[Task])
+    has_begun = False
+    loops = following([])
+    monkeypatch.setattr(loops._group, "report_progress", lambda: None, raising=False)
+    monkeypatch.setattr(loops._sensors, "loop_stalled", stalls.append)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(loops._watch, manager, lambda: has_begun)
+        await asyncio.sleep(0.01)
+        time.sleep(0.05)  # noqa: ASYNC251 - opens stores, imports
+        await until(lambda: max(stalls, default=0) > 0.02)
+        assert caplog.messages == []
+        has_begun = True
+        time.sleep(0.05)  # noqa: ASYNC251 - the first thing that an agent does
+        await until(lambda: caplog.messages)
+        has_begun = False  # its task has gone to another worker
+        caplog.clear()
+        time.sleep(0.05)  # noqa: ASYNC251
+        await until(lambda: caplog.messages)
+        tasks.cancel_scope.cancel()
+    assert caplog.messages[0].startswith("the event loop was blocked for ")
 
 
 class FakeStored:

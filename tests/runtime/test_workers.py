@@ -17,6 +17,7 @@ from streamflow.log.sqlite.group import SqliteGroup
 from streamflow.log.sqlite.producer import SqliteTransactionalProducer
 from streamflow.metrics import PrometheusSensors
 from streamflow.runtime import patience
+from streamflow.runtime.local_state import LocalStates
 from tests.runtime.machine import Machine
 from tests.runtime.waiting import until
 
@@ -225,6 +226,52 @@ async def test_lost_partitions_commit_nothing_and_are_processed_by_the_next_owne
         await until(lambda: first.tasks and not before & set(map(id, first.tasks.values())))
         await machine.settle()
         assert sorted(machine.values(out)) == list(range(20))
+
+
+@pytest.mark.parametrize("kind", ["agent", "on_assigned", "on_recover", "task", "timer"])
+async def test_the_watch_over_the_event_loop_begins_with_code_of_the_app(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = sf.App("watched")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=1)
+    told: list[bool] = []
+    told_while_opening: list[bool] = []
+    machine = Machine(app)
+    open_state = LocalStates.open
+
+    def note(*_: Any, into: list[bool] = told) -> None:
+        (running,) = machine.workers
+        into.append(running.worker.runs_user_code())
+
+    async def opened(states: LocalStates, *args: Any) -> Any:
+        note(into=told_while_opening)
+        return await open_state(states, *args)
+
+    monkeypatch.setattr(LocalStates, "open", opened)
+
+    table = app.table("totals", key_type=str, value_type=int, on_recover=note if kind == "on_recover" else None)
+    if kind == "on_assigned":
+        app.on_assigned(note)
+    if kind == "task":
+        app.task(note)
+    if kind == "timer":
+        app.timer(1.0)(note)
+
+    @app.agent(numbers, tables=[table])
+    async def work(stream: sf.Stream[int]) -> None:
+        note()
+        async for _ in stream:
+            pass
+
+    async with machine:
+        await machine.start()
+        with anyio.fail_after(5):
+            while not told:
+                machine.clock.advance(1.0)
+                await anyio.sleep(0.001)
+    assert told[0]
+    if kind in {"agent", "on_recover", "timer"}:
+        assert told_while_opening == [False]
 
 
 class Moves:
