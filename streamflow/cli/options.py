@@ -18,6 +18,8 @@ from streamflow.processing.declarations import Declarations
 
 CONNECTION = ("broker", "data_dir")
 """Settings that every command takes; the worker takes all."""
+_SWITCHES = "Settings: on or off"
+"""Apart from the others, since `--no-...` takes a column, which at a width of 80 cut the names of the others short."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _flag(setting: Setting) -> inspect.Parameter:
     if setting.kind is bool:
         positive = setting.flag
         declared = f"{positive}/--no-{positive.removeprefix('--')}"
-        option = typer.Option(declared, help=text, show_default=False, rich_help_panel="Settings")
+        option = typer.Option(declared, help=text, show_default=False, rich_help_panel=_SWITCHES)
         return _keyword(setting.name, bool, option)
     option = typer.Option(
         setting.flag,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from streamflow.config import TABLE
 from tests.cli.commands import order
 
 pytestmark = pytest.mark.system
@@ -439,6 +440,12 @@ def test_help(shell):
     assert "--commit-interval-ms" in text
     assert "default: 100" in text
     assert shell().code == 2
+
+
+def test_help_has_room_for_every_name_at_80_columns(shell):
+    text = shell("worker", "--help", COLUMNS="80").out
+    assert "…" not in text
+    assert all(f" {setting.flag} " in text for setting in TABLE.values())
 
 
 def test_completion(shell):
