@@ -192,17 +192,20 @@ class OffsetOutOfRangeError(StreamFlowError):
         offset: The position asked for.
         log_start: First offset the log still has.
         end_offset: End offset.
+        made_anew: Whether it is the position in a topic that was deleted since, whatever the one of today holds.
     """
 
-    def __init__(self, topic: str, partition: int, offset: int, log_start: int, end_offset: int) -> None:
-        super().__init__(
-            f"{topic}-{partition}: offset {offset} is outside the log, which holds {log_start}..{end_offset}"
-        )
+    def __init__(
+        self, topic: str, partition: int, offset: int, log_start: int, end_offset: int, *, made_anew: bool = False
+    ) -> None:
+        where = "of the topic that was here before, which was made anew: it" if made_anew else "outside the log, which"
+        super().__init__(f"{topic}-{partition}: offset {offset} is {where} holds {log_start}..{end_offset}")
         self.topic = topic
         self.partition = partition
         self.offset = offset
         self.log_start = log_start
         self.end_offset = end_offset
+        self.made_anew = made_anew
 
 
 class AskError(StreamFlowError):

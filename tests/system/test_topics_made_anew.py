@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from streamflow.errors import StreamFlowError
 from streamflow.log.api import NewTopic
 from tests.system.harness import System, numbered, until
 
@@ -43,6 +44,39 @@ async def test_offsets_of_the_topic_before_are_not_taken_for_those_of_the_new_on
     await kafka.has("results", 230)
     assert await again.stops() == 0
     assert sorted(value for _, value in await kafka.rows("results")) == [2 * number for number in range(230)]
+
+
+@pytest.mark.kafka
+async def test_nothing_of_a_topic_that_is_made_anew_and_filled_at_once_is_passed_over(kafka: System) -> None:
+    """Where the old offset lies within the new topic, nothing is out of range."""
+    kafka.write_app(partitions=4)
+    workers = [kafka.start(), kafka.start()]
+    for worker in workers:
+        await worker.owns(kafka.topic("numbers"), 2)
+    await kafka.write("numbers", numbered(200))
+    await kafka.has_committed("numbers", 200)
+
+    admin = (await kafka.log()).admin
+    name = kafka.topic("numbers")
+    await admin.delete([name])
+
+    async def is_made() -> bool:
+        try:
+            await admin.create([NewTopic(name, 4)])
+        except StreamFlowError:  # the old one is being deleted
+            return False
+        return True
+
+    await until(is_made, "the new topic")
+    await kafka.write("numbers", numbered(1_000, start=1_000))
+    await kafka.has("results", 1_200)
+    await kafka.has_committed("numbers", 1_000)
+    for worker in workers:
+        assert await worker.stops() == 0
+        assert "which was made anew" in worker.said
+    assert sorted(await kafka.rows("results")) == sorted(
+        (key, 2 * number) for key, number in [*numbered(200), *numbered(1_000, start=1_000)]
+    )
 
 
 async def test_a_source_topic_that_is_deleted_stops_the_worker(system: System) -> None:

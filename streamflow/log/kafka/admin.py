@@ -23,7 +23,6 @@ T = TypeVar("T")
 _TIMEOUT_S = 30.0
 _GONE_TIMEOUT_S = 5.0
 _TOPIC_RESOURCE = 2
-_NO_ID = bytes(16)
 _ALWAYS_TOLD = frozenset(
     {
         "max.message.bytes",
@@ -160,12 +159,12 @@ class KafkaAdmin(Admin):
     async def _topic_ids(self, names: Sequence[str]) -> Mapping[str, str]:
         if not names:
             return {}
-        call = wire.TOPIC_IDS([(_NO_ID, name, {}) for name in names], False, False, False)
+        call = wire.TOPIC_IDS([(wire.NO_ID, name, {}) for name in names], False, False, False)
         try:
             response = await self._client.ask_any(call)
         except ConfigurationError:
             return {}  # before Kafka 2.8
-        return {name: str(UUID(bytes=id_)) for code, name, id_, *_ in response.topics if not code and id_ != _NO_ID}
+        return {name: str(UUID(bytes=id_)) for code, name, id_, *_ in response.topics if not code and id_ != wire.NO_ID}
 
     # --- offsets -------------------------------------------------------------------------------------------------
 

@@ -39,10 +39,12 @@ class TopicMetadata:
     Attributes:
         leaders: Node per partition; -1 where there is none at present.
         is_internal: Kafka's own.
+        id: What tells it from another one of its name; `wire.NO_ID` from a broker before Kafka 2.8.
     """
 
     leaders: dict[int, int] = field(default_factory=dict)
     is_internal: bool = False
+    id: bytes = wire.NO_ID
 
 
 class Client:
@@ -60,6 +62,8 @@ class Client:
         self.topics: dict[str, TopicMetadata] = {}
         self.unknown_since: dict[str, float] = {}
         self.topic_errors: dict[str, int] = {}
+        # Of each topic all that it was told of, oldest first: more than one where it was made anew.
+        self._ids: dict[str, list[bytes]] = {}
         self.controller = -1
         self._brokers: dict[int, tuple[str, int]] = {}
         self._connections: dict[tuple[int, Hashable], wire.Connection] = {}
@@ -243,7 +247,7 @@ class Client:
             if self._refresh_started > asked:
                 return  # somebody else's refresh began after we asked: it is ours too
             started = time.monotonic()
-            self._take(await self.metadata(sorted(self._wanted)))
+            self._take(await self._ask_for(wire.metadata(sorted(self._wanted))))
             self._refresh_started = started
 
     def forget(self, topics: Iterable[str]) -> None:
@@ -252,6 +256,7 @@ class Client:
             self._wanted.discard(topic)
             self.topics.pop(topic, None)
             self.unknown_since.pop(topic, None)
+            self._ids.pop(topic, None)
 
     async def metadata(self, topics: list[str] | None) -> Any:
         """One metadata response; None asks for all topics.
@@ -259,7 +264,9 @@ class Client:
         Raises:
             LogUnavailableError: No broker answers.
         """
-        call = wire.METADATA(topics, False, False, False)
+        return await self._ask_for(wire.METADATA(topics, False, False, False))
+
+    async def _ask_for(self, call: wire.Call) -> Any:
         failure: StreamFlowError | None = None
         try:
             response = await self._ask_known(call)
@@ -327,17 +334,21 @@ class Client:
             self._close(connection)
 
     def _take(self, response: Any) -> None:
-        brokers = {node: (host, port) for node, host, port, _rack in response.brokers}
+        brokers = {node: (host, port) for node, host, port, *_ in response.brokers}
         for node, address in self._brokers.items():
             if brokers.get(node) != address:
                 self._drop_connections(node)
         self._brokers = brokers
         self._silent.clear()
         self.controller = response.controller_id
-        for code, name, is_internal, partitions, _acl in response.topics:
+        for code, name, *rest in response.topics:
             if code == codes.NONE:
+                id_ = rest.pop(0) if isinstance(rest[0], bytes) else wire.NO_ID
+                is_internal, partitions = rest[:2]
+                if self._is_of_before(name, id_):
+                    continue
                 leaders = {partition: leader for _error, partition, leader, *_ in partitions}
-                self.topics[name] = TopicMetadata(leaders, is_internal)
+                self.topics[name] = TopicMetadata(leaders, is_internal, id_)
                 self.unknown_since.pop(name, None)
                 self.topic_errors.pop(name, None)
                 continue
@@ -345,6 +356,20 @@ class Client:
             if code == codes.UNKNOWN_TOPIC_OR_PARTITION:
                 self.topics.pop(name, None)
                 self.unknown_since.setdefault(name, time.monotonic())
+
+    def _is_of_before(self, name: str, id_: bytes) -> bool:
+        """Whether a broker tells of a topic that was deleted: it has not heard yet of the one that was made since."""
+        ids = self._ids.setdefault(name, [])
+        if id_ in ids[:-1]:
+            return True
+        if id_ != wire.NO_ID and id_ not in ids:
+            ids.append(id_)
+        return False
+
+    def topic_id(self, topic: str) -> bytes:
+        """What tells a topic from another one of its name; `wire.NO_ID` where it is not known."""
+        known = self.topics.get(topic)
+        return wire.NO_ID if known is None else known.id
 
     def _drop_connections(self, node: int) -> None:
         for key in [key for key in self._connections if key[0] == node]:

@@ -30,10 +30,11 @@ from streamflow.errors import (
 from streamflow.log.api import Fetched, Isolation, Reader
 from streamflow.log.kafka import codes
 from streamflow.log.kafka.client import Client, backoff_s
-from streamflow.log.kafka.hot import FETCH, FetchedPartition, FetchResponse
+from streamflow.log.kafka.hot import FETCH, FetchById, FetchedPartition, FetchLimits, FetchResponse
 from streamflow.log.kafka.offsets import EARLIEST, LATEST, list_offsets
 from streamflow.log.kafka.records import open_records
 from streamflow.log.kafka.slots import Slots
+from streamflow.log.kafka.wire import NO_ID, Call, Newest
 from streamflow.log.tasks import TaskOwner
 from streamflow.model.record import TopicPartition
 
@@ -61,6 +62,7 @@ class _Position:
     end_offset: int | None = None
     failures: int = 0
     was_empty: bool = False
+    topic_id: bytes = NO_ID
 
 
 class KafkaReader(Reader):
@@ -170,16 +172,23 @@ class KafkaReader(Reader):
         if self._closed:
             return
         by_node: dict[int, list[_Position]] = {}
+        made_anew: list[_Position] = []
         for position in self._pending:
             node = self._client.leader(position.tp)
             if node is None:
                 self._homeless[position] = None
+            elif self._is_of_before(position):
+                made_anew.append(position)
             else:
                 by_node.setdefault(node, []).append(position)
         if self._homeless:
             for position in self._homeless:
                 self._pending.pop(position, None)
             self._leader_needed.set()
+        for position in made_anew:
+            del self._pending[position]
+            position.state = _State.IN_FLIGHT
+            self._tasks.start(self._leave(position))
         for node, positions in by_node.items():
             free = self._slots.free(node)
             if not free or (node in self._short_polls and all(position.was_empty for position in positions)):
@@ -195,22 +204,22 @@ class KafkaReader(Reader):
         if self._pending:
             self._dispatch_soon()
 
+    def _is_of_before(self, position: _Position) -> bool:
+        """Whether a position is one in a topic that was deleted: its offset says nothing in one made anew."""
+        topic_id = self._client.topic_id(position.tp.topic)
+        if position.topic_id == NO_ID:
+            position.topic_id = topic_id
+        return topic_id not in {NO_ID, position.topic_id}
+
     def _is_current(self, position: _Position) -> bool:
         return self._positions.get(position.tp) is position
 
     # --- fetching ------------------------------------------------------------------------------------------------
 
     async def _fetch(self, node: int, slot: int, positions: list[_Position]) -> None:
-        options = self._client.options
         is_short = slot == _SLOTS - 1
-        call = FETCH(
-            [(position.tp, position.offset) for position in positions],
-            max_wait_ms=_SHORT_WAIT_MS if is_short else options.fetch_max_wait_ms,
-            max_bytes=options.fetch_max_bytes,
-            max_partition_bytes=options.fetch_max_partition_bytes,
-            read_committed=self._read_committed,
-        )
         try:
+            call = self._call(positions, is_short=is_short)
             response: FetchResponse = await self._client.send(node, call, (self, slot))
         except RetriableError as exc:
             self._count(str(exc), positions)
@@ -222,6 +231,22 @@ class KafkaReader(Reader):
         finally:
             if is_short:
                 self._short_polls.discard(node)
+
+    def _call(self, positions: list[_Position], *, is_short: bool) -> Call:
+        """By the topics' ids, where they are known: one that is made anew is not taken for the one before."""
+        options = self._client.options
+        wanted = [(position.tp, position.offset) for position in positions]
+        limits: FetchLimits = {
+            "max_wait_ms": _SHORT_WAIT_MS if is_short else options.fetch_max_wait_ms,
+            "max_bytes": options.fetch_max_bytes,
+            "max_partition_bytes": options.fetch_max_partition_bytes,
+            "read_committed": self._read_committed,
+        }
+        by_name = FETCH(wanted, **limits)
+        ids = {position.tp.topic: position.topic_id for position in positions}
+        if NO_ID in ids.values():
+            return by_name
+        return Newest(FetchById(ids)(wanted, **limits), by_name)
 
     async def _take(self, positions: list[_Position], response: FetchResponse) -> None:
         told = {part.tp: part for part in response.partitions}
@@ -287,6 +312,20 @@ class KafkaReader(Reader):
             return
         self._give_up(position, OffsetOutOfRangeError(*tp, position.offset, starts[tp], ends[tp]))
 
+    async def _leave(self, position: _Position) -> None:
+        """Say what there is in the topic that was made anew."""
+        tp = position.tp
+        while self._is_current(position):
+            try:
+                starts = await list_offsets(self._client, [tp], EARLIEST)
+                ends = await list_offsets(self._client, [tp], LATEST)
+            except StreamFlowError as exc:
+                self._count(str(exc), [position])
+                await anyio.sleep(backoff_s(position.failures))
+                continue
+            self._give_up(position, OffsetOutOfRangeError(*tp, position.offset, starts[tp], ends[tp], made_anew=True))
+            return
+
     def _give_up(self, position: _Position, error: StreamFlowError) -> None:
         if self._is_current(position):
             self._answer(position, Fetched(position.tp, [], position.offset, position.end_offset or 0, error=error))
@@ -349,13 +388,14 @@ class KafkaReader(Reader):
         tp = position.tp
         if self._homeless.pop(position, self) is self or not self._is_current(position):
             return
-        if self._client.leader(tp) is not None:
-            self._want(position)
-            return
         code = self._client.topic_errors.get(tp.topic, codes.NONE)
         error = codes.error(code, f"read {tp}") if code else None
+        is_refused = isinstance(error, FatalError) and not isinstance(error, UnknownTopicError)
+        if self._client.leader(tp) is not None and not is_refused:
+            self._want(position)
+            return
         is_gone = self._client.unknown_for_s(tp.topic) > _UNKNOWN_TOPIC_S
-        if is_gone or (isinstance(error, FatalError) and not isinstance(error, UnknownTopicError)):
+        if is_gone or is_refused:
             self._give_up(position, error or UnknownTopicError(f"read {tp}: the topic does not exist"))
             return
         position.failures += 1

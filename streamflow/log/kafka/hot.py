@@ -1,15 +1,16 @@
 """Fetch and Produce packed by hand: the two requests that are sent for every batch (25 us by schema, 5 by hand).
 
-Fetch v11 (KIP-392; whole batches, no session), Produce v7 (KIP-110; one batch per partition and request).
+Fetch v13 (KIP-516: topics by id; v11 for brokers before Kafka 3.1; whole batches, no session), Produce v7 (KIP-110; one
+batch per partition and request).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 from streamflow.log.kafka.wire import Call
 from streamflow.model.record import TopicPartition
@@ -67,36 +68,48 @@ class FetchResponse:
         return f"FetchResponse({len(self.partitions)} partitions)"
 
 
+class FetchLimits(TypedDict):
+    """How much is to come, and when.
+
+    Attributes:
+        max_wait_ms: How long the broker may wait for the first byte.
+        max_bytes: Of the response (a first batch that is larger comes all the same).
+        max_partition_bytes: Of one partition.
+        read_committed: Up to the last stable offset only.
+    """
+
+    max_wait_ms: int
+    max_bytes: int
+    max_partition_bytes: int
+    read_committed: bool
+
+
+_HEAD = struct.Struct(">iiiibii")
+_PARTITION_HEAD = struct.Struct(">ihqqq")
+
+
+def _head_of(limits: FetchLimits) -> bytes:
+    return _HEAD.pack(-1, limits["max_wait_ms"], 1, limits["max_bytes"], limits["read_committed"], 0, -1)
+
+
 class _Fetch:
     name, key, version, flexible = "Fetch", 1, 11, False
 
-    _head = struct.Struct(">iiiibii")
     _partition = struct.Struct(">iiqqi")
-    _partition_head = struct.Struct(">ihqqq")
     _aborted = struct.Struct(">qq")
 
-    def __call__(
-        self,
-        positions: Iterable[tuple[TopicPartition, int]],
-        *,
-        max_wait_ms: int,
-        max_bytes: int,
-        max_partition_bytes: int,
-        read_committed: bool,
-    ) -> Call:
+    def __call__(self, positions: Iterable[tuple[TopicPartition, int]], **limits: Unpack[FetchLimits]) -> Call:
         """Ask for batches from these offsets on.
 
         Args:
             positions: Partition and offset; the order is the order in which the broker fills the response.
-            max_wait_ms: How long the broker may wait for the first byte.
-            max_bytes: Of the response (a first batch that is larger comes all the same).
-            max_partition_bytes: Of one partition.
-            read_committed: Up to the last stable offset only.
+            limits: See `FetchLimits`.
         """
+        size = limits["max_partition_bytes"]
         topics: dict[str, list[bytes]] = {}
         for (topic, partition), offset in positions:
-            topics.setdefault(topic, []).append(self._partition.pack(partition, -1, offset, -1, max_partition_bytes))
-        parts = [self._head.pack(-1, max_wait_ms, 1, max_bytes, read_committed, 0, -1), _COUNT.pack(len(topics))]
+            topics.setdefault(topic, []).append(self._partition.pack(partition, -1, offset, -1, size))
+        parts = [_head_of(limits), _COUNT.pack(len(topics))]
         for topic, packed in topics.items():
             parts += (_text(topic), _COUNT.pack(len(packed)), *packed)
         parts.append(b"\0\0\0\0\0\0")  # no forgotten topics, no rack
@@ -118,7 +131,7 @@ class _Fetch:
         return FetchResponse(throttle, error, partitions)
 
     def _read_partition(self, data: bytes, at: int, topic: str, into: list[FetchedPartition]) -> int:
-        partition, error, high_watermark, _stable, log_start = self._partition_head.unpack_from(data, at)
+        partition, error, high_watermark, _stable, log_start = _PARTITION_HEAD.unpack_from(data, at)
         (aborted_count,) = _COUNT.unpack_from(data, at + 30)
         at += 34
         aborted = []
@@ -134,6 +147,96 @@ class _Fetch:
 
 
 FETCH = _Fetch()
+
+
+class FetchById:
+    """Fetch v13 (KIP-516): a topic by its id, so that one that was deleted and made anew is another one to the broker.
+
+    Args:
+        ids: By name, of all topics that are asked for.
+    """
+
+    name, key, version, flexible = "Fetch", 1, 13, True
+
+    _partition = struct.Struct(">iiqiqi")
+    _aborted = struct.Struct(">qq")
+
+    def __init__(self, ids: Mapping[str, bytes]) -> None:
+        self._ids = ids
+        self._names = {topic_id: name for name, topic_id in ids.items()}
+
+    def __call__(self, positions: Iterable[tuple[TopicPartition, int]], **limits: Unpack[FetchLimits]) -> Call:
+        """Ask for batches from these offsets on; see `FETCH`."""
+        topics: dict[str, list[bytes]] = {}
+        size = limits["max_partition_bytes"]
+        for (topic, partition), offset in positions:
+            packed = self._partition.pack(partition, -1, offset, -1, -1, size) + b"\0"
+            topics.setdefault(topic, []).append(packed)
+        parts = [_head_of(limits), _compact(len(topics))]
+        for topic, each in topics.items():
+            parts += (self._ids[topic], _compact(len(each)), *each, b"\0")
+        parts.append(b"\1\1\0")  # no forgotten topics, no rack, no tags
+        return Call(self, b"".join(parts))
+
+    def decode(self, buffer: BytesIO) -> FetchResponse:
+        """Read a response; each partition's records become bytes of their own."""
+        data, at = buffer.getvalue(), buffer.tell()
+        throttle, error, _session = struct.unpack_from(">ihi", data, at)
+        topic_count, at = _varint(data, at + 10)
+        partitions: list[FetchedPartition] = []
+        for _ in range(topic_count - 1):
+            topic = self._names[data[at : at + 16]]
+            count, at = _varint(data, at + 16)
+            for _ in range(count - 1):
+                at = self._read_partition(data, at, topic, partitions)
+            at = _behind_tags(data, at)
+        return FetchResponse(throttle, error, partitions)
+
+    def _read_partition(self, data: bytes, at: int, topic: str, into: list[FetchedPartition]) -> int:
+        partition, error, high_watermark, _stable, log_start = _PARTITION_HEAD.unpack_from(data, at)
+        aborted_count, at = _varint(data, at + 30)
+        aborted = []
+        for _ in range(aborted_count - 1):
+            aborted.append(self._aborted.unpack_from(data, at))
+            at = _behind_tags(data, at + 16)
+        size, at = _varint(data, at + 4)  # after the preferred replica
+        end: int = at + max(size - 1, 0)
+        tp = TopicPartition(topic, partition)
+        into.append(FetchedPartition(tp, error, high_watermark, log_start, aborted, data[at:end]))
+        return _behind_tags(data, end)
+
+
+def _compact(count: int) -> bytes:
+    """The length of a compact array."""
+    count += 1
+    out = bytearray()
+    while count > 0x7F:
+        out.append(count & 0x7F | 0x80)
+        count >>= 7
+    out.append(count)
+    return bytes(out)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """An unsigned number of 7 bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _behind_tags(data: bytes, at: int) -> int:
+    """Where tagged fields end; none of them is read."""
+    count, at = _varint(data, at)
+    for _ in range(count):
+        _, at = _varint(data, at)
+        size, at = _varint(data, at)
+        at += size
+    return at
 
 
 # --- produce -----------------------------------------------------------------------------------------------------

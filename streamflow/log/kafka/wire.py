@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from types import SimpleNamespace
@@ -402,6 +402,7 @@ METADATA = Api(
     ),
 )
 _NAMED_TOPIC = CompactArray(("id", _Uuid), ("name", CS), TAGS)
+NO_ID = bytes(16)
 TOPIC_IDS = Api(
     "Metadata",
     3,
@@ -441,6 +442,14 @@ TOPIC_IDS = Api(
     ),
     flexible=True,
 )
+
+
+def metadata(topics: Sequence[str]) -> Call:
+    """Ask for the metadata of topics, with their ids where the broker knows them; creates none."""
+    named = TOPIC_IDS([(NO_ID, name, {}) for name in topics], False, False, False)
+    return Newest(named, METADATA(list(topics), False, False, False))
+
+
 FIND_COORDINATOR = Api(
     "FindCoordinator",
     10,

@@ -121,3 +121,22 @@ async def test_retried_gives_up_with_the_last_error():
         await retried(attempt, timeout_s=0.2)
     assert str(info.value) == f"attempt {attempts}"
     assert 3 <= attempts <= 12
+
+
+def told_of(topic_id, leader, version=10):
+    """What a broker tells of topic `t`."""
+    parts = [(0, 0, leader, 0, [], [], [], {})]
+    topic = (0, "t", topic_id, False, parts, 0, {}) if version == 10 else (0, "t", False, parts, 0)
+    return SimpleNamespace(brokers=[(1, "h", 1, None)], controller_id=1, topics=[topic])
+
+
+def test_a_broker_that_has_not_heard_of_the_topic_that_was_made_anew_brings_the_old_one_not_back():
+    client = Client(Kafka(servers="h:1"), "test")
+    for topic_id, leader in ((b"a" * 16, 1), (b"b" * 16, 2), (b"a" * 16, 1)):
+        client._take(told_of(topic_id, leader))
+    assert client.topic_id("t") == b"b" * 16
+    assert client.topics["t"].leaders == {0: 2}
+    client._take(told_of(None, 3, version=8))  # of before Kafka 2.8, in a cluster that is upgraded
+    assert client.topics["t"].leaders == {0: 3}
+    client.forget(["t"])
+    assert client.topic_id("t") == wire.NO_ID

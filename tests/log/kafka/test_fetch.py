@@ -7,7 +7,7 @@ import time
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from streamflow.errors import LogCorruptedError, OffsetOutOfRangeError
+from streamflow.errors import FatalError, LogCorruptedError, OffsetOutOfRangeError
 from streamflow.log import codec
 from streamflow.log.api import NewTopic
 from streamflow.log.kafka.log import KafkaLog
@@ -114,6 +114,44 @@ async def test_a_position_that_retention_has_passed_is_told_with_both_ends(open_
         assert isinstance(error, OffsetOutOfRangeError)
         assert (error.offset, error.log_start, error.end_offset) == (2, 4, 10)
         assert answers[other].next_offset == 10
+
+
+async def test_a_position_in_the_topic_before_is_told_wherever_the_one_of_today_ends(open_log, name):
+    topic = name("t")
+    asked, waiting = TopicPartition(topic, 0), TopicPartition(topic, 1)
+    async with open_log() as log, log.producer() as producer, log.reader("source") as reader:
+        await log.admin.create([NewTopic(topic, 2)])
+        for tp in (asked, waiting):
+            await (await producer.enqueue(tp, numbered(range(10))))
+            reader.add(tp, 0)
+            assert values(await read_to(reader, tp, 10)) == [b"%d" % number for number in range(10)]
+        reader.ask(asked)
+        await log.admin.delete([topic])
+        async with open_log() as another:  # which knows of no topic of before
+            await created(another, NewTopic(topic, 2))
+            async with another.producer() as anew:
+                for tp in (asked, waiting):
+                    await (await anew.enqueue(tp, numbered(range(100, 130))))
+        reader.ask(waiting)
+        errors = {}
+        while len(errors) < 2:
+            errors |= {fetched.tp: fetched.error for fetched in await receive(reader)}
+        for tp, error in errors.items():
+            assert isinstance(error, OffsetOutOfRangeError)
+            assert error.made_anew
+            assert (error.offset, error.log_start, error.end_offset) == (10, 0, 30)
+            reader.add(tp, error.log_start)
+            assert values(await read_to(reader, tp, 30)) == [b"%d" % number for number in range(100, 130)]
+
+
+async def created(log, topic):
+    """Made when the one before is gone."""
+    while True:
+        try:
+            await log.admin.create([topic])
+            return
+        except FatalError:
+            await asyncio.sleep(0.02)
 
 
 async def test_many_idle_partitions_do_not_delay_one_that_gets_records(open_log, name):

@@ -15,7 +15,7 @@ from streamflow.errors import (
     UnknownTopicError,
 )
 from streamflow.log.kafka import codes, wire, wire_admin, wire_group
-from streamflow.log.kafka.hot import FETCH, PRODUCE
+from streamflow.log.kafka.hot import FETCH, PRODUCE, FetchById
 from streamflow.log.kafka.producer import next_sequence
 from streamflow.log.kafka.wire_transaction import (
     API_VERSIONS,
@@ -55,7 +55,7 @@ async def test_the_broker_speaks_every_request_we_send(broker, transactions, req
     assert wire_admin.DELETE_GROUPS in wire.Api.known
     connection = await wire.connect(host, int(port), client_id="test")
     try:
-        for api in {*wire.Api.known, FETCH, PRODUCE, PRODUCE_2, API_VERSIONS} - newer:
+        for api in {*wire.Api.known, FETCH, FetchById({}), PRODUCE, PRODUCE_2, API_VERSIONS} - newer:
             lowest, highest = connection._versions[api.key]
             assert lowest <= api.version <= highest, api.name
         assert transaction_version(await connection.send(API_VERSIONS())) == transactions
@@ -78,6 +78,21 @@ def test_a_fetch_response_is_read():
     assert response.partitions == [
         (TopicPartition("t", 3), 0, 100, 5, [(7, 1), (8, 2)], b"data"),
         (TopicPartition("t", 4), 6, -1, -1, [], b""),
+    ]
+
+
+def test_a_fetch_response_by_ids_is_read():
+    known = {"t": b"t" * 16, "topic-ü": b"u" * 16}
+    tags = b"\x02\x00\x03abc\x01\x01x"
+    part = struct.pack(">ihqqq", 3, 0, 100, 90, 5) + b"\x03" + struct.pack(">qq", 7, 1) + b"\0"
+    part += struct.pack(">qq", 8, 2) + tags + struct.pack(">i", -1) + b"\x81\x02" + b"d" * 256 + tags
+    failed = struct.pack(">ihqqq", 4, 100, -1, -1, -1) + b"\0" + struct.pack(">i", -1) + b"\0\0"
+    topics = b"\x03" + known["t"] + b"\x03" + part + failed + tags + known["topic-ü"] + b"\x01\0"
+    response = FetchById(known).decode(_after_header(struct.pack(">ihi", 12, 0, 0) + topics + b"\0"))
+    assert response.throttle_time_ms == 12
+    assert response.partitions == [
+        (TopicPartition("t", 3), 0, 100, 5, [(7, 1), (8, 2)], b"d" * 256),
+        (TopicPartition("t", 4), 100, -1, -1, [], b""),
     ]
 
 
