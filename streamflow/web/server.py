@@ -153,9 +153,15 @@ async def serving(site: Starlette, listener: socket.socket) -> AsyncGenerator[No
         timeout_graceful_shutdown=_CANCELLED_S,
     )
     server = _Server(config)
+
+    async def serve() -> None:
+        # It ends by itself, once it is told to: cancelled, by an error in the block, it would give those who ask 500.
+        with anyio.CancelScope(shield=True):
+            await server.serve([listener])
+
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(server.serve, [listener])
+            tasks.start_soon(serve)
             try:
                 yield
             finally:

@@ -1,7 +1,9 @@
 import asyncio
+import contextlib
 import signal
 import socket
 
+import anyio
 import httpx
 import pytest
 from starlette.applications import Starlette
@@ -63,12 +65,22 @@ async def test_it_serves_and_stops():
         await asyncio.open_connection(*url.removeprefix("http://").split(":"))
 
 
-async def test_what_is_under_way_at_the_end_is_answered(caplog):
+class Failed(Exception):
+    """Of a worker."""
+
+
+@pytest.mark.parametrize("how", ["end", "error", "cancelled"])
+async def test_what_is_under_way_at_the_end_is_answered(how, caplog):
     arrived, over = asyncio.Semaphore(0), asyncio.Event()
+    left = 2
 
     async def waits(_):
         arrived.release()
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            nonlocal left
+            left -= 1
 
     async def nearly_done(_):
         arrived.release()
@@ -79,11 +91,18 @@ async def test_what_is_under_way_at_the_end_is_answered(caplog):
     url = address_of(listener)
     site = Starlette(routes=[Route("/waits", waits), Route("/done", nearly_done)])
     async with httpx.AsyncClient(timeout=20) as client:
-        async with serving(site, listener):
-            asked = [asyncio.create_task(client.get(url + path)) for path in ("/waits", "/done", "/waits")]
-            for _ in asked:
-                await arrived.acquire()
-            over.set()
+        with contextlib.suppress(BaseExceptionGroup), anyio.CancelScope() as scope:
+            async with serving(site, listener):
+                asked = [asyncio.create_task(client.get(url + path)) for path in ("/waits", "/done", "/waits")]
+                for _ in asked:
+                    await arrived.acquire()
+                over.set()
+                if how == "error":
+                    raise Failed
+                if how == "cancelled":
+                    scope.cancel()
+                    await asyncio.sleep(0)
+        assert left == 0  # the process may be gone now
         ended, done, _ = [await each for each in asked]
     assert (ended.status_code, ended.headers["retry-after"]) == (503, "1")
     assert ended.json() == {"error": "this process is stopping"}
