@@ -47,7 +47,7 @@ class NotReadableYet(StreamFlowError):
 
 
 class OtherApp(Misdirected):
-    """Workers of another app were meant: they were at this worker's address before."""
+    """Workers of another app, or of the same app id on another log, were meant: they were at this address before."""
 
 
 class UnknownTable(StreamFlowError):
@@ -95,6 +95,17 @@ class CommittedReads:
         """
         if question.app and question.app != self._app.id:
             raise OtherApp(f"this is a worker of app {self._app.id!r}, not of {question.app!r}")
+        own = self.topic_id(question.table)
+        if question.topic_id and own and question.topic_id != own:
+            raise OtherApp(
+                f"this is a worker of app {self._app.id!r} on another log: its table {question.table!r} is read from "
+                f"the topic of id {own}, not {question.topic_id}. Give the workers of two logs addresses of their own"
+            )
+
+    def topic_id(self, table: str) -> str:
+        """Id of the topic that a table is read from; empty where it is not known."""
+        found = self._app.tables.get(table)
+        return "" if found is None else self._layout.ids.get(found.changelog.name, "")
 
     def table(self, name: str) -> tuple[Table[Any, Any], SubTopology]:
         """A table and what it is processed with.

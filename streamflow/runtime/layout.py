@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streamflow.log.api import TopicDescription
 from streamflow.model.record import TopicPartition
@@ -17,10 +17,12 @@ class Layout:
     Attributes:
         topology: What is processed together.
         counts: Partition count per source topic; empty for an app without agents.
+        ids: Topic id by topic, changelogs with them: two logs never have the same one.
     """
 
     topology: Topology
     counts: Mapping[str, int]
+    ids: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @classmethod
     def of(cls, topology: Topology, descriptions: Mapping[str, TopicDescription]) -> Layout:
@@ -31,7 +33,8 @@ class Layout:
             descriptions: Its topics in the log, every source topic among them.
         """
         sources = [topic for sub in topology.sub_topologies for topic in sub.topics]
-        return cls(topology, {topic: descriptions[topic].partitions for topic in sources})
+        ids = {name: description.topic_id for name, description in descriptions.items()}
+        return cls(topology, {topic: descriptions[topic].partitions for topic in sources}, ids)
 
     @property
     def sub_topologies(self) -> tuple[SubTopology, ...]:

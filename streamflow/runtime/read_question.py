@@ -35,6 +35,8 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
         stale_ok: Whether a standby may answer.
         timeout_s: Seconds to wait for what is being restored, or for `at`; 0 to 60.
         app: Id of the asker's app; empty from a version that does not say it.
+        topic_id: Of the table's changelog, or of what fills it: another log may have an app of the same id. Empty from
+            a version that does not say it, and where the log has none.
         partly: Whether to answer for those of the partitions that can be read, if there is one. A version before
             answers for all or for none.
     """
@@ -51,6 +53,7 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
     stale_ok: bool = False
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=LONGEST_READ_S)] = 0.0
     app: str = ""
+    topic_id: str = ""
     partly: bool = False
 
     def __post_init__(self) -> None:

@@ -247,10 +247,10 @@ class TableReads:
         )
 
     def _with(self, question: Question, options: ReadOptions, left_s: float) -> Question:
-        app_id = self.committed.app_id
         return msgspec.structs.replace(
             question,
-            app=app_id,
+            app=self.committed.app_id,
+            topic_id=self.committed.topic_id(question.table),
             partly=len(question.partitions) > 1,
             at=options.at,
             stale_ok=options.stale_ok,

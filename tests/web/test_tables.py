@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import dataclasses
+import uuid
 from typing import Any
 from urllib.parse import quote
 
@@ -10,6 +11,7 @@ import pytest
 from starlette.applications import Starlette
 
 import streamflow as sf
+from streamflow.log.sqlite.database import MemoryDatabase
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route
 from streamflow.runtime.http_client import HttpClient
@@ -120,6 +122,36 @@ async def test_nothing_is_written() -> None:
                 assert answer.json() == {"error": f"{method} {path}: tables are only read here"}
         head = await cluster.http.request("HEAD", cluster.urls[0] + "/tables")
         assert (head.status_code, head.content) == (200, b"")
+
+
+async def test_the_same_app_on_another_log_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clusters on one network, and an address that has changed hands."""
+    # Logs in memory count their topics, and so have the same ids; those on disk and Kafka do not.
+    monkeypatch.setattr(MemoryDatabase, "new_id", lambda _: uuid.uuid4().hex)
+    async with Cluster(shop) as mine, Cluster(shop, workers=1) as other:
+        await filled(mine, {"tea": 1})
+        await filled(other, {"tea": 2})
+        asker = 1 - mine.owner("stock", "tea")
+        order = mine.table("stock").keys_in_order
+        partition = mine.home_of("moves", "tea")
+        question = Question("stock", (partition,), order.name, key=order.encode("tea"), app="shop")
+        running = mine.workers[1 - asker].worker
+        assert running._layout is not None
+        topic_id = running._layout.ids["shop-stock-changelog"]
+        path = f"/-/table-reads?{msgspec.structs.replace(question, topic_id=topic_id).query()}"
+        assert (await mine.get(path, worker=1 - asker)).status_code == 200
+        refused = await other.get(path)
+        assert refused.status_code == 421
+        assert "this is a worker of app 'shop' on another log" in refused.json()["error"]
+        before = f"/-/table-reads?{question.query()}"  # by a version that does not say it
+        assert (await other.get(before)).status_code == 200
+
+        routes = mine.workers[asker].worker.routes
+        monkeypatch.setattr(routes, "owner", lambda _: other.urls[0])
+        monkeypatch.setattr(routes, "formers", lambda _: [])
+        monkeypatch.setattr(routes, "knows", lambda _: True)
+        with pytest.raises(sf.NotHeld, match="on another log"):
+            await mine.table("stock", asker).get_remote("tea", timeout_s=0.3)
 
 
 async def test_the_supervisor_of_several_processes_refuses_to_write_likewise() -> None:
