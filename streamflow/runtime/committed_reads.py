@@ -25,6 +25,7 @@ from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.internal_topics import reply_topic_name
 from streamflow.runtime.layout import Layout
 from streamflow.runtime.read_question import Answer, Question
 from streamflow.runtime.readable import Copied, Owned, Readable, Row
@@ -98,14 +99,20 @@ class CommittedReads:
         own = self.topic_id(question.table)
         if question.topic_id and own and question.topic_id != own:
             raise OtherApp(
-                f"this is a worker of app {self._app.id!r} on another log: its table {question.table!r} is read from "
-                f"the topic of id {own}, not {question.topic_id}. Give the workers of two logs addresses of their own"
+                f"this is a worker of app {self._app.id!r} on another log: table {question.table!r} is known by id "
+                f"{own} here, and asked for as {question.topic_id}. Give workers of two logs addresses of their own"
             )
 
     def topic_id(self, table: str) -> str:
-        """Id of the topic that a table is read from; empty where it is not known."""
+        """Id of a topic of the app's own that tells a table's log from others; empty where it is not known.
+
+        A source that fills a table may be made anew while workers run, so that they know different ids of it.
+        """
         found = self._app.tables.get(table)
-        return "" if found is None else self._layout.ids.get(found.changelog.name, "")
+        if found is None:
+            return ""
+        topic = found.changelog.name if found.source is None else reply_topic_name(self._app.id)
+        return self._layout.ids.get(topic, "")
 
     def table(self, name: str) -> tuple[Table[Any, Any], SubTopology]:
         """A table and what it is processed with.

@@ -35,8 +35,8 @@ class Question(msgspec.Struct, frozen=True, omit_defaults=True):
         stale_ok: Whether a standby may answer.
         timeout_s: Seconds to wait for what is being restored, or for `at`; 0 to 60.
         app: Id of the asker's app; empty from a version that does not say it.
-        topic_id: Of the table's changelog, or of what fills it: another log may have an app of the same id. Empty from
-            a version that does not say it, and where the log has none.
+        topic_id: Tells the log, see `CommittedReads.topic_id`: another one may have an app of the same id. Empty from a
+            version that does not say it, and where the log has none.
         partly: Whether to answer for those of the partitions that can be read, if there is one. A version before
             answers for all or for none.
     """

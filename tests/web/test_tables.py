@@ -154,6 +154,28 @@ async def test_the_same_app_on_another_log_is_not_asked(monkeypatch: pytest.Monk
             await mine.table("stock", asker).get_remote("tea", timeout_s=0.3)
 
 
+def priced() -> sf.App:
+    app = sf.App("priced", partitions=4)
+    orders = app.topic("orders", key_type=str, value_type=int)
+    names = app.topic("names", key_type=str, value_type=str, compacting=True)
+    table = app.table("names", source=names)
+
+    @app.agent(orders, tables=[table])
+    async def look_up(order: int) -> None:
+        pass
+
+    return app
+
+
+async def test_the_log_of_a_table_that_a_topic_fills_is_told_by_a_topic_that_is_never_made_anew() -> None:
+    async with Cluster(priced, workers=1) as cluster:
+        worker = cluster.workers[0].worker
+        assert worker.table_reads is not None
+        assert worker._layout is not None
+        told = worker.table_reads.committed.topic_id("names")
+        assert told == worker._layout.ids["priced-replies"] != worker._layout.ids["names"]
+
+
 async def test_the_supervisor_of_several_processes_refuses_to_write_likewise() -> None:
     async with HttpClient() as client:
         site = Starlette(routes=PassedOn(list, client).routes())
