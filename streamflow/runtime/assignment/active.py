@@ -27,7 +27,8 @@ class ActivePlacement:
         # What counts is how they compare: all of 4 are as all of 1.
         unit = math.gcd(*(member.capacity for member in standing.members.values()))
         self._capacity = {name: member.capacity // unit for name, member in standing.members.items()}
-        self._load = dict.fromkeys(standing.members, 0)
+        # What is placed already, by sub-topology and member.
+        self._placed: Counts = {}
         self._holder = self._find_holders()
         self.target: dict[TaskId, str] = {}
         groups: dict[tuple[str, ...], list[TaskId]] = {}
@@ -97,7 +98,7 @@ class ActivePlacement:
         spread = Spread(
             {kind: len(of_kind) for kind, of_kind in kinds.items()},
             {one: self._capacity[one] for one in able},
-            {one: self._load[one] for one in able},
+            self._placed,
         )
         for kind, share in spread.counts(held, owned).items():
             self._place_kind(kinds[kind], share)
@@ -161,4 +162,5 @@ class ActivePlacement:
 
     def _give(self, task: TaskId, one: str) -> None:
         self.target[task] = one
-        self._load[one] += 1
+        row = self._placed.setdefault(task.sub_topology, {})
+        row[one] = row.get(one, 0) + 1

@@ -21,13 +21,15 @@ class Spread:
     Args:
         totals: How many tasks there are, by sub-topology.
         capacity: By member, in the order in which they are served.
-        load: By member: tasks that it has besides, which others may not have.
+        placed: What each member has besides, which others may not have, of any sub-topology: it stays, and counts.
     """
 
-    def __init__(self, totals: Mapping[str, int], capacity: Mapping[str, int], load: Mapping[str, int]) -> None:
+    def __init__(self, totals: Mapping[str, int], capacity: Mapping[str, int], placed: Counts) -> None:
         self._totals = totals
         self._capacity = capacity
-        self._load = load
+        self._load = {one: sum(row.get(one, 0) for row in placed.values()) for one in capacity}
+        # Of the sub-topologies that are shared out.
+        self._placed: Counts = {kind: {one: placed.get(kind, {}).get(one, 0) for one in capacity} for kind in totals}
 
     def counts(self, held: Counts, owned: Counts) -> Counts:
         """Decide how many each member is to have.
@@ -57,7 +59,8 @@ class Spread:
     def _unevenness(self, counts: Counts) -> Fraction:
         """By how much the sub-topologies exceed one task per capacity between who has most and who has least."""
         exceeding = Fraction(0)
-        for row in counts.values():
+        for kind, share in counts.items():
+            row = {one: number + self._placed[kind][one] for one, number in share.items()}
             most = max(row, key=lambda one: row[one] / self._capacity[one])
             least = min(row, key=lambda one: row[one] / self._capacity[one])
             apart = Fraction(row[most], self._capacity[most]) - Fraction(row[least], self._capacity[least])
@@ -70,7 +73,7 @@ class Spread:
         load = dict(self._load)
         counts: Counts = {}
         for kind, total in self._totals.items():
-            counts[kind] = self._deal_one(total, load, held[kind], owned[kind])
+            counts[kind] = self._deal_one(total, load, held[kind], owned[kind], self._placed[kind])
             for one, share in counts[kind].items():
                 load[one] += share
         while pair := self._out_of_balance(counts, load):
@@ -82,7 +85,12 @@ class Spread:
         return counts
 
     def _deal_one(
-        self, total: int, load: Mapping[str, int], held: Mapping[str, int], owned: Mapping[str, int]
+        self,
+        total: int,
+        load: Mapping[str, int],
+        held: Mapping[str, int],
+        owned: Mapping[str, int],
+        placed: Mapping[str, int],
     ) -> dict[str, int]:
         """Deal out the tasks of one sub-topology: in proportion to capacity, rounded to the nearest.
 
@@ -95,7 +103,7 @@ class Spread:
         def turn(one: str) -> tuple[float, bool, bool, float, int, str]:
             has, capacity = share[one], self._capacity[one]
             in_all = (load[one] + has) / capacity
-            return (has + 0.5) / capacity, owned[one] <= has, held[one] <= has, in_all, capacity, one
+            return (has + placed[one] + 0.5) / capacity, owned[one] <= has, held[one] <= has, in_all, capacity, one
 
         turns = [turn(one) for one in share]
         heapq.heapify(turns)
@@ -117,8 +125,9 @@ class Spread:
         """The sub-topology of which one has most more than the other; where several are as good, what moves least."""
 
         def worth(kind: str) -> tuple[int, int, str]:
-            row, before = counts[kind], held[kind]
-            apart = row[heavy] * self._capacity[light] - row[light] * self._capacity[heavy]
+            row, before, placed = counts[kind], held[kind], self._placed[kind]
+            heavys, lights = row[heavy] + placed[heavy], row[light] + placed[light]
+            apart = heavys * self._capacity[light] - lights * self._capacity[heavy]
             return apart, (row[light] < before[light]) - (row[heavy] <= before[heavy]), kind
 
         return max((kind for kind, row in counts.items() if row[heavy]), key=worth)

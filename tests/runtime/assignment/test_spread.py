@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.spread import Spread
 from tests.runtime.assignment.histories import KINDS, NAMES, bound, patient, worlds
 from tests.runtime.assignment.world import World, tasks_of
@@ -115,6 +116,33 @@ def test_workers_that_read_less_do_not_keep_a_group_from_rest(world: World, data
     assert not world.round()
 
 
+@patient
+@given(worlds(), st.data())
+def test_workers_that_cannot_take_some_tasks_do_not_keep_a_group_from_rest(world: World, data: st.DataObject) -> None:
+    """It is balanced in all as far as that allows, and then nothing moves."""
+    ids = sorted(task.id for task in world.tasks)
+    for worker in world.workers.values():
+        worker.refused = data.draw(st.sets(st.sampled_from(ids)))
+    world.settle(bound(world) + len(world.workers))
+    assert not world.round()
+
+
+@patient
+@given(worlds(capacities=False), st.data())
+def test_where_one_worker_cannot_take_some_tasks_the_others_of_their_kind_make_it_even(
+    world: World, data: st.DataObject
+) -> None:
+    """As long as there are enough others for its share, of each sub-topology."""
+    name = data.draw(st.sampled_from(sorted(world.workers)))
+    kinds = {task.id.sub_topology for task in world.tasks}
+    for kind in sorted(kinds):
+        of_kind = sorted(task.id for task in world.tasks if task.id.sub_topology == kind)
+        share = -(-len(of_kind) // len(world.workers))
+        world.workers[name].refused |= set(data.draw(st.permutations(of_kind))[share:])
+    world.settle(bound(world) + len(world.workers))
+    assert_even(world)
+
+
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
@@ -146,16 +174,25 @@ def test_what_was_uneven_is_exchanged_and_no_more() -> None:
 
 def test_balance_comes_before_evenness() -> None:
     """Only one member may have `b` and has it already: it gets so much less of `a`."""
-    spread = Spread({"a": 6}, {"m": 1, "n": 1}, {"m": 4, "n": 0})
+    spread = Spread({"a": 6}, {"m": 1, "n": 1}, {"b": {"m": 4}})
     none = {"a": {"m": 0, "n": 0}}
     assert spread.counts(none, none) == {"a": {"m": 1, "n": 5}}
+
+
+def test_what_only_one_may_have_counts_where_the_others_of_its_kind_are_shared_out() -> None:
+    world = World(tasks_of({"a": 4, "b": 4}))
+    world.join("m")
+    world.join("n").refused = {TaskId("a", 0), TaskId("a", 1)}
+    world.settle(bound(world))
+    assert_even(world)
+    assert counts(world) == {"a": [(2, 1), (2, 1)], "b": [(2, 1), (2, 1)]}
 
 
 def test_who_owns_a_task_keeps_it_before_who_could_go_on_with_it() -> None:
     """One of three has gone, and another one had copies of all that was its."""
     held = {"a": {"m": 2, "n": 3}}
-    assert Spread({"a": 5}, dict.fromkeys("mn", 1), dict.fromkeys("mn", 0)).counts(held, held) == held
+    assert Spread({"a": 5}, dict.fromkeys("mn", 1), {}).counts(held, held) == held
     held = {"a": {"m": 2, "n": 2, "o": 0}}
     owned = {"a": {"m": 1, "n": 2, "o": 0}}
-    spread = Spread({"a": 4}, dict.fromkeys("mno", 1), dict.fromkeys("mno", 0))
+    spread = Spread({"a": 4}, dict.fromkeys("mno", 1), {})
     assert spread.counts(held, owned) == {"a": {"m": 1, "n": 2, "o": 1}}

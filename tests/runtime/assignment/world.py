@@ -35,6 +35,7 @@ class Worker:
     standby: frozenset[TaskId] = frozenset()
     warm_up: frozenset[TaskId] = frozenset()
     lags: dict[TaskId, int] = field(default_factory=dict)
+    refused: set[TaskId] = field(default_factory=set)
 
 
 @dataclass
@@ -69,6 +70,7 @@ class World:
                 worker.follows,
                 worker.rack,
                 worker.capacity,
+                frozenset(worker.refused),
             )
             for name, worker in self.workers.items()
         ]
