@@ -94,9 +94,9 @@ class Conversation:
 
     async def heard(self, event: ToldBytes) -> None:
         """Act on what the leader tells."""
-        before, told = self.told, Told.decode(event.told)
-        self.told = told
-        if _wanted(told) != _wanted(before):
+        before = self._wanted()
+        told = self.told = Told.decode(event.told)
+        if self._wanted() != before:
             # Who leads may take no notice of what cannot be followed: that is asked for once.
             self._asked_at_s, self._asked_for = None, self._asked_for & self._standbys.stuck()
         self._abandoned.told(told.routes.values())
@@ -168,6 +168,10 @@ class Conversation:
         """What comes only if it is asked for; what is this worker's by the plan comes as its owner lets go of it."""
         return self.told.warm_up - self._own()
 
+    def _wanted(self) -> tuple[frozenset[TaskId], frozenset[TaskId], int | None]:
+        """What rounds are asked for. A warm-up that had come and was lost is another one than before."""
+        return self.told.standby, self._to_ask_for(), self.told.acceptable_lag_records
+
     def _own(self) -> frozenset[TaskId]:
         """The tasks that are this worker's by the plan, whether they have come already or not."""
         if self.told.active is not None:
@@ -193,10 +197,6 @@ class Conversation:
         if self.told.said is not None:
             return self.told.said != word.checksum
         return bool(word.url and self.told.routes) and word.url not in {each.url for each in self.told.routes.values()}
-
-
-def _wanted(told: Told) -> tuple[frozenset[TaskId], frozenset[TaskId], int | None]:
-    return told.standby, told.warm_up, told.acceptable_lag_records
 
 
 def _named(tasks: frozenset[TaskId]) -> str:

@@ -175,6 +175,21 @@ async def test_nothing_is_asked_for_what_comes_by_itself() -> None:
     assert len(side.ask()) == 1
 
 
+async def test_what_had_come_and_was_lost_is_asked_for_again_at_once(at: list[float]) -> None:
+    """It is told to be warmed up all the time: at first to get it, then as it comes, then to get it back."""
+    side = Side()
+    await side.hear(warm_up={ONE})
+    side.standbys.are(p0=0)
+    assert side.ask() == ["warmed up numbers-0"]
+    await side.hear(warm_up={ONE}, active={ONE})
+    side.standbys.are(p0=0)
+    assert len(side.ask()) == 1
+    at[0] += 7
+    await side.hear(warm_up={ONE})
+    side.standbys.are(p0=0)
+    assert len(side.ask()) == 2
+
+
 async def test_one_that_is_done_does_not_wait_for_one_that_takes_hours(at: list[float]) -> None:
     side = Side()
     await side.hear(warm_up={ONE, TWO})
