@@ -7,6 +7,8 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 KAFKA_PORT ?= 9092
 ARGS ?=
+# Three at once on two cores: most tests wait for a session, a broker or a process to start. TEST_JOBS=0: one by one.
+TEST_JOBS ?= 3
 COUNT ?= 10000
 JOBS ?= 2
 BIN := .venv/bin
@@ -21,7 +23,7 @@ demo: $(READY)  ## Stream real flight departures through agents on the embedded 
 	@$(BIN)/python examples/flights.py $(ARGS)
 
 test: $(READY)  ## Run the whole test suite (ARGS="-k name" narrows it)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 soak: $(READY)  ## Workers with tables under faults, 30 minutes and 10 M records; CHAOS=all or kill,cut,...: the chaos suite
 	@$(BIN)/python -m tests.soak $(if $(CHAOS),--chaos $(CHAOS)) $(ARGS)

@@ -13,6 +13,7 @@ import pytest
 
 CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 KAFKA_NEEDS = ("java", "mvn")
+LACKING = "lacking"  # the property of a test that was left out, which travels in its report from where it ran
 OLDEST_JAVA = 17
 HOW_TO_INSTALL = {
     "java": f"Java {OLDEST_JAVA} or newer (Debian: apt-get install default-jdk-headless)",
@@ -54,18 +55,21 @@ def needs(item: pytest.Item) -> list[str]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for command in needs(item):
         if reason := missing(command):
-            item.config.stash.setdefault(LACKING, {}).setdefault(command, []).append(item.nodeid)
+            item.user_properties.append((LACKING, command))
             if CI:
                 pytest.fail(f"{reason}, and CI={os.environ['CI']} leaves nothing out", pytrace=False)
             pytest.skip(reason)
 
 
-LACKING: pytest.StashKey[dict[str, list[str]]] = pytest.StashKey()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says what was left out for want of a tool, where nobody can overlook it."""
-    for command, tests in config.stash.get(LACKING, {}).items():
+    lacking: dict[str, list[str]] = {}
+    for kind in ("skipped", "failed", "error"):
+        for report in terminalreporter.getreports(kind):
+            for name, command in report.user_properties:
+                if name == LACKING:
+                    lacking.setdefault(command, []).append(report.nodeid)
+    for command, tests in lacking.items():
         verb = "FAILED" if CI else "SKIPPED"
         terminalreporter.section(f"{len(tests)} tests {verb}: {missing(command)}", sep="!", red=True, bold=True)
         terminalreporter.line(f"To run them, install {HOW_TO_INSTALL.get(command, command)}.")

@@ -2,7 +2,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
 
 import anyio
 import httpx
@@ -11,6 +10,7 @@ import pytest
 import streamflow as sf
 from streamflow.errors import ConfigurationError, ProductionError
 from streamflow.testing import TestApp
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -226,11 +226,6 @@ async def test_the_web_server_runs_only_when_it_is_asked_for(app):
     async with app.running(web_port=port), httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):
             await client.get(f"http://127.0.0.1:{port}/ready")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def test_no_main_while_a_command_imports_the_script(app, monkeypatch):

@@ -16,7 +16,8 @@ from streamflow.log.kafka.log import KafkaLog
 from tests.chaos.brokers import NODES, REPLICATED, Brokers
 from tests.chaos.faults import ANYWHERE, BROKERS, CUT, ON_KAFKA, PARTLY_CUT, PLACES, REBALANCES, SCALING, GroupChaos
 from tests.chaos.network import Network, networks
-from tests.kafka.broker import Cluster, free_port
+from tests.kafka.broker import Cluster
+from tests.ports import free_port
 from tests.system.harness import System
 
 LogName: TypeAlias = Literal["kafka", "sqlite"]

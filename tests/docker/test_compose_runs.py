@@ -9,9 +9,10 @@ import pytest
 from tests.cli.commands import get, shell_in
 from tests.docker.dockerfile import read_dockerfile
 from tests.docker.reading import DOCKER, read_yaml
-from tests.kafka.broker import HOST, Broker, free_port
+from tests.kafka.broker import HOST, Broker
 from tests.kafka.fixtures import unavailable
 from tests.kafka.jars import JarsMissingError
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.kafka, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(240)]
 

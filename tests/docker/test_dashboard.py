@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import time
 import urllib.parse
 
@@ -12,6 +11,7 @@ import yaml
 
 from tests.cli.commands import TIMEOUT_S, get, shell_in
 from tests.docker.reading import DOCKER, names_in, names_told, needs_prometheus, prometheus_tool, read_yaml
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(240), *needs_prometheus]
 
@@ -49,8 +49,7 @@ class Prometheus:
         (job,) = configuration["scrape_configs"]
         job["static_configs"] = [{"targets": [workers.removeprefix("http://")]}]
         shell.write("prometheus.yml", yaml.safe_dump(configuration))
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.running = shell.start(
             "--config.file=prometheus.yml",
             f"--storage.tsdb.path={shell.folder}/tsdb",

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from tests.examples.conftest import EXAMPLES, ROOT, commands
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow]
 
@@ -142,8 +142,7 @@ def check_all_is_read_and_each_item_changed_in_one_process(one: httpx.Client, ot
 def served(example: str, environment: dict[str, str], log: Path) -> Iterator[httpx.Client]:
     """Run an example's `uvicorn` command on a free port, and end it as a supervisor would."""
     (command,) = commands(example, "uvicorn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with log.open("wb") as output:
         server = subprocess.Popen(
             [*command.split(), "--port", str(port)], cwd=ROOT, env=environment, stderr=output, stdout=output

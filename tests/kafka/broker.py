@@ -7,10 +7,8 @@ import argparse
 import atexit
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,13 +20,13 @@ from types import TracebackType
 
 from tests.kafka import jars
 from tests.kafka.certificates import Certificates
+from tests.ports import HOST, free_port
 
 START_TIMEOUT_S = 40
 START_ATTEMPTS = 3
 STARTED = b"Kafka Server started"
 STOP_TIMEOUT_S = 15
 LOG_TAIL_LINES = 40
-HOST = "127.0.0.1"
 
 SCRAM_USER, SCRAM_PASSWORD = "ann", "ann-very-secret"
 PLAIN_USER, PLAIN_PASSWORD = "bob", "bob-very-secret"
@@ -98,23 +96,8 @@ JAVA_OPTIONS = (
 )
 
 
-_handed_out: set[int] = set()
 _bootstraps: dict[Path, bytes] = {}
 """What the format tool writes beside a broker's ids, by version: the same every time, for a second of a JVM."""
-
-
-def free_port() -> int:
-    """A port nobody listens on, below those that outgoing connections get: one that is free now stays free.
-
-    This process gets each only once: a cluster with many listeners asks for dozens before the first is opened.
-    """
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind((HOST, port))
-            if port not in _handed_out:
-                _handed_out.add(port)
-                return port
 
 
 def random_id() -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.kafka.broker import HOST, Broker, free_port
+from tests.kafka.broker import HOST, Broker
 from tests.kafka.proxy import Proxy
 from tests.oracle.chaos import PAUSE_S, Chaos
 from tests.oracle.links import FAULTS, Links
 from tests.oracle.test_processes import PER_S, SEED
+from tests.ports import free_port
 from tests.system.harness import System
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.kafka, pytest.mark.timeout(240)]

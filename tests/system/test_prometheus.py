@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import TIMEOUT_S, Running, get, order, shell_in
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 FETCHED = ROOT / ".cache" / "prometheus" / "root" / "usr" / "bin" / "prometheus"
@@ -52,8 +52,7 @@ class Scraper:
 
     def __init__(self, shell, program: str, target: str) -> None:
         shell.write("prometheus.yml", CONFIGURATION.format(target=target))
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.running: Running = shell.start(
             "--config.file=prometheus.yml",
             f"--storage.tsdb.path={shell.folder}/tsdb",

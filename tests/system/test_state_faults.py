@@ -12,10 +12,11 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from streamflow.model.record import TopicPartition
-from tests.kafka.broker import HOST, Broker, free_port
+from tests.kafka.broker import HOST, Broker
 from tests.kafka.proxy import Proxy, Verdict, api_key
 from tests.oracle.reading import number_in, records
 from tests.oracle.stores import stores_of
+from tests.ports import free_port
 from tests.system.harness import STOPPED, System, numbered, until
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]

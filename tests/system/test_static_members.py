@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from tests.kafka.broker import free_port
+from tests.ports import free_port
 from tests.system.harness import STOPPED, System, Worker, until
 from tests.system.test_rebalancing import PARTITIONS, SUMS, check, shares
 

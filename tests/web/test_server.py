@@ -15,6 +15,7 @@ from streamflow.config import resolve
 from streamflow.errors import ConfigurationError
 from streamflow.web import server
 from streamflow.web.server import address_of, advertised_url, listen, serving
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -36,8 +37,7 @@ def test_the_default_port_gives_way_to_a_free_one(taken, monkeypatch):
 
 def test_the_default_port(monkeypatch):
     assert config.DEFAULT_WEB_PORT == 6066
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        free = probe.getsockname()[1]
+    free = free_port()
     monkeypatch.setattr(server, "DEFAULT_WEB_PORT", free)
     with listen("127.0.0.1", None) as listener:
         assert address_of(listener) == f"http://127.0.0.1:{free}"

@@ -11,7 +11,7 @@ from streamflow.log.kafka import wire, wire_group
 from streamflow.log.kafka.client import Client, backoff_s, retried
 from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
-from tests.kafka.broker import free_port
+from tests.ports import free_port
 
 
 class Answering:

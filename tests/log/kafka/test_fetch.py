@@ -14,8 +14,8 @@ from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import batch, numbered, read_to, receive, values
-from tests.kafka.broker import free_port
 from tests.kafka.proxy import Proxy
+from tests.ports import free_port
 
 pytestmark = pytest.mark.kafka
 

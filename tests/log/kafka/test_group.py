@@ -32,8 +32,8 @@ from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from streamflow.model.record import TopicPartition
 from tests.contracts.records import Watched, spread, until
-from tests.kafka.broker import free_port
 from tests.kafka.proxy import Proxy, api_key
+from tests.ports import free_port
 
 pytestmark = pytest.mark.kafka
 

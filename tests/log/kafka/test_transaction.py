@@ -23,10 +23,11 @@ from streamflow.log.kafka.log import KafkaLog
 from streamflow.log.kafka.options import Kafka
 from tests.contracts.records import DEADLINE_S, batch, receive, until, values
 from tests.kafka import jars
-from tests.kafka.broker import Broker, free_port
+from tests.kafka.broker import Broker
 from tests.kafka.fixtures import unavailable
 from tests.kafka.proxy import Proxy, api_key
 from tests.log.kafka.committing import Committer
+from tests.ports import free_port
 
 pytestmark = pytest.mark.kafka
 
