@@ -335,7 +335,8 @@ class WorkerCollector(Collector):
         )
         for task in status.tasks:
             if task.restoring is not None:
-                remaining.add_metric([task.task], task.restoring.remaining)
+                if task.restoring.remaining is not None:
+                    remaining.add_metric([task.task], task.restoring.remaining)
                 rate.add_metric([task.task], task.restoring.per_s)
         yield remaining
         yield rate

@@ -126,6 +126,13 @@ def test_restores_are_told_while_they_last():
     assert not any(name.startswith("streamflow_restore_") for name in samples(exposition.text()))
 
 
+def test_a_restore_of_unknown_size_is_not_said_to_be_done():
+    tasks = (TaskStatus("orders-0", "restoring", (), 0.0, RestoreStatus(0, None, 0.0)),)
+    found = samples(Exposition(PrometheusSensors(), lambda: status(tasks=tasks, ready=False)).text())
+    assert "streamflow_restore_remaining_records|orders-0" not in found
+    assert found["streamflow_restore_records_per_second|orders-0"] == 0
+
+
 def test_a_histogram_counts_equal_observations_at_once():
     histogram = Histogram((1.0, 2.0))
     histogram.observe(1.0, 3)

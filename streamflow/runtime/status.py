@@ -30,17 +30,19 @@ class RestoreStatus:
 
     Attributes:
         records: Changelog records read so far.
-        remaining: Changelog offsets still to be read.
+        remaining: Changelog offsets still to be read; None until the log has said where they end.
         per_s: Records per second so far.
     """
 
     records: int
-    remaining: int
+    remaining: int | None
     per_s: float
 
     @property
     def text(self) -> str:
         """The same for people."""
+        if self.remaining is None:
+            return "it is not known yet how many records"
         return f"{self.records:,} records so far, {self.remaining:,} to go, {self.per_s:,.0f}/s"
 
 

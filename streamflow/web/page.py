@@ -232,5 +232,9 @@ def _count(number: int | None) -> str:
 
 def _task(task: TaskStatus) -> str:
     stuck = f", {task.oldest_in_flight_s:.0f} s on one record" if task.oldest_in_flight_s >= 1 else ""
-    restoring = f", {task.restoring.remaining:,} changelog records to go" if task.restoring is not None else ""
+    restoring = "" if task.restoring is None else f", {_to_go(task.restoring.remaining)}"
     return f"{task.task} ({task.state}{restoring}{stuck})"
+
+
+def _to_go(remaining: int | None) -> str:
+    return "not known yet how much" if remaining is None else f"{remaining:,} changelog records to go"

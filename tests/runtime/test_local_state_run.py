@@ -528,6 +528,7 @@ async def test_a_task_is_restored_beside_running_ones_and_the_worker_says_how_fa
         await machine.send(numbers, 1, key="a")
         await until(lambda: zero.positions()[sf.TopicPartition("numbers", 0)] == 1)
         await machine.commit(running)
+        await until(lambda: "to go" in running.worker.status().busy)  # before that it is not known how much
         status = running.worker.status()
         assert not status.ready
         assert status.busy == "restoring task numbers-1: 0 records so far, 0 to go, 0/s"

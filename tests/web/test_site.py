@@ -188,6 +188,17 @@ async def test_the_page_says_how_far_a_restore_is():
     assert "12,345 records so far" in text_of(page)
 
 
+async def test_a_restore_of_unknown_size_is_not_said_to_be_done():
+    partitions = (PartitionStatus("orders", 1, 0, None, None),)
+    task = TaskStatus("orders-1", "restoring", partitions, 0.0, RestoreStatus(0, None, 0.0))
+    begun = status(ready=False, tasks=(task,))
+    page = (await get("/", ProcessView(None, begun))).text
+    assert "orders-1 (restoring, not known yet how much)" in text_of(page)
+    assert (await get("/ready", ProcessView(None, begun))).json()["reason"] == (
+        "the worker is restoring task orders-1: it is not known yet how many records"
+    )
+
+
 async def test_the_page_of_several_processes():
     views = [ProcessView(0, status()), ProcessView(1, None, "restarting after SIGKILL")]
     text = text_of((await get("/", *views)).text)
