@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,7 +103,7 @@ class LocalStates:
         partitions: int,
     ) -> None:
         self._app = app
-        self._descriptions = descriptions
+        self._descriptions = dict(descriptions)
         self._stores = stores
         self._slot = slot
         self._restorer = restorer
@@ -157,6 +157,14 @@ class LocalStates:
         if mark is not None:
             kept = {table.name: self._described(table) for table in self.tables_of(sub) if table.source is None}
             check_mark_of(f"{sub.name}-{partition}", mark, kept)
+
+    def changelogs(self, subs: Iterable[SubTopology]) -> list[str]:
+        """Names of the changelogs of sub-topologies that are the app's own."""
+        return sorted({each.changelog.name for sub in subs for each in self.tables_of(sub) if each.source is None})
+
+    def know(self, changelogs: Mapping[str, TopicDescription]) -> None:
+        """Note what changelogs are now: who made one anew while workers run is found out when a task is opened."""
+        self._descriptions.update({name: each for name, each in changelogs.items() if each.topic_id})
 
     def tables_of(self, sub: SubTopology) -> list[Table[Any, Any]]:
         """The tables of a sub-topology."""

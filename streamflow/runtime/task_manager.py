@@ -266,6 +266,9 @@ class TaskManager:
             await self._open_all({key: starts})
 
     async def _open_all(self, starts: Mapping[tuple[str, int], Mapping[TopicPartition, Start]]) -> None:
+        changelogs = self._local.changelogs({self._by_topic[next(iter(of_task)).topic] for of_task in starts.values()})
+        if changelogs:
+            self._local.know(await self._starts.described(changelogs))
         for key, of_task in starts.items():
             if self.is_finishing:
                 return

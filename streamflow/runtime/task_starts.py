@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streamflow.clock import Clock
 from streamflow.config import Settings
 from streamflow.errors import RetriableError
-from streamflow.log.api import OffsetMark
+from streamflow.log.api import OffsetMark, TopicDescription
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.runtime.beginnings import beginnings
@@ -79,6 +79,15 @@ class TaskStarts:
                 return await self._group.committed(partitions)
             except RetriableError as error:
                 logger.warning("reading committed offsets: %s; trying again", error)
+                await self._clock.sleep(_RETRY_S)
+
+    async def described(self, topics: Sequence[str]) -> Mapping[str, TopicDescription]:
+        """Topics as they are in the log now."""
+        while True:
+            try:
+                return await self._admin.describe(topics)
+            except RetriableError as error:
+                logger.warning("looking at changelogs: %s; trying again", error)
                 await self._clock.sleep(_RETRY_S)
 
     async def begin(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:

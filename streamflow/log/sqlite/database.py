@@ -273,7 +273,7 @@ class MemoryDatabase(Database):
             self.memory.session.close()
 
     def new_id(self) -> str:
-        return f"{next(self.memory.ids):032x}"
+        return f"{next(self.memory.ids):08x}".ljust(32, "0")  # told apart by its beginning, as random ones are
 
     def take_lease(self) -> bool:
         with _memories_lock:
