@@ -62,7 +62,9 @@ class _Position:
     end_offset: int | None = None
     failures: int = 0
     was_empty: bool = False
+    # Whose offset it is; certain once something was fetched by it: what is known of topics may be old.
     topic_id: bytes = NO_ID
+    was_read: bool = False
 
 
 class KafkaReader(Reader):
@@ -207,7 +209,7 @@ class KafkaReader(Reader):
     def _is_of_before(self, position: _Position) -> bool:
         """Whether a position is one in a topic that was deleted: its offset says nothing in one made anew."""
         topic_id = self._client.topic_id(position.tp.topic)
-        if position.topic_id == NO_ID:
+        if not position.was_read:
             position.topic_id = topic_id
         return topic_id not in {NO_ID, position.topic_id}
 
@@ -264,6 +266,7 @@ class KafkaReader(Reader):
 
     def _take_records(self, position: _Position, part: FetchedPartition) -> None:
         position.failures = 0
+        position.was_read = True
         position.end_offset = part.high_watermark
         aborted = part.aborted if self._read_committed else ()
         opened = open_records(position.tp, part.records, position.offset, aborted)

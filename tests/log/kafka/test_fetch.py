@@ -144,6 +144,25 @@ async def test_a_position_in_the_topic_before_is_told_wherever_the_one_of_today_
             assert values(await read_to(reader, tp, 30)) == [b"%d" % number for number in range(100, 130)]
 
 
+async def test_a_position_in_a_topic_of_which_only_the_one_before_is_known_yet_is_read_on(open_log, name):
+    """A worker gets a partition that another one has read since the topic was made anew."""
+    topic = name("t")
+    tp = TopicPartition(topic, 0)
+    async with open_log() as log, log.producer() as producer, log.reader("source") as reader:
+        await log.admin.create([NewTopic(topic, 1)])
+        await (await producer.enqueue(tp, numbered(range(10))))
+        before = log._client.topic_id(topic)
+        async with open_log() as another:
+            await another.admin.delete([topic])
+            await created(another, NewTopic(topic, 1))
+            async with another.producer() as anew:
+                await (await anew.enqueue(tp, numbered(range(100, 130))))
+        assert log._client.topic_id(topic) == before
+        reader.add(tp, 7)
+        assert values(await read_to(reader, tp, 30)) == [b"%d" % number for number in range(107, 130)]
+        assert log._client.topic_id(topic) != before
+
+
 async def created(log, topic):
     """Made when the one before is gone."""
     while True:
