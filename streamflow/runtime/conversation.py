@@ -29,7 +29,14 @@ _ASK_AGAIN_S = 30.0
 _ASK_SOON_S = 5.0
 
 
-def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId, int], transactional_id: str) -> Says:
+def says(
+    settings: Settings,
+    url: str,
+    standbys: Standbys,
+    lags: Mapping[TaskId, int],
+    transactional_id: str,
+    ran: frozenset[TaskId],
+) -> Says:
     """What a worker says of itself.
 
     Args:
@@ -38,6 +45,7 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         standbys: Its standbys.
         lags: How far behind each state is that it has.
         transactional_id: What its commits are fenced by; empty where there is none.
+        ran: Tasks that run with all of their state.
     """
     return Says(
         url=url,
@@ -49,6 +57,7 @@ def says(settings: Settings, url: str, standbys: Standbys, lags: Mapping[TaskId,
         unpacks=True,
         refused=standbys.refused(),
         transactional_id=transactional_id,
+        ran=ran,
     )
 
 
@@ -121,10 +130,13 @@ class Conversation:
         return "; ".join(parts)
 
     async def run(self) -> None:
-        """Keep what is said current, and ask for a round when what is to come here is near enough, or never will be."""
+        """Keep what is said current, and ask for a round where one would change who has what.
+
+        That is when what is to come here is near enough, or never will be, and when others restore what lies here.
+        """
         while True:
             lags, own_id = self._manager.lags(), self._abandoned.own_id
-            word = says(self._settings, self._url(), self._standbys, lags, own_id)
+            word = says(self._settings, self._url(), self._standbys, lags, own_id, self._manager.ran())
             self._group.say(word.encode())
             self._ask(word)
             await anyio.sleep(_SAY_EVERY_S)
@@ -135,9 +147,7 @@ class Conversation:
                 self._asked_as = word.checksum
             return
         coming = self._to_ask_for()
-        # The leader's: it moves nothing for a round that is asked for by another one.
-        enough = self.told.acceptable_lag_records
-        warm = self._standbys.warm(coming, self._settings.acceptable_lag_records if enough is None else enough)
+        warm = self._standbys.warm(coming, self._enough)
         stuck = self._standbys.stuck() & (coming | self.told.standby)
         new = (warm | stuck) - self._asked_for
         if not new:
@@ -151,9 +161,14 @@ class Conversation:
             why += [f"cannot follow {_named(stuck)}"] if stuck else []
             if self._rejoin("; ".join(why), _ASK_SOON_S if new else _ASK_AGAIN_S):
                 self._asked_for = warm | stuck
+        lying = self._restored_elsewhere()
+        if lying and self._rejoin(f"the state of {_named(lying)} is here, and is restored elsewhere", 0.0):
+            self._manager.lost -= lying  # once for each loss: the leader may see it otherwise
 
     def _rejoin(self, why: str, apart_s: float) -> bool:
         """Ask for a round, unless that was done a moment ago."""
+        if self._group.membership is None:
+            return False
         if self._asked_at_s is not None and self._since(self._asked_at_s) < apart_s:
             return False
         self._asked_at_s = anyio.current_time()
@@ -163,6 +178,18 @@ class Conversation:
     @staticmethod
     def _since(at_s: float | None) -> float:
         return 0.0 if at_s is None else anyio.current_time() - at_s
+
+    @property
+    def _enough(self) -> int:
+        """The leader's acceptable lag: it moves nothing for a round that is asked for by another one."""
+        told = self.told.acceptable_lag_records
+        return self._settings.acceptable_lag_records if told is None else told
+
+    def _restored_elsewhere(self) -> frozenset[TaskId]:
+        """Tasks that were lost and that others have to restore: the leader knew nothing of the state that lies here."""
+        most, lags, refused = self._enough, self._standbys.dormant.lags, self._standbys.refused()
+        lost = self.told.behind & self._manager.lost
+        return frozenset(task for task in lost - self._own() - refused if lags.get(task, most + 1) <= most)
 
     def _to_ask_for(self) -> frozenset[TaskId]:
         """What comes only if it is asked for; what is this worker's by the plan comes as its owner lets go of it."""

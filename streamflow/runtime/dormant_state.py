@@ -40,7 +40,8 @@ class DormantState:
         clock: Time.
 
     Attributes:
-        lags: By task: how many offsets its store is behind, as of the last `measure`.
+        lags: By task: how many offsets its store is behind, as of the last `measure` or of when it was closed.
+        ran: Those whose task ran with all of its state until it was closed, which was after the last `measure`.
     """
 
     def __init__(self, layout: Layout, local: LocalStates, admin: Admin, clock: Clock) -> None:
@@ -51,6 +52,7 @@ class DormantState:
         self._clock = clock
         self._stores: dict[TaskId, Checkpoint] = {}
         self.lags: dict[TaskId, int] = {}
+        self.ran: set[TaskId] = set()
 
     def __len__(self) -> int:
         """How many there are."""
@@ -73,44 +75,52 @@ class DormantState:
                     found[TaskId(sub.name, partition)] = checkpoint
         return found
 
-    def left(self, task: TaskId, checkpoint: Checkpoint) -> None:
+    def left(self, task: TaskId, checkpoint: Checkpoint, lag: int | None, *, ran: bool = False) -> None:
         """A store was closed.
 
         Args:
             task: Its task.
             checkpoint: How far it is.
+            lag: How far behind it was then; None where that was not known.
+            ran: Whether its task ran, with all of its state.
         """
+        self.taken(task)
         self._stores[task] = checkpoint
+        if ran:
+            self.ran.add(task)
+        elif lag is not None:
+            self.lags[task] = lag
 
     def taken(self, task: TaskId) -> None:
         """A store is in use again."""
         self._stores.pop(task, None)
         self.lags.pop(task, None)
+        self.ran.discard(task)
 
-    async def measure(self, marks: Marks) -> None:
+    def noted(self) -> dict[TaskId, Checkpoint]:
+        """The stores as they are now, for `measure`."""
+        return dict(self._stores)
+
+    async def measure(self, stores: Mapping[TaskId, Checkpoint], marks: Marks) -> None:
         """Find out how far behind they are.
 
         Args:
-            marks: The group's committed offsets.
+            stores: What was `noted`.
+            marks: The group's committed offsets, looked up after that.
 
         Raises:
             RetriableError: The log does not answer.
         """
-        stores = dict(self._stores)
         tables = {task: [each for each in self._tables(task[0]) if is_followed(each)] for task in stores}
         changelogs = {_tp(each, task[1]) for task, of_task in tables.items() for each in of_task}
-        if not changelogs:
-            self.lags = {task: 0 for task in stores if task in self._stores}
-            return
         partitions = sorted(changelogs)
-        starts = await self._admin.start_offsets(partitions)
-        ends = await self._admin.high_watermarks(partitions)
-        lags: dict[TaskId, int] = {}
+        starts = await self._admin.start_offsets(partitions) if partitions else {}
+        ends = await self._admin.high_watermarks(partitions) if partitions else {}
         for task, checkpoint in stores.items():
-            lag = self._lag(task, checkpoint, tables[task], marks, starts, ends)
-            if lag is not None and task in self._stores:
-                lags[task] = lag
-        self.lags = lags
+            if self._stores.get(task) is not checkpoint:
+                continue  # it was taken meanwhile, and maybe left again: what is noted of that is newer
+            lag = self._lag(task, checkpoint, tables[task], marks, starts, ends) if partitions else 0
+            self.left(task, checkpoint, lag)
 
     def _tables(self, sub: str) -> list[Table[Any, Any]]:
         return self._local.tables_of(self._subs[sub])

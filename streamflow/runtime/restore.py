@@ -145,8 +145,7 @@ class Restorer:
             await self._note_beginning(tables, spans)
             if is_new:
                 _refuse_kept_state(task, tables)
-            for span in spans:
-                tables.restoring.remaining += max(0, span.target - span.position)
+            tables.restoring.remaining = sum(max(0, span.target - span.position) for span in spans)
             for span in spans:
                 if span.position < span.target:
                     await self._read(task, tables, span, is_new=is_new)

@@ -38,6 +38,8 @@ _ENDS_EVERY_S = 5.0
 _DORMANT_EVERY_S = 5.0
 _REFUSED_S = 600.0
 _FETCHES = 8
+_DORMANT_AFTER_S = 0.5
+"""After a store was closed: the others that are closed with it are measured with it."""
 
 
 class Standbys:
@@ -76,6 +78,7 @@ class Standbys:
         # Of those that did not get on, and are not followed any more: until when they are refused, monotonic.
         self._refused: dict[TaskId, float] = {}
         self._no_room_until_s = 0.0
+        self._dormant_due_s = 0.0
         self.dormant = DormantState(layout, shared.local, shared.admin, shared.clock)
         self.told: frozenset[TaskId] = frozenset()
         self.warm_ups: frozenset[TaskId] = frozenset()
@@ -169,9 +172,10 @@ class Standbys:
         standby = self._held.pop(task, None)
         if standby is not None:
             self._remember(task, standby)
+            lag = standby.lag
             await standby.close()
             if standby.left_at is not None:
-                self.dormant.left(task, standby.left_at)
+                self.left(task, standby.left_at, lag)
             elif standby.rebuilds:
                 self.dormant.taken(task)
 
@@ -193,19 +197,16 @@ class Standbys:
         standby = self._held.pop(task, None)
         return None if standby is None else await standby.hand_over()
 
-    def left(self, task: TaskId, checkpoint: Checkpoint) -> None:
-        """A task has closed its store.
-
-        Args:
-            task: The task.
-            checkpoint: How far the store is.
-        """
-        self.dormant.left(task, checkpoint)
+    def left(self, task: TaskId, checkpoint: Checkpoint, lag: int | None, *, ran: bool = False) -> None:
+        """A store was closed; see `DormantState.left`."""
+        self.dormant.left(task, checkpoint, lag, ran=ran)
+        self._dormant_due_s = min(self._dormant_due_s, anyio.current_time() + _DORMANT_AFTER_S)
+        self._is_new.set()
 
     # --- what they are asked -----------------------------------------------------------------------------------
 
     def lags(self) -> dict[TaskId, int]:
-        """How far behind each task's state is that is here and not in its hands."""
+        """How far behind each task's state is that is here and not in its hands, nor was until just now."""
         lags = dict(self.dormant.lags)
         for task, standby in self._held.items():
             if (lag := standby.lag) is not None:
@@ -213,6 +214,12 @@ class Standbys:
             elif standby.given_up:
                 lags.pop(task, None)
         return lags
+
+    def lag_of(self, task: TaskId) -> int | None:
+        """How far behind the state of one task is; None where there is none or that is not known."""
+        if (standby := self._held.get(task)) is not None and standby.lag is not None:
+            return standby.lag
+        return 0 if task in self.dormant.ran else self.dormant.lags.get(task)
 
     def held(self) -> Mapping[TaskId, Standby]:
         """Those that are followed now."""
@@ -269,23 +276,25 @@ class Standbys:
 
     async def _follow_marks(self) -> None:
         """Look up what the group has committed, for all that are followed; at once for new ones."""
-        told, dormant_due_s = False, 0.0
+        told = False
         while True:
             self._is_new = anyio.Event()
             # Who comes while the log answers may have a store that is ahead of the answer.
             asked = list(self._held.values())
-            is_dormant_due = len(self.dormant) > 0 and anyio.current_time() >= dormant_due_s
-            if asked or is_dormant_due:
+            dormant = self.dormant.noted() if anyio.current_time() >= self._dormant_due_s else {}
+            if dormant:
+                self._dormant_due_s = anyio.current_time() + _DORMANT_EVERY_S  # sooner, if one is closed from now on
+            if asked or dormant:
                 try:
                     now_ms = self._clock.now_ms()
                     marks = await self._marks()
                     told = False
                     for standby in asked:
                         standby.heard(marks, now_ms)
-                    if is_dormant_due:
-                        await self.dormant.measure(marks)
-                        dormant_due_s = anyio.current_time() + _DORMANT_EVERY_S
+                    if dormant:
+                        await self.dormant.measure(dormant, marks)
                 except RetriableError as error:
+                    self._dormant_due_s = 0.0
                     if not told:
                         logger.warning("looking how far standbys may follow: %s; trying until it succeeds", error)
                     told = True
@@ -293,7 +302,10 @@ class Standbys:
                     self._fail(error)
                     return
             is_limited = any(standby.is_limited for standby in asked)
-            with anyio.move_on_after(_MARKS_EVERY_S if is_limited or told else _MARKS_UNLIMITED_EVERY_S):
+            pause_s = _MARKS_EVERY_S if is_limited or told else _MARKS_UNLIMITED_EVERY_S
+            if len(self.dormant) and not told:
+                pause_s = min(pause_s, max(0.0, self._dormant_due_s - anyio.current_time()))
+            with anyio.move_on_after(pause_s):
                 await self._is_new.wait()
 
     async def _follow_ends(self) -> None:
@@ -324,6 +336,6 @@ class Standbys:
         await self.dormant.look()
         if len(self.dormant):
             try:
-                await self.dormant.measure(await self._marks())
+                await self.dormant.measure(self.dormant.noted(), await self._marks())
             except RetriableError as error:
                 logger.warning("looking how far the local state is behind: %s", error)

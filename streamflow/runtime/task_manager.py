@@ -31,12 +31,12 @@ from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.topology import SubTopology
 from streamflow.runtime.arrivals import Arrivals
-from streamflow.runtime.assignment.cluster import TaskId
+from streamflow.runtime.assignment.cluster import UNKNOWN_LAG, TaskId
 from streamflow.runtime.commit_mark import CommitMark
 from streamflow.runtime.derived import processors_of
 from streamflow.runtime.hooks import call_hooks
 from streamflow.runtime.layout import Layout
-from streamflow.runtime.local_state import LocalStates
+from streamflow.runtime.local_state import LocalState, LocalStates
 from streamflow.runtime.open_log import OpenLog
 from streamflow.runtime.patience import PATIENCE_S
 from streamflow.runtime.standbys import Standbys
@@ -95,6 +95,11 @@ class TaskManager:
         self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
         self._by_tp: dict[TopicPartition, Task] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
+        # Of those that are being opened or closed, what is said of their state.
+        self._opening: dict[TaskId, int] = {}
+        self._closing: dict[tuple[str, int], Task] = {}
+        # Tasks with tables that were lost and have not come back.
+        self.lost: set[TaskId] = set()
         self.changing = False
         self.is_finishing = False
         # Of the partitions that are lost by events that are not acted on yet, how often.
@@ -320,8 +325,12 @@ class TaskManager:
         topics = [self._topics[name] for name in sub.topics]
         positions = {tp: start.position for tp, start in starts.items()}
         mark = CommitMark.of_task({tp: start.mark for tp, start in starts.items()})
-        local = await self._local.open(sub, key[1], mark, await self.standbys.hand_over(TaskId(*key)))
+        self.lost.discard(TaskId(*key))
+        lag = self._lag_before(TaskId(*key), mark)
+        local = await self._open_state(sub, key[1], mark, lag)
         task = Task(sub, key[1], self._agents[sub.name], topics, positions, self._shared, mark, local)
+        if task.tables is not None:
+            task.tables.restoring.expected = lag
         task.commit_id = CommitMark.of(starts[task.anchor].mark).id
         for tp, start in starts.items():
             self._by_tp[tp] = task
@@ -331,6 +340,24 @@ class TaskManager:
             task.inputs.by_tp[tp].limit = self.limits.get(tp)
         self.tasks[key] = task
         self._task_group.start_soon(task.run, name=f"task {task.name}")
+
+    def _lag_before(self, task: TaskId, mark: CommitMark | None) -> int:
+        """What a task that comes lacks of its state, as far as that is known before it is restored."""
+        if mark is None:
+            return 0  # nothing was committed yet: there is nothing to have
+        lag = self.standbys.lag_of(task)
+        return UNKNOWN_LAG if lag is None else lag
+
+    async def _open_state(
+        self, sub: SubTopology, partition: int, mark: CommitMark | None, lag: int
+    ) -> LocalState | None:
+        task = TaskId(sub.name, partition)
+        if sub.tables:
+            self._opening[task] = lag
+        try:
+            return await self._local.open(sub, partition, mark, await self.standbys.hand_over(task))
+        finally:
+            self._opening.pop(task, None)
 
     async def _revoked(self, partitions: frozenset[TopicPartition]) -> None:
         asked = partitions - self._lost_ahead.keys()  # the others are lost, and told as that
@@ -354,6 +381,8 @@ class TaskManager:
         tasks = self._tasks_of(event.partitions)
         for task in tasks:
             task.lost = True
+            if task.tables is not None:
+                self.lost.add(TaskId(task.sub_topology.name, task.partition))
         await self._close(tasks, event.partitions)
         self._sensors.rebalanced(0, 0, len(event.partitions))
 
@@ -369,6 +398,7 @@ class TaskManager:
             for tp in task.committed:
                 self._by_tp.pop(tp, None)
                 self._reader.remove(tp)
+            self._closing[task.sub_topology.name, task.partition] = task
             self.tasks = {key: each for key, each in self.tasks.items() if each is not task}
             task.cancel(patience_s)
         for task in tasks:
@@ -376,12 +406,13 @@ class TaskManager:
             self._deaf.extend((task.name, *each) for each in task.deaf.items())
             try:
                 await task.close_tables()
-                if task.tables is not None and task.tables.left_at is not None:
-                    self.standbys.left(TaskId(task.sub_topology.name, task.partition), task.tables.left_at)
+                self._note_state(task)
             except StreamFlowError as error:
                 # The worker ends, but the others let go of their stores, and hooks of what they hold, all the same.
                 logger.exception("task %s: its tables were not closed as they should be", task.name)
                 self._shared.fail(error)
+            finally:
+                self._closing.pop((task.sub_topology.name, task.partition), None)
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}
@@ -389,6 +420,13 @@ class TaskManager:
         self._told_of -= gone
         if gone:
             await self._call_hooks("on_revoked", self._app.revoked_hooks, gone)
+
+    def _note_state(self, task: Task) -> None:
+        """Say from now on what the state that a closed task leaves here lacks."""
+        tables = task.tables
+        if tables is not None and tables.left_at is not None:
+            left = TaskId(task.sub_topology.name, task.partition)
+            self.standbys.left(left, tables.left_at, tables.restoring.lag, ran=tables.is_level)
 
     async def _call_hooks(
         self, kind: str, hooks: Sequence[Callable[..., Any]], partitions: frozenset[TopicPartition]
@@ -400,13 +438,25 @@ class TaskManager:
     # --- what is told to the group ------------------------------------------------------------------------------
 
     def lags(self) -> dict[TaskId, int]:
-        """How many records the state of each task lacks that is here; tasks that run are not in it."""
-        lags = self.standbys.lags()
-        for key, task in self.tasks.items():
+        """How many records the state of each task lacks that is here; tasks that run with all of it are not in it."""
+        lags = self.standbys.lags() | self._opening
+        for key, task in self._open_tasks():
             lags.pop(TaskId(*key), None)
             if task.tables is not None and not task.tables.is_level:
-                lags[TaskId(*key)] = task.tables.restoring.remaining
+                lags[TaskId(*key)] = task.tables.restoring.lag
         return lags
+
+    def ran(self) -> frozenset[TaskId]:
+        """Tasks that run here with all of their state, or did so until just now."""
+        running = (
+            TaskId(*key)
+            for key, task in self._open_tasks()
+            if task.tables is not None and task.tables.is_level and task.tables.damage is None
+        )
+        return frozenset(running).union(self.standbys.dormant.ran)
+
+    def _open_tasks(self) -> Iterable[tuple[tuple[str, int], Task]]:
+        return [*self._closing.items(), *self.tasks.items()]
 
     # --- stop --------------------------------------------------------------------------------------------------
 

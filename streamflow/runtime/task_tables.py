@@ -24,6 +24,7 @@ from streamflow.errors import ClosedError, StateCorruptedError, StateFullError
 from streamflow.log.api import OffsetMark
 from streamflow.model.record import TopicPartition
 from streamflow.processing.table import Table
+from streamflow.runtime.assignment.cluster import UNKNOWN_LAG
 from streamflow.runtime.mark_check import incarnation_of, serializer_of
 from streamflow.runtime.outputs import Outputs
 from streamflow.runtime.status import RestoreStatus
@@ -54,18 +55,25 @@ class Restoring:
 
     Attributes:
         since_s: Monotonic time at which it began.
+        expected: Offsets that the store lacked when it was taken, as far as that was known.
         records: Changelog records read.
-        remaining: Offsets that are still to be read.
+        remaining: Offsets that are still to be read; None until the log has been asked how many.
     """
 
     clock: Clock
     since_s: float
+    expected: int = UNKNOWN_LAG
     records: int = 0
-    remaining: int = 0
+    remaining: int | None = None
+
+    @property
+    def lag(self) -> int:
+        """How far behind the tables are, to say to others."""
+        return self.expected if self.remaining is None else self.remaining
 
     def moved(self, offsets: int, records: int) -> None:
         """So many offsets were passed, and that many of them were records."""
-        self.remaining = max(0, self.remaining - offsets)
+        self.remaining = max(0, (self.remaining or 0) - offsets)
         self.records += records
 
     def status(self) -> RestoreStatus:

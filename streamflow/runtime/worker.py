@@ -298,7 +298,7 @@ class Worker:
             )
             assignor = TaskAssignor.of(layout, self.settings)
             own_id = self._delivery.transactional_id
-            words = says(self.settings, self.url, standbys, standbys.lags(), own_id).encode()
+            words = says(self.settings, self.url, standbys, standbys.lags(), own_id, frozenset()).encode()
             topics = frozenset(layout.counts)
             async with log.group(self.app.id, topics, assignor, self._group_settings(), words) as group:
                 self.group = group

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from streamflow.runtime.conversation import Conversation
 from streamflow.runtime.routes import Routes
 from streamflow.runtime.standbys import Standbys
 
-ONE, TWO = TaskId("numbers", 0), TaskId("numbers", 1)
+ONE, TWO, THREE = (TaskId("numbers", number) for number in range(3))
 
 
 class Standby:
@@ -37,6 +38,7 @@ class FakeStandbys(Standbys):
         self._refused = {}
         self._no_room_until_s = 0.0
         self._clock = VirtualClock()
+        self.dormant: Any = SimpleNamespace(lags={})
 
     async def follow(self, standby: Iterable[TaskId], warm_up: Iterable[TaskId], running: Any) -> None:
         self.told, self.warm_ups = frozenset(standby), frozenset(warm_up)
@@ -50,7 +52,7 @@ class FakeStandbys(Standbys):
 
 class Group:
     def __init__(self) -> None:
-        self.membership = Membership("app", "me", 1)
+        self.membership: Membership | None = Membership("app", "me", 1)
         self.asked: list[str] = []
         self.said = b""
 
@@ -66,12 +68,16 @@ class Manager:
 
     def __init__(self) -> None:
         self.running: set[TaskId] = set()
+        self.lost: set[TaskId] = set()
 
     def has(self, task: TaskId) -> bool:
         return task in self.running
 
     def lags(self) -> dict[TaskId, int]:
         return {ONE: 7}
+
+    def ran(self) -> frozenset[TaskId]:
+        return frozenset({THREE})
 
 
 class Side:
@@ -94,7 +100,9 @@ class Side:
         )
 
     def word(self) -> Says:
-        return conversation.says(self.conversation._settings, self.url, self.standbys, {ONE: 7}, "app-1")
+        return conversation.says(
+            self.conversation._settings, self.url, self.standbys, {ONE: 7}, "app-1", frozenset({THREE})
+        )
 
     async def fence(self, transactional_id: str) -> None:
         raise AssertionError("nobody is gone")
@@ -105,12 +113,13 @@ class Side:
         standby: Iterable[TaskId] = (),
         warm_up: Iterable[TaskId] = (),
         active: Iterable[TaskId] = (),
+        behind: Iterable[TaskId] = (),
         acceptable_lag_records: int = 10,
         said: Says | None = None,
     ) -> None:
         """Be told by a leader that has heard `said`, what this worker says if that is left out."""
         all_routes = {"me": Route("http://here", frozenset(active))}
-        teller = Teller(all_routes, acceptable_lag_records)
+        teller = Teller(all_routes, acceptable_lag_records, behind)
         told, _ = teller.tell("me", said or self.word(), standby, warm_up)
         await self.conversation.heard(ToldBytes(told, 1))
 
@@ -244,7 +253,15 @@ async def test_what_is_said() -> None:
     side = Side()
     await side.hear(standby={TWO})
     assert side.word() == Says(
-        "http://here", "a", 3, True, frozenset({TWO}), {ONE: 7}, unpacks=True, transactional_id="app-1"
+        "http://here",
+        "a",
+        3,
+        True,
+        frozenset({TWO}),
+        {ONE: 7},
+        unpacks=True,
+        transactional_id="app-1",
+        ran=frozenset({THREE}),
     )
     assert Says.decode(side.word().encode(), "w") == side.word()
 
@@ -296,3 +313,23 @@ async def test_who_is_told_by_a_leader_of_before_asks_once_where_its_address_is_
     assert len(side.ask()) == 1
     await side.hear(said=old, active={ONE})
     assert len(side.ask()) == 1
+
+
+async def test_a_round_is_asked_for_once_for_what_was_lost_and_lies_here_and_others_restore() -> None:
+    side = Side()
+    lost = side.manager.lost = {ONE, TWO}
+    side.standbys.dormant.lags = {ONE: 11, TWO: 10, THREE: 0}
+    await side.hear(active={TWO})
+    assert not side.ask()  # who has it is caught up
+    await side.hear(active={TWO}, behind={ONE, TWO, THREE})
+    assert not side.ask()  # one is its own, one it lacks as much of as its owner, and one it has not lost
+    side.standbys.dormant.lags = {ONE: 10}
+    assert side.ask() == ["the state of numbers-0 is here, and is restored elsewhere"]
+    await side.hear(behind={ONE})
+    assert len(side.ask()) == 1  # the leader knew, and decided otherwise
+    lost.add(ONE)
+    side.group.membership = None
+    assert len(side.ask()) == 1  # who is no member cannot ask: it has yet to
+    side.group.membership = Membership("app", "me", 2)
+    assert len(side.ask()) == 2
+    assert lost == {TWO}

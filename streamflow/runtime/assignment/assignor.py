@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from streamflow.config import Settings
 from streamflow.log.api import Given, Member
 from streamflow.model.record import TopicPartition
-from streamflow.runtime.assignment.cluster import AssignedTask, Cluster, ClusterMember, TaskId
+from streamflow.runtime.assignment.cluster import UNKNOWN_LAG, AssignedTask, Cluster, ClusterMember, Plan, TaskId
 from streamflow.runtime.assignment.plan import plan
 from streamflow.runtime.assignment.words import Route, Says, Teller
 from streamflow.runtime.layout import Layout
@@ -80,7 +80,7 @@ class TaskAssignor:
         tasks = {task.id: task for task in tasks_of(self._sub_topologies, counts, self._stateful)}
         said = {member.member_id: Says.decode(member.says, member.member_id) for member in members}
         cluster = Cluster(
-            _cluster_members(members, said, tasks),
+            _cluster_members(members, said, tasks, self._acceptable_lag_records),
             list(tasks.values()),
             self._standby_replicas,
             self._acceptable_lag_records,
@@ -93,6 +93,7 @@ class TaskAssignor:
                 for name, says in said.items()
             },
             self._acceptable_lag_records,
+            _behind(cluster, planned),
         )
         given: dict[str, Given] = {}
         for member in members:
@@ -106,17 +107,29 @@ class TaskAssignor:
         return given
 
 
+def _behind(cluster: Cluster, planned: Plan) -> list[TaskId]:
+    """Tasks with state that go to who is not caught up with it."""
+    stateful = {task.id for task in cluster.tasks if task.stateful}
+    return [
+        task
+        for member in cluster.members
+        for task in planned.active[member.member_id] & stateful
+        if member.lags.get(task, 0 if task in member.active else UNKNOWN_LAG) > cluster.acceptable_lag_records
+    ]
+
+
 def _cluster_members(
-    members: Sequence[Member], said: Mapping[str, Says], tasks: Mapping[TaskId, AssignedTask]
+    members: Sequence[Member], said: Mapping[str, Says], tasks: Mapping[TaskId, AssignedTask], acceptable: int
 ) -> list[ClusterMember]:
-    active = _active(members, tasks)
+    active = _active(members, tasks, said)
+    owners = {task: name for name, mine in active.items() for task in mine}
     return [
         ClusterMember(
             member.member_id,
             member.topics,
             active[member.member_id],
             says.standby,
-            says.lags,
+            _lags(member.member_id, said, owners, active[member.member_id], acceptable),
             says.follows,
             says.rack,
             says.capacity,
@@ -127,8 +140,38 @@ def _cluster_members(
     ]
 
 
-def _active(members: Sequence[Member], tasks: Mapping[TaskId, AssignedTask]) -> dict[str, frozenset[TaskId]]:
-    """Who owns which task: whoever has most of its partitions.
+def _lags(
+    name: str, said: Mapping[str, Says], owners: Mapping[TaskId, str], active: Iterable[TaskId], acceptable: int
+) -> dict[TaskId, int]:
+    """How far behind the states are that a member has.
+
+    What it ran, it has, unless the task goes on elsewhere: then it is not known how far. What it owns and says nothing
+    of, it has not opened yet.
+    """
+    says = said[name]
+    lags = dict(says.lags)
+    if says.ran is None:
+        return lags
+    for task in says.ran:
+        owner = owners.get(task, name)
+        is_ahead = owner != name and _has(said[owner], task, acceptable)
+        lags.setdefault(task, acceptable + 1 if is_ahead else 0)
+    for task in active:
+        lags.setdefault(task, UNKNOWN_LAG)
+    return lags
+
+
+def _has(says: Says, task: TaskId, acceptable: int) -> bool:
+    """Whether the owner of a task is caught up with it."""
+    if says.ran is None:
+        return says.lags.get(task, 0) <= acceptable
+    return task in says.ran or says.lags.get(task, UNKNOWN_LAG) <= acceptable
+
+
+def _active(
+    members: Sequence[Member], tasks: Mapping[TaskId, AssignedTask], said: Mapping[str, Says]
+) -> dict[str, frozenset[TaskId]]:
+    """Who owns which task: whoever has most of its partitions; of what is nobody's, who ran it when it was lost.
 
     A task has got one that is nobody's when a topic has grown; when agents have come to share a table, its partitions
     were those of two tasks, with two owners.
@@ -137,6 +180,8 @@ def _active(members: Sequence[Member], tasks: Mapping[TaskId, AssignedTask]) -> 
     active: dict[str, list[TaskId]] = {member.member_id: [] for member in members}
     for task in tasks.values():
         parts = Counter(owners[tp] for tp in task.partitions if tp in owners)
+        if not parts:
+            parts = Counter(name for name, says in said.items() if says.ran is not None and task.id in says.ran)
         if parts:
             active[min(parts, key=lambda name: (-parts[name], name))].append(task.id)
     return {name: frozenset(mine) for name, mine in active.items()}

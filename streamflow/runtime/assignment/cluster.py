@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from streamflow.model.record import TopicPartition
 
+UNKNOWN_LAG = 1 << 53
+"""Of a state that is here, but nobody knows how far behind: better than none, and never caught up."""
+
 
 class TaskId(NamedTuple):
     """A task's name among the workers of one app.

@@ -45,12 +45,14 @@ class Says:
         follows: Whether it takes standbys and warm-ups. If not, it gets a task with state only from who does not
             either, or if nobody has any of it.
         standby: Tasks it was told to be a standby of, as it was told last: they stay where they are if they can.
-        lags: By task whose state is here, active or not: how many records it is behind. A running active task has none
-            to say; one that is restored says what is left.
+        lags: By task whose state is here, active or not: how many records it is behind. One that is restored says what
+            is left.
         unpacks: Whether it reads routes that are packed, and what else `Told` has beside standbys, warm-ups and routes.
             Versions before do not: they are told the routes in full.
         refused: Tasks whose state it could not follow, and will not be able to for a while: others are to have them.
         transactional_id: What its commits are fenced by; empty where it has none (at least once, an older version).
+        ran: Tasks that run here with all of their state, or did so when this worker last knew: one that somebody else
+            has got since has gone on there. None where a version does not say: then it has the state of what it owns.
     """
 
     url: str = ""
@@ -62,6 +64,7 @@ class Says:
     unpacks: bool = False
     refused: frozenset[TaskId] = frozenset()
     transactional_id: str = ""
+    ran: frozenset[TaskId] | None = None
 
     @property
     def checksum(self) -> int:
@@ -83,6 +86,7 @@ class Says:
             self.unpacks,
             _nested(self.refused),
             self.transactional_id,
+            None if self.ran is None else _nested(self.ran),
         )
         return _write(word)
 
@@ -108,6 +112,7 @@ class Says:
             word.unpacks,
             _flat(word.refused),
             word.transactional_id,
+            None if word.ran is None else _flat(word.ran),
         )
 
 
@@ -144,6 +149,8 @@ class Told:
             out, because the log cannot keep all that is told to all.
         said: Checksum of what the plan takes this worker for; None where the leader does not say it.
         acceptable_lag_records: What this plan took for caught up; None where the leader does not say it.
+        behind: Tasks that go to a worker that is not caught up, since nobody said it was: who is asks for a new round.
+            None of them where something is left out.
     """
 
     standby: frozenset[TaskId] = frozenset()
@@ -152,6 +159,7 @@ class Told:
     routes: Mapping[str, Route] = field(default_factory=dict[str, Route])
     said: int | None = None
     acceptable_lag_records: int | None = None
+    behind: frozenset[TaskId] = frozenset()
 
     @classmethod
     def decode(cls, data: bytes) -> Told:
@@ -165,7 +173,9 @@ class Told:
             return cls()
         active = None if word.active is None else _flat(word.active)
         lag = word.acceptable_lag_records
-        return cls(_flat(word.standby), _flat(word.warm_up), active, _routes_of(word), word.said, lag)
+        return cls(
+            _flat(word.standby), _flat(word.warm_up), active, _routes_of(word), word.said, lag, _flat(word.behind)
+        )
 
 
 class Teller:
@@ -174,11 +184,13 @@ class Teller:
     Args:
         routes: By member id.
         acceptable_lag_records: See `cluster.Cluster`.
+        behind: See `Told`.
     """
 
-    def __init__(self, routes: Mapping[str, Route], acceptable_lag_records: int) -> None:
+    def __init__(self, routes: Mapping[str, Route], acceptable_lag_records: int, behind: Iterable[TaskId] = ()) -> None:
         self._routes = routes
         self._acceptable_lag_records = acceptable_lag_records
+        self._behind = _nested(behind)
         self._packed: dict[bool, bytes] = {}
         self._plain: dict[bool, msgspec.Raw] = {}
 
@@ -197,10 +209,12 @@ class Teller:
         if says.unpacks:
             active = _nested(self._routes[member_id].active)
 
-            def write(packed: bytes) -> bytes:
-                return _write(_TellingPacked(*mine, active, says.checksum, self._acceptable_lag_records, packed))
+            def write(packed: bytes, behind: _Tasks) -> bytes:
+                enough = self._acceptable_lag_records
+                return _write(_TellingPacked(*mine, active, says.checksum, enough, packed, behind))
 
-            full, brief, least = write(self._pack(copies=True)), write(self._pack(copies=False)), write(b"")
+            full = write(self._pack(copies=True), self._behind)
+            brief, least = write(self._pack(copies=False), {}), write(b"", {})
         else:
             full, brief = (_write(_Telling(*mine, self._write_plain(copies=copies))) for copies in (True, False))
             least = _write(_Telling(*mine, _NO_ROUTES))
@@ -237,6 +251,7 @@ class _Says(msgspec.Struct, omit_defaults=True):
     unpacks: bool = False
     refused: _Tasks = {}
     transactional_id: str = ""
+    ran: _Tasks | None = None
 
 
 class _Route(msgspec.Struct, omit_defaults=True):
@@ -253,6 +268,7 @@ class _Told(msgspec.Struct):
     acceptable_lag_records: _Lag | None = None
     packed: bytes = b""
     routes: dict[str, _Route] = {}
+    behind: _Tasks = {}
 
 
 class _Telling(msgspec.Struct, omit_defaults=True):
@@ -272,6 +288,7 @@ class _TellingPacked(msgspec.Struct, omit_defaults=True):
     said: int
     acceptable_lag_records: int
     packed: bytes = b""
+    behind: _Tasks = {}
 
 
 _NO_ROUTES = msgspec.Raw(msgspec.msgpack.encode({}))

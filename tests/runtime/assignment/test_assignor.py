@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,3 +205,87 @@ def test_what_a_worker_assigns_by_comes_from_its_topology_and_settings() -> None
     told = Told.decode(given_out["b"].told)
     assert told.warm_up == ids("s", 1)
     assert told.standby == ids("s", 0)
+
+
+# --- who lost its session -------------------------------------------------------------------------------------------
+
+
+def ran(*partitions: int, **lags: int) -> Says:
+    """A worker that runs these, or did, and has others with the lags of partitions `p0`, `p1`, ..."""
+    others = {TaskId("s", int(name[1:])): lag for name, lag in lags.items()}
+    return Says(follows=True, unpacks=True, ran=ids("s", *partitions), lags=others)
+
+
+def owned_by(given_out: Mapping[str, Given]) -> dict[str, frozenset[TopicPartition]]:
+    return {name: each.partitions for name, each in given_out.items()}
+
+
+def behind(given_out: Mapping[str, Given]) -> frozenset[TaskId]:
+    (told,) = {Told.decode(each.told).behind for each in given_out.values()}
+    return told
+
+
+def test_all_that_lost_their_sessions_get_back_what_they_ran_in_whatever_order_they_come() -> None:
+    assignor = TaskAssignor({"s": ["s"]}, ["s"])
+    mine = {"b": (0, 1), "c": (2, 5), "a": (3, 4)}
+    says = {name: ran(*tasks) for name, tasks in mine.items()}
+    before: dict[str, Given] = {}
+    for count in (1, 2, 3, 3):
+        members = [
+            Member(name, S, before[name].partitions if name in before else frozenset(), says[name].encode())
+            for name in list(mine)[:count]
+        ]
+        owners = {tp: member.member_id for member in members for tp in member.owned}
+        wanted = assignor(members, {"s": 6})
+        # What goes to another one is nobody's until its owner has let it go.
+        before = {
+            name: Given(frozenset(tp for tp in given.partitions if owners.get(tp, name) == name), given.told)
+            for name, given in wanted.items()
+        }
+    assert owned_by(wanted) == {name: tps("s", *tasks) for name, tasks in mine.items()}
+    assert not behind(wanted)
+    assert not any(Told.decode(each.told).warm_up for each in wanted.values())
+
+
+def test_what_all_lost_goes_to_who_ran_it_though_others_are_caught_up() -> None:
+    """As what need not move stays."""
+    assignor = TaskAssignor({"s": ["s"]}, ["s"])
+    copies = {"a": ran(0, 1, p2=0, p3=0), "b": ran(2, 3, p4=0, p5=0), "c": ran(4, 5, p0=0, p1=0)}
+    given_out = assignor([member(name, says) for name, says in copies.items()], {"s": 6})
+    assert owned_by(given_out) == {"a": tps("s", 0, 1), "b": tps("s", 2, 3), "c": tps("s", 4, 5)}
+    assert not any(Told.decode(each.told).warm_up for each in given_out.values())
+
+
+def test_who_comes_back_gets_back_what_others_have_yet_to_restore() -> None:
+    """It was stopped for longer than its session: one is not open yet, one half restored, one ready there."""
+    assignor = TaskAssignor({"s": ["s"]}, ["s"])
+    back = member("back", ran(0, 1, 2))
+    given_out = assignor([back, member("else", ran(2, 3, 4, 5, p1=50_000), 0, 1, 2, 3, 4, 5)], {"s": 6})
+    assert given_out["back"].partitions == tps("s", 0, 1)
+    assert Told.decode(given_out["back"].told).warm_up == ids("s", 0, 1, 2)  # two are on their way
+    assert not behind(given_out)
+
+
+def test_who_comes_back_warms_up_what_went_on_without_it() -> None:
+    """How far is not known: it may have been away for hours."""
+    assignor = TaskAssignor({"s": ["s"]}, ["s"])
+    back = member("back", ran(0, 1))
+    for other in (ran(0, 1, 2, 3), ran(2, 3, p0=9_999, p1=0), Says(follows=True)):
+        given_out = assignor([back, member("else", other, 0, 1, 2, 3)], {"s": 4})
+        assert not given_out["back"].partitions
+        assert Told.decode(given_out["back"].told).warm_up == ids("s", 0, 1)
+
+
+def test_what_is_measured_counts_more_than_what_was_running() -> None:
+    assignor = TaskAssignor({"s": ["s"]}, ["s"])
+    says = Says(follows=True, ran=ids("s", 0, 1), lags={TaskId("s", 0): 10_000, TaskId("s", 1): 10_001})
+    given_out = assignor([member("back", says), member("else", ran(0, 1, 2, 3), 0, 1, 2, 3)], {"s": 4})
+    assert given_out["back"].partitions == tps("s", 0)
+
+
+def test_everybody_is_told_what_is_to_be_restored() -> None:
+    assignor = TaskAssignor({"s": ["s"], "t": ["t"]}, ["s"])
+    topics = frozenset({"s", "t"})
+    a = Member("a", topics, tps("s", 0, 1) | tps("t", 0), ran(0, p1=10_001).encode())
+    b = Member("b", topics, frozenset(), ran(p2=10_001, p3=10_000).encode())
+    assert behind(assignor([a, b], {"s": 5, "t": 1})) == ids("s", 1, 2, 4)

@@ -24,6 +24,7 @@ SAYS = st.builds(
     lags=st.dictionaries(TASKS, st.integers(0, 2**62), max_size=20),
     unpacks=st.booleans(),
     transactional_id=st.text(max_size=9),
+    ran=st.none() | SETS,
 )
 NAMED = st.dictionaries(st.text(max_size=9), st.builds(Route, st.text(max_size=9), SETS, SETS), max_size=9)
 ROUTES = st.dictionaries(
@@ -52,12 +53,12 @@ def in_order(routes: Iterable[Route]) -> list[Route]:
     )
 
 
-@given(SETS, SETS, ROUTES.filter(bool))
+@given(SETS, SETS, ROUTES.filter(bool), SETS)
 def test_what_is_told_is_heard_in_full_and_in_short(
-    standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route]
+    standby: frozenset[TaskId], warm_up: frozenset[TaskId], routes: dict[str, Route], behind: frozenset[TaskId]
 ) -> None:
     me = min(routes)
-    told, (brief, least) = Teller(routes, 7).tell(me, NEW, standby, warm_up)
+    told, (brief, least) = Teller(routes, 7, behind).tell(me, NEW, standby, warm_up)
     for data, expected in (
         (told, list(routes.values())),
         (brief.told, without_copies(routes.values())),
@@ -67,6 +68,7 @@ def test_what_is_told_is_heard_in_full_and_in_short(
         assert (heard.standby, heard.warm_up, heard.active) == (standby, warm_up, routes[me].active)
         assert (heard.said, heard.acceptable_lag_records) == (NEW.checksum, 7)
         assert in_order(heard.routes.values()) == in_order(expected)
+        assert heard.behind == (behind if data is told else frozenset())
 
 
 @given(SETS, SETS, NAMED.filter(bool))
@@ -116,8 +118,8 @@ def test_what_may_change_while_a_worker_runs_is_not_in_its_checksum() -> None:
 
 
 def test_who_says_nothing_takes_part_without_state_rack_or_address() -> None:
-    assert Says.decode(b"", "w") == Says("", "", 1, follows=False, standby=frozenset(), lags={})
-    assert Told.decode(b"") == Told(frozenset(), frozenset(), None, {})
+    assert Says.decode(b"", "w") == Says("", "", 1, follows=False, standby=frozenset(), lags={}, ran=None)
+    assert Told.decode(b"") == Told(frozenset(), frozenset(), None, {}, None, None, frozenset())
 
 
 def test_what_a_newer_version_adds_is_passed_over() -> None:
