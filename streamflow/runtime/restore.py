@@ -141,7 +141,7 @@ class Restorer:
         Cancellation: what was restored so far is kept.
         """
         with self._counted(task, tables):
-            spans = await self._spans(tables, mark) + await self._source_spans(tables, filled, starts)
+            spans = await self._spans(tables, mark, is_new=is_new) + await self._source_spans(tables, filled, starts)
             await self._note_beginning(tables, spans)
             if is_new:
                 _refuse_kept_state(task, tables)
@@ -190,7 +190,7 @@ class Restorer:
         more = f" and {len(done) - _NAMED} tasks more" if len(done) > _NAMED else ""
         logger.info("restored %d records in %.1f s (%.0f/s): %s%s", records, seconds, records / seconds, tasks, more)
 
-    async def _spans(self, tables: TaskTables, mark: CommitMark) -> list[_Span]:
+    async def _spans(self, tables: TaskTables, mark: CommitMark, *, is_new: bool) -> list[_Span]:
         """What is to be read.
 
         Raises:
@@ -202,8 +202,13 @@ class Restorer:
         spans = []
         for tp, name in tables.changelogs().items():
             target = targets[tp]
-            acknowledged = target if mark.changelogs is None else min(target, mark.changelogs.get(name, target))
             position, stale_after_ms = checkpoint.changelogs.get(name, 0), tables.stale_after_ms[name]
+            if is_new:
+                # Nothing was committed when the task was opened: records there are must not get into its store. Another
+                # worker that has had the task since, unheard here, may not have committed them.
+                acknowledged = min(position, target)
+            else:
+                acknowledged = target if mark.changelogs is None else min(target, mark.changelogs.get(name, target))
             check_position(tp, position, starts[tp], target, away_ms, stale_after_ms, committed=acknowledged)
             reads = ChangelogRecords(tables.tables[name])
             spans.append(_Span(tp, name, starts[tp], max(position, starts[tp]), acknowledged, target, reads))
