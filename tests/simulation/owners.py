@@ -32,6 +32,8 @@ REST_S = 1.0
 _ROUND_S = 1.0
 """For how long a rebalance takes that changes nothing, at most."""
 _LOOK_S = 0.1
+_MEASURED_S = 6.0
+"""For how long who lost a task may find that its state is level here: what lies on its disk is measured every 5 s."""
 
 
 class Owners:
@@ -43,6 +45,7 @@ class Owners:
         self._committers: dict[TopicPartition, tuple[int, list[str]]] = {}
         self._last: dict[TopicPartition, tuple[str, float]] = {}
         self._opened: dict[tuple[str, TopicPartition], float] = {}
+        self._restored_elsewhere: dict[tuple[str, TaskId], float] = {}
         self.opened_anew: Counter[str] = Counter()
         """How many times tasks that stayed were opened anew, by why."""
         self.settled_s = 0.0
@@ -109,7 +112,7 @@ class Owners:
         """Wait until everything is assigned, open and in balance; then nothing may move any more."""
         loop = self._world.loop
         since_s = loop.time()
-        while why := self.unsettled() or await self._absent(admin):
+        while why := self.unsettled() or self._undecided() or await self._absent(admin):
             if self._world.breaks is not None:
                 raise self._world.breaks
             if loop.time() - since_s > SETTLE_S:
@@ -188,6 +191,23 @@ class Owners:
         if max(counts) - min(counts) > 1:
             return f"out of balance: {counts}"
         return self._standbys_unsettled(managers)
+
+    def _undecided(self) -> str:
+        """Who lost a task that somebody else was to restore, and may ask for a round: once, when its disk is measured.
+
+        It cannot know whether that one is done, which it may be for hours yet. Of a loss it may have heard late: the
+        round then moves nothing, but there is one.
+        """
+        now_s = self._world.loop.time()
+        lost = [
+            (each.process.name, task)
+            for each in self._world.population.running
+            if (worker := each.worker) is not None and worker.manager is not None and worker.conversation is not None
+            for task in worker.conversation.told.behind & worker.manager.lost
+        ]
+        self._restored_elsewhere = since = {key: self._restored_elsewhere.get(key, now_s) for key in lost}
+        looking = sorted(f"{name}: {task}" for (name, task), at_s in since.items() if now_s - at_s < _MEASURED_S)
+        return f"lost, and restored elsewhere, which may be known not to be needed: {looking}" if looking else ""
 
     async def _absent(self, admin: Admin) -> str:
         """Whether the group still takes one for a member that is gone: a static one is, until its session is over."""
