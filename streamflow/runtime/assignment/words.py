@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -196,8 +196,8 @@ class Teller:
 
     def tell(
         self, member_id: str, says: Says, standby: Iterable[TaskId], warm_up: Iterable[TaskId]
-    ) -> tuple[bytes, list[Shorter]]:
-        """What one worker is told, as bytes: see `Told`; and the same with less of the routes.
+    ) -> tuple[bytes, Sequence[Shorter]]:
+        """What one worker is told, as bytes: see `Told`; and the same with less of the routes, written when looked at.
 
         Args:
             member_id: The worker.
@@ -206,19 +206,19 @@ class Teller:
             warm_up: Its warm-ups.
         """
         mine = _nested(standby), _nested(warm_up)
-        if says.unpacks:
-            active = _nested(self._routes[member_id].active)
+        if not says.unpacks:
+            return _write(_Telling(*mine, self._write_plain(copies=True))), _InShort(
+                lambda: _write(_Telling(*mine, self._write_plain(copies=False))),
+                lambda: _write(_Telling(*mine, _NO_ROUTES)),
+            )
+        active, enough = _nested(self._routes[member_id].active), self._acceptable_lag_records
 
-            def write(packed: bytes, behind: _Tasks) -> bytes:
-                enough = self._acceptable_lag_records
-                return _write(_TellingPacked(*mine, active, says.checksum, enough, packed, behind))
+        def write(packed: bytes, behind: _Tasks) -> bytes:
+            return _write(_TellingPacked(*mine, active, says.checksum, enough, packed, behind))
 
-            full = write(self._pack(copies=True), self._behind)
-            brief, least = write(self._pack(copies=False), {}), write(b"", {})
-        else:
-            full, brief = (_write(_Telling(*mine, self._write_plain(copies=copies))) for copies in (True, False))
-            least = _write(_Telling(*mine, _NO_ROUTES))
-        return full, [Shorter(brief, _NO_COPIES), Shorter(least, _NOBODY)]
+        return write(self._pack(copies=True), self._behind), _InShort(
+            lambda: write(self._pack(copies=False), {}), lambda: write(b"", {})
+        )
 
     def _pack(self, *, copies: bool) -> bytes:
         if copies not in self._packed:
@@ -236,6 +236,26 @@ class Teller:
             }
             self._plain[copies] = msgspec.Raw(msgspec.msgpack.encode(word))
         return self._plain[copies]
+
+
+class _InShort(Sequence[Shorter]):
+    """The shorter forms: they are needed only where a log cannot keep the full one of all members, which is rare."""
+
+    def __init__(self, brief: Callable[[], bytes], least: Callable[[], bytes]) -> None:
+        self._forms = (brief, _NO_COPIES), (least, _NOBODY)
+
+    def __len__(self) -> int:
+        return len(self._forms)
+
+    @overload
+    def __getitem__(self, index: int) -> Shorter: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Shorter]: ...
+    def __getitem__(self, index: int | slice) -> Shorter | Sequence[Shorter]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        write, without = self._forms[index]
+        return Shorter(write(), without)
 
 
 # --- on the wire -------------------------------------------------------------------------------------------------

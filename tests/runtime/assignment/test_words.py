@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamflow.runtime.assignment import words
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import VERSION, Route, Says, Teller, Told
 
@@ -69,6 +70,27 @@ def test_what_is_told_is_heard_in_full_and_in_short(
         assert (heard.said, heard.acceptable_lag_records) == (NEW.checksum, 7)
         assert in_order(heard.routes.values()) == in_order(expected)
         assert heard.behind == (behind if data is told else frozenset())
+
+
+def test_the_shorter_forms_are_written_only_where_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round of every group would pay for what one near the broker's limit needs."""
+    written: list[msgspec.Struct] = []
+    write = words._write
+
+    def note(word: msgspec.Struct) -> bytes:
+        written.append(word)
+        return write(word)
+
+    monkeypatch.setattr(words, "_write", note)
+    routes = {name: Route(f"http://{name}") for name in "abc"}
+    teller = Teller(routes, 7)
+    told = [teller.tell(name, says, [], []) for name, says in zip("abc", (NEW, NEW, Says()), strict=True)]
+    assert len(written) == 3
+    assert len(teller._packed) == len(teller._plain) == 1
+    for full, shorter in told:
+        assert len(shorter) == 2
+        assert len(shorter[-1].told) < len(full)
+    assert len(written) == 6
 
 
 @given(SETS, SETS, NAMED.filter(bool))
