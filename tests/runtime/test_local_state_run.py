@@ -19,6 +19,7 @@ from streamflow.errors import (
     TopologyError,
 )
 from streamflow.model.record import TopicPartition
+from streamflow.runtime.restore import Restorer
 from streamflow.state.memory import MemoryStore
 from streamflow.state.store import StoreBatch
 from tests.runtime.machine import Machine
@@ -538,6 +539,30 @@ async def test_a_task_is_restored_beside_running_ones_and_the_worker_says_how_fa
         await machine.settle()
         assert running.worker.status().ready
         assert dict(totals) == {"a": 1, "b": 1}
+
+
+async def test_while_the_log_has_not_said_how_much_there_is_to_restore_nothing_is_said_to_be_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go, asked = anyio.Event(), anyio.Event()
+    spans = Restorer._spans
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        asked.set()
+        await go.wait()
+        return await spans(*args, **options)
+
+    monkeypatch.setattr(Restorer, "_spans", slow)
+    app, _, _ = two_partitions()
+    async with Machine(app) as machine:
+        running = machine.launch()
+        with anyio.fail_after(5):
+            await asked.wait()
+        status = running.worker.status()
+        assert ": it is not known yet how many records" in status.busy
+        assert {task.restoring.remaining for task in status.tasks if task.restoring is not None} == {None}
+        go.set()
+        await until(lambda: running.worker.status().ready)
 
 
 async def test_a_worker_that_is_stopped_while_it_restores_stops_at_once_and_cleanly() -> None:
