@@ -104,7 +104,7 @@ class Settings:
     ] = 2
     acceptable_lag_records: Annotated[
         int,
-        About("Records a copy of a task's tables may be behind and still take the task over at once.", 0),
+        About("Records a copy of a task's tables may be behind and still take the task over at once.", 0, 10**15),
     ] = 10_000
     rack: Annotated[
         str,

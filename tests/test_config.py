@@ -170,7 +170,8 @@ def test_text_becomes_a_value(name, text, value):
         ("heartbeat_interval_ms", 10_000, "well below session_timeout_ms"),
         ("capacity", 0, "from 1 to 1000"),
         ("max_warmup_replicas", 0, "from 1 to 1000"),
-        ("acceptable_lag_records", -1, "of at least 0"),
+        ("acceptable_lag_records", -1, "from 0 to 1000000000000000"),
+        ("acceptable_lag_records", 2**70, "from 0 to 1000000000000000"),  # what is told of it has 64 bits
         ("rack", " ", "is to be text"),
         ("instance_id", "", "is to be text"),
         ("instance_id", "shop 0", "at most 249 letters, digits, '.', '_' and '-', not 'shop 0'"),
