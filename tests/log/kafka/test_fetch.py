@@ -139,7 +139,9 @@ async def test_a_position_in_the_topic_before_is_told_wherever_the_one_of_today_
         for tp, error in errors.items():
             assert isinstance(error, OffsetOutOfRangeError)
             assert error.made_anew
-            assert (error.offset, error.log_start, error.end_offset) == (10, 0, 30)
+            # What was asked for all the time may have found the new topic before anything was written to it.
+            assert (error.offset, error.log_start) == (10, 0)
+            assert error.end_offset in ({0, 30} if tp == asked else {30})
             reader.add(tp, error.log_start)
             assert values(await read_to(reader, tp, 30)) == [b"%d" % number for number in range(100, 130)]
 
