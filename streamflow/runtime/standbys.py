@@ -200,7 +200,9 @@ class Standbys:
     def left(self, task: TaskId, checkpoint: Checkpoint, lag: int | None, *, ran: bool = False) -> None:
         """A store was closed; see `DormantState.left`."""
         self.dormant.left(task, checkpoint, lag, ran=ran)
-        self._dormant_due_s = min(self._dormant_due_s, anyio.current_time() + _DORMANT_AFTER_S)
+        now_s = anyio.current_time()
+        soon_s = now_s + _DORMANT_AFTER_S  # also where it is overdue, as there was nothing to measure
+        self._dormant_due_s = soon_s if self._dormant_due_s <= now_s else min(self._dormant_due_s, soon_s)
         self._is_new.set()
 
     # --- what they are asked -----------------------------------------------------------------------------------

@@ -368,3 +368,28 @@ async def test_a_store_that_is_closed_while_others_are_measured_is_measured_soon
         standbys.left(one, Checkpoint(), None)
         goes_on.set()
         await until(lambda: standbys.dormant.lags.keys() == {zero, one})
+
+
+async def test_stores_that_are_closed_together_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured one by one, a round was asked for what came first, which dealt the others out before they were known."""
+    monkeypatch.setattr("streamflow.runtime.standbys._DORMANT_AFTER_S", 0.5)
+    summing = Summing()
+    async with Machine(summing.app) as machine:
+        running = await machine.start()
+        await summing.send(machine, 50)
+        await machine.settle()
+        standbys = standbys_of(running)
+        measure, measured = standbys.dormant.measure, list[set[TaskId]]()
+
+        async def watched(stores: Any, marks: Any) -> None:
+            measured.append(set(stores))
+            await measure(stores, marks)
+
+        monkeypatch.setattr(standbys.dormant, "measure", watched)
+        zero, one = TaskId("numbers", 0), TaskId("numbers", 1)
+        standbys.left(zero, Checkpoint(), None)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        standbys.left(one, Checkpoint(), None)
+        await until(lambda: standbys.dormant.lags.keys() == {zero, one})
+        assert measured == [{zero, one}]
