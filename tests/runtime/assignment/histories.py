@@ -55,8 +55,8 @@ def worlds(draw: st.DrawFn, *, racks: bool = True, capacities: bool = True, sile
 def bound(world: World) -> int:
     """Rounds after which nothing moves any more: every state may have to be copied, some at a time.
 
-    Beside them: one round in which a task is with nobody, and one to start with and one to end with. Tasks without state
-    that are with nobody come to somebody a round after the first copies were begun, which some of them were in vain then.
+    Beside them: one round in which a task is with nobody, and one to start with and one to end with. Tasks without
+    state that are with nobody come to somebody a round after the first copies were begun: some were in vain then.
     """
     copies = len(world.stateful) * (1 + world.replicas)
     in_vain = len(world.tasks) > len(world.stateful)
