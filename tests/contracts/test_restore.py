@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import anyio
 import pytest
@@ -241,13 +242,11 @@ async def test_a_kill_in_the_middle_of_a_restore_keeps_what_it_reached(task):
         await task.write({f"{number}-{'k' * 1000}-{each}": each for each in range(200)})
         await task.write({f"{number}-{'k' * 1000}-{each}": each for each in range(200, 400)})
     async with task.opened() as (tables, restorer):
-        restore = asyncio.ensure_future(
-            restorer.restore("task-0", tables, CommitMark("some"), is_new=False, filled=[], starts={})
-        )
-        await until(lambda: tables.store.checkpoint.changelogs.get("totals"))
-        restore.cancel()
-        await asyncio.wait([restore])
-        reached = tables.store.checkpoint.changelogs["totals"]
+        restore = partial(restorer.restore, is_new=False, filled=[], starts={})
+        async with anyio.create_task_group() as group:  # as a worker cancels: a write under way is waited for
+            group.start_soon(restore, "task-0", tables, CommitMark("some"))
+            await until(lambda: tables.store.checkpoint.changelogs.get("totals"))
+            group.cancel_scope.cancel()
     reached = tables.restoring.records
     assert 0 < reached < 4800
     restored = await task.restore()
