@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 
+import anyio
+
 from streamflow.error_groups import one_error
 from streamflow.errors import RetriableError
 from streamflow.model.record import TopicPartition
@@ -243,8 +245,15 @@ class Chaos:
             worker.signal(signal.SIGCONT)
         made = {(self.system.topic(name), partition): end for name in OUTPUTS for partition, end in had.items()}
         self.windows.append(Window("takeover from who is stopped, and what that one sends later", committed, made, 2))
-        await self._goes_on("pause")
+        with anyio.move_on_after(SESSION_S):  # it says nothing where it had no partitions
+            await until(lambda: self._has_heard(worker), "it hears that it was taken for dead", self._patience_s)
+        # What it has sent when it woke up is noticed by a commit, and the first one may have been begun before.
+        for _ in range(2):
+            await self._goes_on("pause")
         self.windows.append(Window("who took over begins again", later, await self._made()))
+
+    def _has_heard(self, worker: Worker) -> bool:
+        return worker.said.count("lost: ") >= self._paused[worker]
 
     async def _left_by(self, since_s: float) -> dict[int, int] | None:
         """What is committed now that a worker has come to its end, or stands still; None where others may have it."""

@@ -11,7 +11,7 @@ happened and nobody has taken over yet, and behind the end of a changelog that t
 one seal: records of one timestamp.
 
 A worker that was stopped and wakes up sends, once more, what it had handed over and not sent. Its successor may notice
-that in a changelog, and begins at its own last commit again.
+that in a changelog when it commits the next time, and begins at its own last commit again.
 """
 
 from __future__ import annotations
