@@ -48,22 +48,42 @@ class ActivePlacement:
         standing = self._standing
         holders = dict(standing.owner)
         loads = Counter(holders.values())
-        loose: list[tuple[int, TaskId, list[str]]] = []
+        loose: list[tuple[int, int, TaskId, list[str]]] = []
         for task, lags in standing.lags.items():
             owner = standing.owner.get(task)
             if owner is not None and standing.is_ready(task, owner):
                 continue
             ready = standing.ready(task)
             if ready:
-                loose.append((len(ready), task, ready))
+                loose.append((min(map(lags.__getitem__, ready)), len(ready), task, ready))
+                if owner is not None:
+                    loads[owner] -= 1
             elif owner is None and lags:
                 holder = min(lags, key=lambda one: (lags[one], loads[one] / self._capacity[one], one))
                 holders[task] = holder
                 loads[holder] += 1
-        for _, task, ready in sorted(loose):
-            if task in holders:
-                loads[holders[task]] -= 1
-            holders[task] = min(ready, key=lambda one: (loads[one] / self._capacity[one], one))
+        holders.update(self._hand_out(loose, loads))
+        return holders
+
+    def _hand_out(self, loose: list[tuple[int, int, TaskId, list[str]]], loads: Counter[str]) -> dict[TaskId, str]:
+        """Tasks to members that are caught up: to the nearest until it has its share, then to who has least.
+
+        All of them can go on at once; the nearest has least to read before, and a standby nothing.
+        """
+        holders: dict[TaskId, str] = {}
+        share = len(self._standing.tasks) / max(1, sum(self._capacity.values()))
+        later: list[tuple[int, TaskId, list[str]]] = []
+        for least, choice, task, ready in sorted(loose):
+            lags = self._standing.lags[task]
+            near = [one for one in ready if lags[one] == least and loads[one] < share * self._capacity[one]]
+            if near:
+                holders[task] = min(near, key=lambda one: (loads[one] / self._capacity[one], one))
+                loads[holders[task]] += 1
+            else:
+                later.append((choice, task, ready))
+        for _, task, ready in sorted(later):
+            lags = self._standing.lags[task]
+            holders[task] = min(ready, key=lambda one: (loads[one] / self._capacity[one], lags[one], one))
             loads[holders[task]] += 1
         return holders
 
@@ -123,18 +143,15 @@ class ActivePlacement:
             self._give(task, one)
 
     def _keep_first(self, task: TaskId, room: Mapping[str, int]) -> tuple[float, bool, TaskId]:
-        """The order of keeping: last what has its state where there is room, before that what it does not own."""
-        return -self._nearest(task, room), self._standing.owner.get(task) != self._holder[task], task
+        """The order of keeping: last what could go on at once where there is room, before that what it does not own."""
+        nearest = self._nearest(task, room)
+        is_ready = nearest <= self._standing.acceptable_lag
+        return 1 if is_ready else -nearest, self._standing.owner.get(task) != self._holder[task], task
 
     def _nearest(self, task: TaskId, room: Mapping[str, int]) -> float:
-        """How far behind the best of the members with room is; -1 for one that is caught up."""
+        """How far behind the best of the members with room is."""
         lags = self._standing.lags.get(task)
-        if not lags:
-            return math.inf
-        return min((self._distance(task, one) for one in lags if one in room), default=math.inf)
-
-    def _distance(self, task: TaskId, one: str) -> int:
-        return -1 if self._standing.is_ready(task, one) else self._standing.lags[task][one]
+        return min((lag for one, lag in lags.items() if one in room), default=math.inf) if lags else math.inf
 
     def _place_near(self, tasks: Iterable[TaskId], room: dict[str, int]) -> list[TaskId]:
         """Give tasks to members with room that have some of their state; returns the others."""
@@ -151,7 +168,7 @@ class ActivePlacement:
         for _, _, task in sorted(choices):
             near = [one for one in standing.lags[task] if one in room]
             if near:
-                one = min(near, key=lambda one: (self._distance(task, one), -room[one], one))
+                one = min(near, key=lambda one: (standing.lags[task][one], -room[one], one))
                 self._give(task, one)
                 room[one] -= 1
                 if not room[one]:

@@ -57,6 +57,8 @@ class StandbyPlacement:
         self._warming = {task: frozenset(members) for task, members in warm_ups.by_task.items()}
         self._replicas = replicas
         self._load: Counter[str] = Counter()
+        # By who processes tasks: how many copies of those each member has.
+        self._copied: dict[str, Counter[str]] = {one: Counter() for one in standing.members}
         self._racks = {name: member.rack for name, member in standing.members.items()}
         self._capacity = {name: member.capacity for name, member in standing.members.items()}
         self._able = {task: self._candidates(task) for task in active if replicas and task in standing.lags}
@@ -128,7 +130,9 @@ class StandbyPlacement:
                     movable = [task for task in mine[heavy] if self._may_move(task, heavy, light)]
                     if not movable:
                         break
-                    task = min(movable, key=lambda task: (self._distance(task, light), task))
+                    task = min(
+                        movable, key=lambda task: (self._distance(task, light), self._lump(task, heavy, light), task)
+                    )
                     self._move(task, heavy, light)
                     mine[heavy].remove(task)
                     mine[light].add(task)
@@ -141,8 +145,9 @@ class StandbyPlacement:
 
     def _move(self, task: TaskId, heavy: str, light: str) -> None:
         self.copies[task][self.copies[task].index(heavy)] = light
-        self._load[heavy] -= 1
-        self._load[light] += 1
+        for counts in (self._load, self._copied[self._active[task]]):
+            counts[heavy] -= 1
+            counts[light] += 1
 
     def _may_move(self, task: TaskId, heavy: str, light: str) -> bool:
         copies = self.copies[task]
@@ -156,12 +161,18 @@ class StandbyPlacement:
         """How far behind a member is; -1 where it is caught up."""
         return -1.0 if self._standing.is_ready(task, one) else self._standing.lags[task].get(one, math.inf)
 
-    def _rank(self, task: TaskId, one: str) -> tuple[bool, bool, float, bool, float, str]:
+    def _lump(self, task: TaskId, heavy: str, light: str) -> float:
+        """How little it would spread out the copies of what its worker does, to move one."""
+        copied = self._copied[self._active[task]]
+        return copied[light] / self._capacity[light] - copied[heavy] / self._capacity[heavy]
+
+    def _rank(self, task: TaskId, one: str) -> tuple[bool, bool, float, bool, float, float, str]:
         return (
             self._is_close(task, one),
             self._load[one] >= self._most[one],
             self._distance(task, one),
             task not in self._standing.members[one].standby,
+            self._copied[self._active[task]][one] / self._capacity[one],
             self._load[one] / self._capacity[one],
             one,
         )
@@ -178,6 +189,7 @@ class StandbyPlacement:
     def _give(self, task: TaskId, one: str) -> None:
         self.copies[task].append(one)
         self._load[one] += 1
+        self._copied[self._active[task]][one] += 1
 
     # --- until then ----------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ class Standing:
         owner: By task that an able member owns: that member.
         lags: By task with state: how far behind the able members are that have some of it. An owner is not behind
             unless it says so.
+        acceptable_lag: Records that a member may be behind to count as caught up.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -32,18 +33,18 @@ class Standing:
         self.able: dict[TaskId, tuple[str, ...]] = self._find_able()
         self.owner: dict[TaskId, str] = {}
         self.lags: dict[TaskId, dict[str, int]] = {task.id: {} for task in self.tasks.values() if task.stateful}
-        self._acceptable = cluster.acceptable_lag_records
+        self.acceptable_lag = cluster.acceptable_lag_records
         for member in self.members.values():
             self._read(member)
 
     def is_ready(self, task: TaskId, member_id: str) -> bool:
         """Whether a member can go on with a task at once: it has no state, or the member is caught up with it."""
         lags = self.lags.get(task)
-        return lags is None or lags.get(member_id, self._acceptable + 1) <= self._acceptable
+        return lags is None or lags.get(member_id, self.acceptable_lag + 1) <= self.acceptable_lag
 
     def ready(self, task: TaskId) -> list[str]:
         """The members that are caught up with a task that has state, in order."""
-        return [member_id for member_id, lag in self.lags[task].items() if lag <= self._acceptable]
+        return [member_id for member_id, lag in self.lags[task].items() if lag <= self.acceptable_lag]
 
     def follows(self, member_id: str) -> bool:
         """Whether a member takes standbys and warm-ups."""

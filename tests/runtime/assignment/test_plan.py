@@ -258,6 +258,33 @@ def test_a_standby_takes_over_in_place() -> None:
         assert task in copies[owner]
 
 
+def test_of_those_that_are_caught_up_the_nearest_takes_over() -> None:
+    """A standby has nothing to read; who had a task some time ago reads what has been committed since."""
+    tasks = tasks_of({"s": 12}, "s")
+    ids = [task.id for task in tasks]
+    behind = dict.fromkeys(ids[9:], ACCEPTABLE)  # the tasks of who has died
+    members = [
+        ClusterMember(name, frozenset({"s"}), frozenset(active), standby, {**behind, **dict.fromkeys(standby, 0)}, True)
+        for name, active, standby in [
+            ("a", ids[0:3], frozenset(ids[9:11])),
+            ("b", ids[3:6], frozenset(ids[11:])),
+            ("c", ids[6:9], frozenset[TaskId]()),
+        ]
+    ]
+    active = plan(Cluster(members, tasks, 1, ACCEPTABLE)).active
+    assert active["a"] & members[0].standby
+    assert ids[11] in active["b"]
+    assert [len(mine) for mine in active.values()] == [4, 4, 4]
+
+
+def test_copies_of_what_one_worker_does_are_spread_over_the_others() -> None:
+    """So when it dies each takes over a share of its work, and has the state of that."""
+    world = group(World(tasks_of({"s": 24}, "s"), replicas=1), *"abcd")
+    for name, worker in world.workers.items():
+        others = [len(other.standby & worker.active) for one, other in world.workers.items() if one != name]
+        assert others == [2, 2, 2], name
+
+
 def test_who_is_overtaken_while_it_restores_hands_the_task_over() -> None:
     """A worker that restores for long serves nobody, and another one could."""
     (task,) = tasks_of({"s": 1}, "s")
