@@ -143,7 +143,7 @@ class Scenario:
         since_s = began_s
         while True:
             owners, now_s = self._owners(), time.perf_counter()
-            if owners != known:
+            if owners and owners != known:  # none while a round runs, after which nothing need have moved
                 known, since_s = owners, now_s
             calm_s = CALM_S if self._is_even(owners) else UNEVEN_CALM_S
             if now_s - since_s > calm_s and self._is_shared(owners) and not self._load.silent_partitions(since_s):
