@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lacking: dict[str, list[str]] = {}
     for kind in ("skipped", "failed", "error"):
         for report in terminalreporter.getreports(kind):
-            for name, command in report.user_properties:
+            for name, command in getattr(report, "user_properties", ()):  # a file that cannot be read has none
                 if name == LACKING:
                     lacking.setdefault(command, []).append(report.nodeid)
     for command, tests in lacking.items():

@@ -102,6 +102,7 @@ class Declarations(TableDeclarations):
         self.stop_hooks: list[Action] = []
         self.assigned_hooks: list[PartitionsAction] = []
         self.revoked_hooks: list[PartitionsAction] = []
+        self._leader_topic: Topic[Any, Any] | None = None
 
     def __repr__(self) -> str:
         return f"<app {self.id!r}: {len(self.agents)} agents, {len(self.topics)} topics>"
@@ -463,10 +464,27 @@ class Declarations(TableDeclarations):
 
     # --- the whole ---------------------------------------------------------------------------------------------
 
+    @property
+    def leader_topic(self) -> Topic[Any, Any] | None:
+        """The internal topic of one partition and without a record, the owner of which leads an app without agents.
+
+        None where there are agents, whose first source topic does, or where nothing is declared with `on_leader=True`.
+        """
+        if self.agents or not any(job.on_leader for job in self.jobs()):
+            return None
+        if self._leader_topic is None:
+            self._leader_topic = Topic(self, f"{self.id}-leader", partitions=1, internal=True)
+        return self._leader_topic
+
     def every_topic(self) -> dict[str, Topic[Any, Any]]:
-        """All topics by name: those declared, in order, then the internal ones of its steps."""
+        """All topics by name: those declared, in order, then the internal ones of its steps, tables and leader."""
         changelogs = {table.changelog.name: table.changelog for table in self.tables.values()}
-        return {**every_topic(self.topics, self.derived), **changelogs}
+        leading = self.leader_topic
+        return {
+            **every_topic(self.topics, self.derived),
+            **changelogs,
+            **({} if leading is None else {leading.name: leading}),
+        }
 
     def topology(self) -> Topology:
         """What was declared, as frozen data: topics, agents, steps and how they are joined.
@@ -482,4 +500,5 @@ class Declarations(TableDeclarations):
             tables=self.tables,
             global_tables=self.global_tables,
             jobs=self.jobs(),
+            leading=self.leader_topic,
         )

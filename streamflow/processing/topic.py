@@ -100,7 +100,8 @@ class Topic(Generic[K, V]):
         partitioner: Chooses the partition of a key; None is Kafka's murmur2.
         timestamp: The field or function that gives a record's time, as declared.
         timestamp_ms_of: The same compiled: value -> milliseconds since the epoch; None takes the record's own time.
-        internal: Whether it is StreamFlow's own (a repartition topic), sized after its source and purged after commits.
+        internal: Whether it is StreamFlow's own: a repartition topic (sized after its source, purged after commits),
+            a changelog, or the leader topic of an app without agents.
         place: Where it was declared, `file:line`.
     """
 

@@ -174,6 +174,8 @@ class Edge:
 class SubTopology:
     """What is processed together: agents and steps that share a source topic or a table. A task is one partition of it.
 
+    That of the leader topic, in an app without agents, has neither: who owns its task leads.
+
     Attributes:
         name: Made of user names: its first source topic.
         topics: Names of its source topics, sorted.
@@ -263,6 +265,7 @@ class Topology:
         for job in self.jobs:
             lines += ["", self._label(job.id), *self._outputs(job.id)]
         joined = {end for edge in self.edges for end in (edge.source, edge.target)}
+        joined.update(f"topic:{name}" for sub in self.sub_topologies for name in sub.topics)
         alone = [one for one in self.topics if one.id not in joined]
         if alone:
             lines += ["", "topics no agent names", *(f"  {self._label(one.id)}" for one in alone)]
@@ -363,6 +366,7 @@ def build_topology(
     tables: Mapping[str, Table[Any, Any]],
     global_tables: Mapping[str, GlobalTable[Any, Any]],
     jobs: Collection[Job],
+    leading: Topic[Any, Any] | None = None,
 ) -> Topology:
     """Put declarations together and check them.
 
@@ -374,14 +378,18 @@ def build_topology(
         tables: Tables by name.
         global_tables: Global tables by name.
         jobs: Timers, crontabs and tasks.
+        leading: The topic that chooses the leader of an app without agents; None where none is needed.
 
     Raises:
         TopologyError: They do not fit together.
     """
     _check_steps(topics, agents, derived)
+    _check_leading(leading, topics)
     used = {name: sorted(agent.tables(), key=lambda table: table.name) for name, agent in agents.items()}
     _check_tables(tables, used)
     every = every_topic(topics, derived)
+    if leading is not None:
+        every[leading.name] = leading
     nodes: list[Node] = [_topic_node(every[name]) for name in sorted(every)]
     nodes += [_agent_node(agents[name]) for name in sorted(agents)]
     nodes += [StepNode(name, _step_kind(derived[name]), derived[name].place) for name in sorted(derived)]
@@ -402,6 +410,8 @@ def build_topology(
         *(edge for job in jobs for edge in _global_reads(f"{_job_kind(job)}:{job.name}", job.fn)),
     ]
     subs = _sub_topologies(agents.values(), derived.values(), used)
+    if leading is not None:
+        subs += (SubTopology(leading.name, (leading.name,), (), ()),)
     return Topology(app, tuple(nodes), tuple(dict.fromkeys(edges)), subs)
 
 
@@ -430,6 +440,14 @@ def _check_steps(
                 f"({step.place}): rename one"
             )
     _check_cycles(derived.values())
+
+
+def _check_leading(leading: Topic[Any, Any] | None, topics: Mapping[str, Topic[Any, Any]]) -> None:
+    if leading is not None and leading.name in topics:
+        raise TopologyError(
+            f"topic {leading.name!r} ({topics[leading.name].place}) has the name of the internal topic that chooses "
+            "the leader of an app without agents: give it another name"
+        )
 
 
 def _check_tables(tables: Mapping[str, Table[Any, Any]], used: Mapping[str, Collection[Table[Any, Any]]]) -> None:

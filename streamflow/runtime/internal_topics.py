@@ -14,7 +14,7 @@ from streamflow.processing.topology import Topology
 from streamflow.runtime.changelogs import is_made_as_changelog, new_changelogs
 from streamflow.runtime.table_sources import check_table_sources
 
-_REPLY_RETENTION_MS = 3_600_000
+_BRIEF_CONFIG = {"retention.ms": "3600000", "cleanup.policy": "delete"}
 _REPARTITION_CONFIG = {
     "cleanup.policy": "delete",
     "retention.ms": "-1",
@@ -25,7 +25,7 @@ _REPARTITION_CONFIG = {
 
 _REPLIES = "-replies"
 
-Kind: TypeAlias = Literal["changelog", "repartition", "replies"]
+Kind: TypeAlias = Literal["changelog", "repartition", "replies", "leader"]
 """What an internal topic is for."""
 
 
@@ -55,12 +55,12 @@ async def left_topics(app: Declarations, admin: Admin) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     for name in names:
         kind = name.rpartition("-")[2]
-        if name in declared or kind not in ("changelog", "repartition"):
+        if name in declared or kind not in ("changelog", "repartition", "leader"):
             continue
         if max((each for each in apps if name.startswith(f"{each}-")), key=len, default="") == app.id:
             kinds[name] = cast("Kind", kind)
     described = await admin.describe(list(kinds)) if kinds else {}
-    made_so = {"changelog": is_made_as_changelog, "repartition": _is_made_as_repartition}
+    made_so = {"changelog": is_made_as_changelog, "repartition": _is_made_as_repartition, "leader": _is_made_as_leader}
     return {name: kinds[name] for name, found in described.items() if made_so[kinds[name]](found)}
 
 
@@ -96,14 +96,19 @@ async def prepare_topics(
     counts = {name: description.partitions for name, description in existing.items()}
     new = _new_external(topics, settings, counts)
     new += _new_internal(app, counts)
+    if app.leader_topic is not None and app.leader_topic.name not in existing:
+        new.append(NewTopic(app.leader_topic.name, 1, settings.replication, _BRIEF_CONFIG))
     new += new_changelogs(app, topology, counts, existing, settings.replication)
     if reply_topic_name(app.id) not in existing:
-        config = {"retention.ms": str(_REPLY_RETENTION_MS), "cleanup.policy": "delete"}
-        new.append(NewTopic(reply_topic_name(app.id), settings.partitions, settings.replication, config))
+        new.append(NewTopic(reply_topic_name(app.id), settings.partitions, settings.replication, _BRIEF_CONFIG))
     if new:
         await admin.create(new)
         existing.update(await admin.describe([topic.name for topic in new]))
     return existing
+
+
+def _is_made_as_leader(found: TopicDescription) -> bool:
+    return found.partitions == 1 and all(found.config.get(name) == value for name, value in _BRIEF_CONFIG.items())
 
 
 def _check(topic: Topic[Any, Any], description: TopicDescription | None) -> None:

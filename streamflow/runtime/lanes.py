@@ -227,10 +227,14 @@ class Dispatcher:
         self._task = task
         self._ledger = ledger
         self._lanes = lanes
-        self._max_in_flight = _IN_FLIGHT_PER_LANE * max(len(each) for each in lanes)
+        self._max_in_flight = _IN_FLIGHT_PER_LANE * max((len(each) for each in lanes), default=1)
         # Size of what was handed out since there was more in flight than that.
         self._beyond_bytes = 0
         self.stopping = False
+
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """Next offset to process per source partition."""
+        return self._ledger.positions()
 
     def has_more(self) -> bool:
         """Whether records wait in a lane for an agent that is free to take them."""
@@ -269,6 +273,9 @@ class Dispatcher:
             readers = self._readers(source.tp)
             if task.source_tables is not None and source.tp.topic in task.source_tables:
                 await self._fill(task.source_tables, source.tp, records, readers)
+                continue
+            if not self._lanes:  # the leader topic's task: whatever a stranger writes there is passed over
+                ledger.jump(source.tp, records[-1].offset + 1)
                 continue
             if self._in_step:
                 await self._dispatch_in_step(Entry(source.tp, records[0], len(readers)), readers)

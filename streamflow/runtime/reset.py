@@ -121,6 +121,8 @@ async def _topics(log: Log, app: Declarations) -> list[DoomedTopic]:
     }
     kinds.update(dict.fromkeys(repartition_topics(app), "repartition"))
     kinds[reply_topic_name(app.id)] = "replies"
+    if app.leader_topic is not None:
+        kinds[app.leader_topic.name] = "leader"
     left = await left_topics(app, log.admin)
     kinds.update(left)
     described = await log.admin.describe(list(kinds))

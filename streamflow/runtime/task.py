@@ -356,7 +356,7 @@ class Task:
 
     def positions(self) -> Mapping[TopicPartition, int]:
         """Next offset to process per source partition, as of now."""
-        return self._runs[0].feed.positions()
+        return (self._dispatcher or self._runs[0].feed).positions()
 
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit; back, too, where a topic was made anew."""

@@ -26,8 +26,8 @@ def runs_of(
         local: Its tables before it runs; None without tables.
 
     Returns:
-        One run for each agent and unit of its concurrency, and who hands records to them; None where the one run takes
-        them itself.
+        One run for each agent and unit of its concurrency (none in the leader topic's task), and who hands records to
+        them; None where the one run takes them itself.
     """
     if len(agents) == 1 and agents[0].concurrency == 1 and not _fills_and_feeds(task, agents[0]):
         feed = DirectFeed(task, agents[0], RecordErrors(agents[0], task.sensors))

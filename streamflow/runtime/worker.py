@@ -22,7 +22,6 @@ from streamflow.error_groups import one_error
 from streamflow.errors import (
     RecordError,
     StreamFlowError,
-    TopologyError,
 )
 from streamflow.log.api import Group, GroupSettings, Log, TopicDescription
 from streamflow.log.codec import compression_number
@@ -228,7 +227,6 @@ class Worker:
         self._loop_token = asyncio.get_running_loop()
         try:
             topology = self.app.topology()
-            self._check_leader(bool(topology.sub_topologies))
             with noting_births(), one_error():
                 async with AsyncExitStack() as stack:
                     log = await open_log(stack, self._log, self._connect, self.settings.start_timeout_s, self._stop)
@@ -240,14 +238,6 @@ class Worker:
             self._started.set()
         if self._failure is not None:
             raise self._failure
-
-    def _check_leader(self, has_agents: bool) -> None:
-        for job in self.app.jobs():
-            if job.on_leader and not has_agents:
-                raise TopologyError(
-                    f"{job.name!r}: on_leader=True needs an agent in the app: the leader is the worker that owns "
-                    "partition 0 of its first source topic. Give it one, or leave on_leader=True out"
-                )
 
     async def _run_unless_stopped(self, log: Log, topology: Topology) -> None:
         """Run; a stop that comes while the log keeps the start waiting ends the start where it is."""

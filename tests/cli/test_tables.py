@@ -390,6 +390,39 @@ def test_on_a_terminal_a_reset_asks(bank, answer, code, left):
     assert (bank("table", "scan", "bank.py", "balances").code == 0) is left
 
 
+CLOCK = """
+import streamflow as sf
+
+app = sf.App("clock")
+ticks = app.topic("ticks", key_type=str, value_type=int)
+
+@app.task(on_leader=True)
+async def tick() -> None:
+    await ticks.send(key="tick", value=1)
+"""
+LATER_CLOCK = (
+    CLOCK
+    + """
+@app.agent(ticks)
+def seen(tick: int) -> None: ...
+"""
+)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_reset_deletes_the_leader_topic_too(shell, declared):
+    shell.write("clock.py", CLOCK)
+    assert shell("worker", "clock.py", "--until-end", "--no-web").code == 0
+    listed = {topic["topic"]: topic for topic in shell("topics", "clock.py", "--json").lines}
+    assert listed["clock-leader"]["internal"]
+    assert len(listed["clock-leader"]["partitions"]) == 1
+    if not declared:
+        shell.write("clock.py", LATER_CLOCK)
+    lines = shell("reset", "clock.py", "--yes", "--json").lines
+    assert [line["declared"] for line in lines if line["deleted"] == "leader"] == [declared]
+    assert "nothing to delete" in shell("reset", "clock.py", "--yes").err
+
+
 def test_a_reset_says_what_it_deleted_and_spares_the_rest(bank):
     moved(bank, ("a", 1), ("b", 2))
     slot = bank.folder / ".streamflow" / "bank" / "0"

@@ -248,3 +248,26 @@ def test_a_table_of_another_app_is_refused():
 
     with pytest.raises(TopologyError, match="agent 'total' names table 'totals' of app 'other'"):
         app.topology()
+
+
+def test_an_app_without_agents_is_led_by_way_of_a_topic():
+    app = Declarations("clock")
+    ticks = app.topic("ticks", key_type=str, value_type=int)
+
+    @app.timer(5, on_leader=True)
+    async def tick():
+        ticks.send_nowait()
+
+    topology = app.topology()
+    assert topology.sub_topologies == (SubTopology("clock-leader", ("clock-leader",), (), ()),)
+    assert topology.to_text() == (
+        "app clock\n"
+        "\n"
+        "sub-topology clock-leader\n"
+        "  reads   topic clock-leader (bytes | None: bytes, 1 partitions, internal)\n"
+        "\n"
+        "timer tick (every 5 s, on the leader)\n"
+        "    sends -> topic ticks (str: int)\n"
+    )
+    assert 'n0[("clock-leader<br/>' in topology.to_mermaid()
+    assert topology.to_json()["sub_topologies"][0]["topics"] == ["clock-leader"]

@@ -107,6 +107,16 @@ class Machine:
         if running.error is not None:
             raise running.error
 
+    async def ran_out(self, running: Running) -> None:
+        """Move the clock until a bounded run is over."""
+        for _ in range(5000):
+            if running.ended.is_set():
+                break
+            if (step_s := self.clock.next_wake_s()) is not None:
+                self.clock.advance(min(step_s, 0.05))
+            await asyncio.sleep(0.0005)
+        await self.ended(running)
+
     async def commit(self, running: Running) -> None:
         """Commit now what is done."""
         worker = running.worker

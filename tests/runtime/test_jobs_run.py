@@ -280,18 +280,6 @@ async def test_a_task_that_raises_while_it_leads_is_named_with_its_error() -> No
             await machine.ended(running)
 
 
-async def test_a_leader_needs_an_agent() -> None:
-    app = sf.App("nobody")
-
-    @app.timer(1, on_leader=True)
-    def tick() -> None: ...
-
-    async with Machine(app) as machine:
-        running = await machine.start()
-        with pytest.raises(sf.TopologyError, match="needs an agent"):
-            await machine.ended(running)
-
-
 async def test_hooks_are_called_in_order_sync_and_async() -> None:
     app = sf.App("hooks")
     numbers = app.topic("numbers", key_type=str, value_type=int, partitions=2)

@@ -9,18 +9,7 @@ import pytest
 
 import streamflow as sf
 from streamflow.runtime.status import Progress
-from tests.runtime.machine import Machine, Running
-
-
-async def ended(machine: Machine, running: Running) -> None:
-    """Move the clock until a bounded run is over."""
-    for _ in range(5000):
-        if running.ended.is_set():
-            break
-        if (step_s := machine.clock.next_wake_s()) is not None:
-            machine.clock.advance(min(step_s, 0.05))
-        await asyncio.sleep(0.0005)
-    await machine.ended(running)
+from tests.runtime.machine import Machine
 
 
 async def run_bounded(
@@ -31,7 +20,7 @@ async def run_bounded(
     async with Machine(app, **settings) as machine:
         await inputs(machine)
         running = await machine.start(until_end=True)
-        await ended(machine, running)
+        await machine.ran_out(running)
         await machine.look()
         return {name: machine.values(name) for name in app.topics}, machine
 
@@ -86,7 +75,7 @@ async def test_progress_is_told_and_reaches_the_total() -> None:
     async with Machine(app, commit_interval_ms=100) as machine:
         await send_numbers(machine)
         running = await machine.start(until_end=True, on_progress=told.append)
-        await ended(machine, running)
+        await machine.ran_out(running)
     assert told[-1] == Progress(50, 50)
 
 
@@ -96,7 +85,7 @@ async def test_the_outcome_counts_every_topic_that_is_read() -> None:
         await send_numbers(machine)
         for count in (50, 0):
             running = await machine.start(until_end=True)
-            await ended(machine, running)
+            await machine.ran_out(running)
             outcome = running.worker.outcome()
             assert outcome is not None
             assert outcome.finished
@@ -111,7 +100,7 @@ async def test_what_latest_passes_over_is_not_counted() -> None:
     async with Machine(app, commit_interval_ms=100, auto_offset_reset="latest") as machine:
         await send_numbers(machine)
         running = await machine.start(until_end=True, on_progress=told.append)
-        await ended(machine, running)
+        await machine.ran_out(running)
         outcome = running.worker.outcome()
     assert told[-1] == Progress(0, 0)
     assert outcome is not None
@@ -146,7 +135,7 @@ async def test_the_outcome_of_a_run_that_was_stopped_says_what_is_left() -> None
         await machine.until(lambda: _told(at_three))
         await machine.until(lambda: _reached(machine, numbers, 8))
         running.worker.request_stop()
-        await ended(machine, running)
+        await machine.ran_out(running)
         outcome = running.worker.outcome()
         committed = await machine.committed()
         await machine.look()
@@ -187,7 +176,7 @@ async def test_a_second_run_has_nothing_left_to_do() -> None:
         await send_numbers(machine)
         for _ in range(2):
             running = await machine.start(until_end=True)
-            await ended(machine, running)
+            await machine.ran_out(running)
         await machine.look()
         assert len(machine.values("sums")) == 50
 
@@ -280,7 +269,7 @@ async def test_records_that_come_after_the_start_are_left_for_the_next_run() -> 
         running = await machine.start(until_end=True)
         await machine.send(numbers, 2, key="k")
         gate.set()
-        await ended(machine, running)
+        await machine.ran_out(running)
         await machine.look()
         assert machine.values(out) == [1]
 
@@ -291,7 +280,7 @@ async def test_two_workers_share_a_bounded_run() -> None:
         await send_numbers(machine)
         both = [await machine.start(until_end=True) for _ in range(2)]
         for running in both:
-            await ended(machine, running)
+            await machine.ran_out(running)
         await machine.look()
         assert sorted(machine.values("sums")) == [number * number for number in range(50)]
 
@@ -325,8 +314,8 @@ async def test_a_run_to_the_end_waits_for_the_visits_of_its_tasks(on_leader: boo
     async with Machine(app, commit_interval_ms=100) as machine:
         for number in range(1200):
             await machine.send(app.topics["numbers"], number, key=f"k{number}")
-        await ended(machine, await machine.start(until_end=True))
-        await ended(machine, await machine.start(until_end=True))  # nothing to process
+        await machine.ran_out(await machine.start(until_end=True))
+        await machine.ran_out(await machine.start(until_end=True))  # nothing to process
         await machine.look()
         kept = {event.key: event.value for event in machine.records(sums.changelog)}
     assert [done.partitions for done in found] == [frozenset(range(3))] * 4

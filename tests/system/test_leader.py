@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from tests.system.harness import System, Worker
+from tests.system.harness import STOPPED, System, Worker
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -97,3 +97,25 @@ async def test_a_leader_that_was_stopped_does_nothing_when_it_wakes_up(system: S
     await zombie.says("lost: ")
     await more(system)
     check(system, await told(system))  # it may lead again by now, when the other one has given that back
+
+
+WITHOUT_AGENTS = APP.replace("@app.agent(numbers)\nasync def nothing(number: int) -> None: ...\n", "").replace(
+    '"-numbers", 0) in partitions', '"-leader", 0) in partitions'
+)
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_workers_of_an_app_without_agents_have_one_leader_too(system: System, guarantee: str) -> None:
+    assert "agent" not in WITHOUT_AGENTS
+    system.write_app(WITHOUT_AGENTS, processing_guarantee=guarantee)
+    workers = [await system.started() for _ in range(3)]
+    for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, STOPPED)):
+        first = await leader(system, workers)
+        assert await first.owned(system.topic("leader")) == {0}
+        first.signal(end)
+        assert await first.ends() == code
+        workers.remove(first)
+    await more(system)
+    sent = await told(system)
+    check(system, sent)
+    assert len(dict.fromkeys(sent)) == 3
