@@ -42,17 +42,20 @@ def stores_of(data_dir: Path, app_id: str) -> Iterator[Found]:
             claimed.append(claim(str(data_dir), app_id))
         for slot in claimed:
             for path in sorted(Path(slot.path).iterdir()):
-                if (path / "CURRENT").exists():
-                    yield _read(path)
+                if (path / "CURRENT").exists() and (found := _read(path)) is not None:
+                    yield found
     finally:
         for slot in claimed:
             slot.release()
 
 
-def _read(path: Path) -> Found:
+def _read(path: Path) -> Found | None:
+    """What a store has; None where its worker was killed before anything was in it."""
     stores = RocksStores(_BUDGET_BYTES)
     try:
         identity = _identity(path, stores)
+        if identity is None:
+            return None
         store = stores.open(str(path), identity)
         try:
             assert store.set_aside is None, store.set_aside
@@ -67,11 +70,13 @@ def _read(path: Path) -> Found:
         stores.close()
 
 
-def _identity(path: Path, stores: RocksStores) -> Identity:
+def _identity(path: Path, stores: RocksStores) -> Identity | None:
     options = stores.memory.options
     families = {name: options() for name in Rdict.list_cf(str(path)) if name != "default"}
     db = Rdict(str(path), options(), families)
     try:
-        return msgspec.json.decode(db.get_column_family(META).get(b"identity"), type=Identity)
+        found = db.get_column_family(META).get(b"identity") if META in families else None
+        assert found is not None or db.latest_sequence_number() == 0, f"{path} does not say what it belongs to"
+        return None if found is None else msgspec.json.decode(found, type=Identity)
     finally:
         db.close()
