@@ -80,10 +80,14 @@ class _Supervisor:
         self._fleet = Fleet([Member(index) for index in range(processes)], self._client)
         self._running: dict[int, Process] = {}
         self._tasks: TaskGroup | None = None
-        self._stopping = False
+        self._told_to_stop = anyio.Event()
         self.code = 0
         # Read from by the children; the only write end closes when this process ends, however it ends.
         self._watch_fd, self._hold_fd = os.pipe()
+
+    @property
+    def _stopping(self) -> bool:
+        return self._told_to_stop.is_set()
 
     async def run(self, until_end: bool) -> Outcome | None:
         """Start the processes and keep them; how a bounded run went, where it did not fail."""
@@ -152,8 +156,10 @@ class _Supervisor:
             member.restarts += 1
             member.state = f"restarting after {_told(code)}"
             logger.error("process %d ended with %s; starting it again in %.1f s", member.index, _told(code), pause_s)
-            await anyio.sleep(pause_s)
+            with anyio.move_on_after(pause_s):
+                await self._told_to_stop.wait()
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+        member.state = "stopped"
 
     async def _run_once(self, member: Member) -> int:
         environment, inherited = environment_of(member.index, self._watch_fd, member.listener)
@@ -195,7 +201,7 @@ class _Supervisor:
     def _stop(self) -> None:
         if self._stopping:
             return
-        self._stopping = True
+        self._told_to_stop.set()
         if self._bounded is not None:
             self._bounded.request_stop()
         logger.info("stopping %d processes", len(self._running))

@@ -1,12 +1,18 @@
 """`--processes N` with real processes."""
 
+import asyncio
+import math
 import os
 import re
 import signal
 import time
 
+import anyio
 import pytest
 
+from streamflow.cli.load import load
+from streamflow.cli.options import open_session
+from streamflow.cli.supervisor import _Supervisor
 from tests.cli.commands import COMMAND, TIMEOUT_S, Running, get, get_until, order
 
 pytestmark = pytest.mark.system
@@ -89,6 +95,27 @@ def test_an_unknown_exit_code_is_a_crash_and_the_pause_grows(shell):
     running.wait_for(r"ended with exit code 77; starting it again in 0\.5 s")
     running.wait_for(r"ended with exit code 77; starting it again in 1\.0 s")
     assert running.stop() == 0
+
+
+def test_a_stop_ends_the_pause_before_a_crashed_one_is_started_again(shell, monkeypatch):
+    monkeypatch.setattr("streamflow.cli.supervisor.FIRST_PAUSE_S", math.inf)
+    session = open_session(load(str(shell.folder / "orders.py")), {"web": False}, {})
+    supervisor = _Supervisor(session, 1)
+
+    async def crash(member):
+        # Nothing is waited for between this and the pause: it has begun by then.
+        asyncio.get_running_loop().call_later(0.001, supervisor._stop)
+        return 77
+
+    async def run():
+        with anyio.fail_after(TIMEOUT_S):
+            await supervisor.run(until_end=False)
+        assert supervisor._fleet.members[0].restarts == 1
+
+    monkeypatch.setattr(supervisor, "_run_once", crash)
+    anyio.run(run)
+    assert supervisor._fleet.members[0].state == "stopped"
+    assert supervisor.code == 0
 
 
 def test_a_failure_of_one_stops_all_with_its_code(shell):
