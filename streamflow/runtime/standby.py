@@ -234,9 +234,13 @@ class Standby:
             self.given_up = str(error)
             self._fail(error)
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._end_following()
-            self._ended.set()
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._end_following()
+            except StreamFlowError as error:
+                self._fail(error)
+            finally:
+                self._ended.set()  # whatever came of it: who waits for that cannot be cancelled
 
     async def _follow_on(self) -> None:
         while True:

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 import streamflow as sf
-from streamflow.errors import StateCorruptedError, StateFullError
+from streamflow.errors import StateCorruptedError, StateFullError, StateRefusedError
 from streamflow.log.api import Fetched, OffsetMark
 from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import NONE
@@ -533,6 +533,28 @@ async def test_a_standby_is_ended_while_the_disk_is_full(monkeypatch: pytest.Mon
         with anyio.fail_after(5):
             await follow(second)
         assert not standbys_of(second).held()
+
+
+async def test_a_standby_whose_store_cannot_be_closed_stops_its_worker_and_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summing = Summing(partitions=1)
+    async with Machine(summing.app, standby_replicas=1) as machine:
+        _, second, standby = await one_followed(machine, summing)
+        assert standby.state is not None
+        store, close = standby.state.store, MemoryStore.close
+
+        def fails(closed: MemoryStore) -> None:
+            close(closed)
+            if closed is store:
+                raise StateRefusedError("Read-only file system")
+
+        monkeypatch.setattr(MemoryStore, "close", fails)
+        with anyio.fail_after(5):
+            await follow(second)
+        assert not standbys_of(second).held()
+        with pytest.raises(StateRefusedError, match="Read-only"):
+            await machine.ended(second)
 
 
 async def test_values_that_expire_do_so_for_a_task_that_was_a_standby() -> None:
