@@ -318,11 +318,12 @@ class TableReads:
     def _places(self, table: Table[Any, Any], sub: SubTopology, partition: int, options: ReadOptions) -> list[str]:
         """Where a partition may be read, the best place first."""
         task, here = TaskId(sub.name, partition), self.committed
-        if here.owns(sub, partition) or (options.stale_ok and here.has_copy(table, sub, partition, options.at)):
+        copies = self._routes.standbys(task) if options.stale_ok else []
+        if here.owns(sub, partition):
+            return [_HERE, *copies]
+        if options.stale_ok and here.has_copy(table, sub, partition, options.at):
             return [_HERE]
-        places = [self._routes.owner(task) or "", *self._routes.formers(task)]
-        if options.stale_ok:
-            places[1:1] = self._routes.standbys(task)
+        places = [self._routes.owner(task) or "", *copies, *self._routes.formers(task)]
         return [place for place in dict.fromkeys(places) if place]
 
     async def _attempt(
@@ -333,6 +334,8 @@ class TableReads:
         options: ReadOptions,
         outcomes: dict[str, Answer | Exception],
     ) -> None:
+        if options.stale_ok:
+            question = _briefly(question)  # another one may do as well
         try:
             if where == _HERE:
                 outcomes[where] = await self.committed.answer(question)
@@ -344,8 +347,8 @@ class TableReads:
     async def _ask(self, where: str, question: Question, sub: SubTopology, options: ReadOptions) -> Answer:
         """Ask another worker, for as long as it is the one to ask."""
         tasks = [TaskId(sub.name, partition) for partition in question.partitions]
-        if options.stale_ok or any(self._routes.owner(task) != where for task in tasks):
-            question = msgspec.structs.replace(question, timeout_s=min(question.timeout_s, _OTHERS_S))
+        if any(self._routes.owner(task) != where for task in tasks):
+            question = _briefly(question)
         response: Response | Exception | None = None
         async with anyio.create_task_group() as group:
 
@@ -412,6 +415,10 @@ async def reading(
         reads = TableReads(committed, layout, homes, routes, client, sensors)
         with registered_reader(app, reads):
             yield reads
+
+
+def _briefly(question: Question) -> Question:
+    return msgspec.structs.replace(question, timeout_s=min(question.timeout_s, _OTHERS_S))
 
 
 def _answer_of(where: str, response: Response | Exception) -> Answer:

@@ -11,12 +11,14 @@ import pytest
 from starlette.applications import Starlette
 
 import streamflow as sf
+from streamflow.errors import StateCorruptedError
 from streamflow.log.sqlite.database import MemoryDatabase
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route
 from streamflow.runtime.http_client import HttpClient
 from streamflow.runtime.read_question import Question
 from streamflow.runtime.readable import Owned
+from streamflow.runtime.restore import Restorer
 from streamflow.web.passed_on import PassedOn
 from tests.runtime.cut_off import CutOff
 from tests.web.cluster import Cluster
@@ -580,6 +582,32 @@ async def test_a_copy_that_has_heard_nothing_for_long_does_not_answer(monkeypatc
             return await stale() == (11, "0")
 
         await cluster.machine.until(is_copied_again, within_s=20)
+
+
+async def test_an_owner_that_restores_asks_the_copy_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamflow.runtime.standbys._ENDS_EVERY_S", 0.01)
+    monkeypatch.setattr("streamflow.runtime.table_reads._OTHERS_S", 0.05)
+    async with Cluster(shop, standby_replicas=1) as cluster:
+        await filled(cluster, {"tea": 1})
+        owner = cluster.owner("stock", "tea")
+
+        async def told(worker: int, query: str) -> tuple[object, str | None]:
+            answer = await cluster.get(f"/tables/stock/tea?{query}", worker=worker)
+            return answer.json().get("value"), answer.headers.get("streamflow-lag")
+
+        async def is_copied() -> bool:
+            return await told(1 - owner, "stale=ok") == (1, "0")
+
+        await cluster.machine.until(is_copied, within_s=20)
+        monkeypatch.setattr(Restorer, "restore", _for_ever)
+        for task in cluster.workers[owner].tasks.values():
+            task.tables.is_damaged(StateCorruptedError("a file is damaged"))
+        assert await told(owner, "stale=ok") == (1, "0")
+        assert await told(owner, "timeout_s=0.1") == (None, None)  # who asks for the owner's waits for it
+
+
+async def _for_ever(*_: object, **__: object) -> None:
+    await asyncio.Event().wait()
 
 
 async def test_a_position_that_the_copy_here_cannot_tell_is_asked_of_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
