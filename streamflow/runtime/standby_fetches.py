@@ -77,9 +77,13 @@ class StandbyFetches:
         return max(span.end, self._reader.end_offset(span.tp) or 0)
 
     def ask(self) -> None:
-        """Ask for one more fetch of each that has not come to its limit."""
+        """Ask for one more fetch of each that has not come to its limit, and of which nothing waits to be applied.
+
+        What waits may say that the partition cannot be read any more.
+        """
+        waiting = {fetched.tp for fetched in self.arrived}
         for span in self.spans.values():
-            is_wanted = span.limit is None or span.position < span.limit
+            is_wanted = span.tp not in waiting and (span.limit is None or span.position < span.limit)
             if is_wanted and (span.asked_at_ms is not None or self._has_place(span)):
                 if span.asked_at_ms is None:
                     span.asked_at_ms = self._clock.now_ms()

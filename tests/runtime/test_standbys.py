@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 import streamflow as sf
-from streamflow.errors import StateCorruptedError, StateFullError, StateRefusedError
+from streamflow.errors import OffsetOutOfRangeError, StateCorruptedError, StateFullError, StateRefusedError
 from streamflow.log.api import Fetched, OffsetMark
 from streamflow.log.batch import BatchBuilder
 from streamflow.log.codec import NONE
@@ -437,6 +437,33 @@ async def test_a_damaged_store_is_set_aside_and_filled_anew_however_often_within
             await faults.again(machine, summing, *damages(1))
         assert second.error is None
     assert "a file is damaged" in caplog.text
+
+
+async def test_records_that_are_gone_while_a_standby_pauses_have_it_filled_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summing, paused, goes_on, note = Summing(partitions=1), anyio.Event(), anyio.Event(), Standby._note_level
+
+    async def pausing(standby: Standby) -> None:
+        paused.set()
+        await goes_on.wait()
+        await note(standby)
+
+    async with Machine(summing.app, standby_replicas=1) as machine:
+        _, second, standby = await one_followed(machine, summing)
+        monkeypatch.setattr(Standby, "_note_level", pausing)
+        with anyio.fail_after(5):
+            await paused.wait()
+        (span,) = standby._spans.values()
+        await until(lambda: span.asked_at_ms is not None)
+        # As a reader has it: a partition that it cannot go on with is removed.
+        standbys_of(second)._reader.remove(span.tp)
+        gone = OffsetOutOfRangeError(*span.tp, span.position, 0, span.position - 1)
+        standby.take(Fetched(span.tp, [], span.position, span.position - 1, error=gone))
+        goes_on.set()
+        await until(lambda: standby.rebuilds == 1 and standby._spans and standby.lag == 0)
+        assert content(standby) == {f"k{number}": 2 for number in range(10)}
+        assert second.error is None
 
 
 async def test_a_store_that_is_damaged_again_and_again_is_given_up_and_tried_again_later(
