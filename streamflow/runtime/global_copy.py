@@ -197,8 +197,11 @@ class GlobalCopy:
 
     # --- what arrives ------------------------------------------------------------------------------------------
 
-    async def take(self, fetched: Fetched) -> None:
+    async def take(self, fetched: Fetched) -> bool:
         """Take what was fetched of a partition.
+
+        Returns:
+            Whether the table is read anew from here on.
 
         Raises:
             StreamFlowError: The table cannot be followed any further.
@@ -206,12 +209,12 @@ class GlobalCopy:
         tp = fetched.tp
         if isinstance(fetched.error, OffsetOutOfRangeError):
             await self.start_anew(f"{fetched.error}")
-            return
+            return True
         if isinstance(fetched.error, UnknownTopicError):
             if (found := await self._made_anew()) is not None:
                 self.source = found
                 await self.start_anew(f"topic {tp.topic!r} was made anew")
-                return
+                return True
             raise UnknownTopicError(
                 f"{fetched.error}: topic {tp.topic!r}, the source of global table {self.table.name!r}, was deleted "
                 "while this worker followed it. If it shall be there, start the worker again: it makes the topic "
@@ -227,6 +230,7 @@ class GlobalCopy:
                 self._tell(changes.records)
         self.positions[tp] = fetched.next_offset
         self._wake()
+        return False
 
     async def _made_anew(self) -> TopicDescription | None:
         """The topic that has the name now; None where there is none, a moment after the old one was deleted."""

@@ -124,8 +124,12 @@ class GlobalTables:
                 arrived: list[Fetched] = []
                 with anyio.CancelScope() as self._receiving:
                     arrived = await reader.receive()
+                anew: set[str] = set()
                 for fetched in arrived:
-                    await by_topic[fetched.tp.topic].take(fetched)
+                    # What was fetched beside what has a table read anew is of before, and comes again.
+                    topic = fetched.tp.topic
+                    if topic not in anew and await by_topic[topic].take(fetched):
+                        anew.add(topic)
                 if self._is_look_due:
                     self._is_look_due = False
                     await self._look(by_topic)

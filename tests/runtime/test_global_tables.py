@@ -11,8 +11,15 @@ import msgspec
 import pytest
 
 import streamflow as sf
-from streamflow.errors import ConfigurationError, LogUnavailableError, NotHeld, StateCorruptedError, TopologyError
-from streamflow.log.api import NewTopic
+from streamflow.errors import (
+    ConfigurationError,
+    LogUnavailableError,
+    NotHeld,
+    OffsetOutOfRangeError,
+    StateCorruptedError,
+    TopologyError,
+)
+from streamflow.log.api import Fetched, NewTopic
 from streamflow.metrics import Exposition, PrometheusSensors
 from streamflow.model.record import TopicPartition
 from streamflow.testing import TestApp
@@ -290,6 +297,28 @@ async def test_a_topic_that_is_made_anew_is_read_anew(caplog: pytest.LogCaptureF
             await test.send_bytes(rates.source, struct.pack(">d", number), key=b"n%d" % number, partition=number % 2)
         await test.settle()
         assert set(rates) == {f"n{number}" for number in range(8)}
+
+
+async def test_what_was_fetched_of_a_table_before_it_is_read_anew_is_not_put_into_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app, rates, _, _ = rates_app()
+    zero, one = TopicPartition("rates", 0), TopicPartition("rates", 1)
+    async with TestApp(app, partitions=2) as test:
+        await test.send_bytes(rates.source, struct.pack(">d", 2.0), key=b"eur", partition=0)
+        await test.settle()
+        reader = rates.copies[0]._reader
+        receive = reader.receive
+        gone = Fetched(zero, [], 1, 0, error=OffsetOutOfRangeError(*zero, 1, 0, 0))
+        together = [[gone, Fetched(one, [], 100, 100)]]
+
+        async def receiving() -> list[Fetched]:
+            return together.pop() if together else await receive()
+
+        monkeypatch.setattr(reader, "receive", receiving)
+        await test.advance(30)  # it looks at its topics, and receives again
+        await until(lambda: not together and rates.copies[0].positions == {zero: 1, one: 0})
+        assert dict(rates.items()) == {"eur": 2.0}
 
 
 async def test_a_copy_that_turns_out_damaged_is_set_aside(
