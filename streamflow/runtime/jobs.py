@@ -214,8 +214,6 @@ class Jobs:
             current_turn.reset(token)
 
     async def _run_task(self, task: BackgroundTask) -> None:
-        while task.on_leader and self._leader() is None:
-            await self._clock.sleep(_LEADER_POLL_S)
         try:
             if task.on_leader:
                 await self._run_leading(task)

@@ -22,11 +22,6 @@ class TaskChanges:
     def __bool__(self) -> bool:
         return bool(self._asked)
 
-    @property
-    def are_owed(self) -> bool:
-        """Whether a caller waits for a commit."""
-        return bool(self._owed)
-
     def ask(self, change: TableChange) -> None:
         """Have a change made at the next opportunity."""
         self._asked.append(change)

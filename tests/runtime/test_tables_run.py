@@ -297,7 +297,7 @@ async def test_a_change_whose_task_closes_before_its_commit_is_not_held():
         task.lost = False
         async with task.delivery._one_at_a_time:  # type: ignore[attr-defined]  # no commit meanwhile
             asked = asyncio.create_task(task.change("counts", lambda stage: stage.set("a", 1)))
-            await until(lambda: task.changes.are_owed)
+            await until(lambda: task.changes._owed)
             task.seal()
             task.lost = True
             await task.close_tables()
