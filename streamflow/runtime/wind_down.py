@@ -17,7 +17,7 @@ from streamflow.runtime.until_end import UntilEnd
 logger = logging.getLogger("streamflow.worker")
 
 CLOSE_S = 1.0
-"""How long the tasks may take to close after that."""
+"""How long the tasks may take to close after that, at least."""
 _FINAL_COMMIT_S = 3.0
 _ABANDONING_S = 0.1
 _LAST_LOOK_S = 1.0

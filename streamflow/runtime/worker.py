@@ -403,6 +403,7 @@ class Worker:
             )
             stack.callback(self._reads_no_more)
             purge = Purge(log.admin, self.clock, repartition_topics(self.app), manager.running)
+            end_by_s = 0.0  # of a stop that is asked for
             async with anyio.create_task_group() as services:
                 loops.start(services, manager, self.runs_user_code)
                 services.start_soon(restorer.run)
@@ -415,13 +416,14 @@ class Worker:
                     services.start_soon(self._stop_at_end, ends, manager)
                 await self._stop.wait()
                 self.state = "stopping"
+                end_by_s = anyio.current_time() + self.settings.shutdown_timeout_s - _ENDING_S
                 if self._sender is not None:
-                    self._sender.end_by(anyio.current_time() + self.settings.shutdown_timeout_s - _ENDING_S)
+                    self._sender.end_by(end_by_s)
                 self._log_is_away = not await wind_down(manager, log.delivery, ends, self.settings.shutdown_timeout_s)
                 with anyio.move_on_after(_LAST_PURGE_S):
                     await purge.purge()
                 services.cancel_scope.cancel()
-            await self._closed(manager)
+            await self._closed(manager, end_by_s)
             tasks.cancel_scope.cancel()
 
     def _reads_no_more(self) -> None:
@@ -474,8 +476,9 @@ class Worker:
             return False
         return is_idle(group) or not (jobs.is_beginning or is_visited(self.app))
 
-    async def _closed(self, manager: TaskManager) -> None:
-        with anyio.move_on_after(CLOSE_S):
+    async def _closed(self, manager: TaskManager, end_by_s: float) -> None:
+        """Close the tasks: each notes in its store how far it is, one after the other, in what is left of the time."""
+        with anyio.move_on_after(max(CLOSE_S, end_by_s - anyio.current_time())):
             await manager.close()
         if self._log_is_away and self._sender is not None and self._open is not None:
             # Whatever is open would wait for the log once more, one after the other.

@@ -1,5 +1,6 @@
 """Tables whose local state turns out damaged, or cannot be written, while the app runs."""
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -305,6 +306,35 @@ async def test_a_store_that_cannot_be_closed_keeps_no_other_open_and_no_hook_fro
         assert revoked == [{sf.TopicPartition("numbers", number) for number in range(3)}]
         with pytest.raises(StateError, match="a file cannot be closed"):
             await machine.ended(running)
+
+
+async def test_a_stop_closes_all_stores_though_that_takes_longer_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = sf.App("many")
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=5)
+    totals = app.table("totals", key_type=str, value_type=int, default=int)
+    revoked: list[set[sf.TopicPartition]] = []
+    close = MemoryStore.close
+
+    @app.agent(numbers, tables=[totals])
+    async def add(number: int) -> None:
+        totals["a"] += number
+
+    @app.on_revoked
+    async def note(partitions: set[sf.TopicPartition]) -> None:
+        revoked.append(partitions)
+
+    def takes_its_time(store: MemoryStore) -> None:
+        time.sleep(0.3)
+        close(store)
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        tasks = list(running.tasks.values())
+        assert len(tasks) == 5
+        monkeypatch.setattr(MemoryStore, "close", takes_its_time)
+        await machine.stop(running)
+        assert all(task.tables.left_at is not None for task in tasks)
+        assert revoked == [{sf.TopicPartition("numbers", number) for number in range(5)}]
 
 
 async def test_a_disk_that_stays_full_holds_the_input_back_and_loses_nothing(
