@@ -40,6 +40,7 @@ from streamflow.log.kafka.assignment import (
     write_shares,
 )
 from streamflow.log.kafka.client import Client, backoff_s
+from streamflow.log.unread_topics import UnreadTopics
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.kafka")
@@ -137,7 +138,7 @@ class GroupMember:
         self._assigned: Partitions = frozenset()
         self._revoking: dict[TopicPartition, float] = {}
         self._counts: dict[str, int] = {}
-        self._unread: frozenset[str] = frozenset()
+        self._unread = UnreadTopics(group_id, logger)
         self._room = ("", False)
         # What was told last; None: whatever was is not valid any more.
         self._told: bytes | None = b""
@@ -256,7 +257,7 @@ class GroupMember:
         share = read_share(synced.assignment)
         if is_done:
             self._counts = share.answer.counts
-        self._tell_unread(self._topics.intersection(share.answer.unread))
+        self._unread.tell(self._topics.intersection(share.answer.unread))
         return share
 
     def _claim(self) -> bytes:
@@ -264,19 +265,6 @@ class GroupMember:
         self._rejoin = False
         self._claimed = self._owned
         return write_claim(self._topics, self._owned, self._generation, self._vitals.says)
-
-    def _tell_unread(self, topics: frozenset[str]) -> None:
-        if topics - self._unread:
-            logger.warning(
-                "group %s: nobody processes %s: the worker that leads the group runs another version of the app, which "
-                "does not read %s as this one does. Their records wait until the workers of that version are gone",
-                self._group_id,
-                ", ".join(sorted(topics)),
-                "it" if len(topics) == 1 else "them",
-            )
-        elif self._unread and not topics:
-            logger.info("group %s: %s is processed now", self._group_id, ", ".join(sorted(self._unread)))
-        self._unread = topics
 
     async def _lead(self, joined: Any) -> list[tuple[str, bytes]]:
         claims = [read_claim(*member[:3]) for member in joined.members]

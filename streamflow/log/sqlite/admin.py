@@ -249,6 +249,10 @@ def _hide(sql: sqlite3.Connection, topic: str) -> None:
         return
     sql.execute("UPDATE topics SET name = ? WHERE id = ?", (f"{_DELETED}{found[0]}/{topic}", found[0]))
     sql.execute("DELETE FROM offsets WHERE topic = ?", (topic,))
+    # Made anew with as many partitions before anybody looks, it would be what the last target was set for.
+    sql.execute(
+        "UPDATE groups SET assigned_for = '' WHERE id IN (SELECT group_id FROM owners WHERE topic = ?)", (topic,)
+    )
     sql.execute("DELETE FROM owners WHERE topic = ?", (topic,))
     sql.execute("UPDATE groups SET version = version + 1")
 

@@ -25,6 +25,7 @@ from streamflow.log.sqlite.database import Database
 from streamflow.log.sqlite.execution import Session
 from streamflow.log.sqlite.membership import MemberStanding, Step, Subscription, check_membership
 from streamflow.log.tasks import TaskOwner
+from streamflow.log.unread_topics import UnreadTopics
 from streamflow.model.record import TopicPartition
 
 logger = logging.getLogger("streamflow.sqlite")
@@ -160,6 +161,7 @@ class SqliteGroup(Group):
         self._failure: StreamFlowError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._standing = MemberStanding()
+        self._unread = UnreadTopics(mine.group_id, logger)
         self.wishes = Wishes(says)
         self._last_beat: float | None = None
         self.heart: Heart | None = None
@@ -241,6 +243,7 @@ class SqliteGroup(Group):
         self._standing = _without(step.standing, unanswered)
         self._events.extend(step.events)
         self._wake_waiter()
+        self._unread.tell(step.standing.unread)
         if step.told_others:
             self._database.wrote(members=True)
 

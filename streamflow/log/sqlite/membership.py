@@ -39,6 +39,7 @@ from streamflow.model.record import TopicPartition
 
 _Partitions = frozenset[TopicPartition]
 _NONE: _Partitions = frozenset()
+_NO_TOPICS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class MemberStanding:
         settled: Whether it has everything it is meant to have and gives nothing back.
         says: What its row says of it.
         told: What it was told last; None: whatever that was is not valid any more.
+        unread: Topics of its own that nobody has: who has set the last target does not know them.
     """
 
     member_id: str = ""
@@ -91,6 +93,7 @@ class MemberStanding:
     settled: bool = True
     says: bytes = b""
     told: bytes | None = b""
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +306,15 @@ class _Stepping:
     def exists(self, topic: str) -> bool:
         return self.sql.execute("SELECT 1 FROM topics WHERE name = ?", (topic,)).fetchone() is not None
 
+    def unread(self) -> frozenset[str]:
+        """Topics of its own that exist, and that nobody has or is to have."""
+        held = self.sql.execute(
+            "SELECT DISTINCT topic FROM owners WHERE group_id = ? AND (member_id IS NOT NULL OR target IS NOT NULL)",
+            (self.group,),
+        )
+        left = self.mine.topics.difference(topic for (topic,) in held)
+        return frozenset(filter(self.exists, left))
+
     def generation(self) -> int:
         (generation,) = self.sql.execute("SELECT generation FROM groups WHERE id = ?", (self.group,)).fetchone()
         return int(generation)
@@ -325,6 +337,7 @@ class _Stepping:
             self.settled if self.member_id else True,
             self.says,
             self.told,
+            self.unread() if self.member_id else _NO_TOPICS,
         )
         return Step(standing, self.events, self.changed)
 

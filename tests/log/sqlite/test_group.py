@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streamflow.clock import VirtualClock
 from streamflow.errors import GroupInUseError, InternalError, TaskMigratedError
-from streamflow.log.api import Assigned, Given, GroupSettings, Lost, NewTopic, OffsetMark, Revoked, Told
+from streamflow.log.api import Assigned, Given, GroupSettings, Lost, Member, NewTopic, OffsetMark, Revoked, Told
 from streamflow.log.sqlite import membership, process
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.model.record import TopicPartition
@@ -201,6 +201,47 @@ async def test_members_with_different_topics_and_a_topic_that_grows_away(memory,
         assert "made anew" in lost.reason
         assert isinstance(assigned, Assigned)
         assert assigned.partitions == {TopicPartition("u", number) for number in range(3)}
+
+
+async def test_a_topic_that_is_made_anew_before_anybody_looks_is_assigned_anew(memory, clock):
+    await memory.admin.create([NewTopic("t", 2), NewTopic("other", 1)])
+    async with AsyncExitStack() as stack:
+        members = [await join(stack, memory, topics=("t", "other")) for _ in range(2)]
+        await advance(clock, 0.6, *(member.group for member in members))
+        first = asyncio.ensure_future(memory.admin.delete(["t"]))  # both are done before a heart beats
+        await asyncio.gather(first, memory.admin.create([NewTopic("t", 2)]))
+        await advance(clock, 0.9, *(member.group for member in members))
+        owned = [tp for member in members for tp in member.owned]
+        assert sorted(owned) == [TopicPartition("other", 0), TopicPartition("t", 0), TopicPartition("t", 1)]
+        lost = [event for member in members for event in member.events if isinstance(event, Lost)]
+        assert all("made anew" in event.reason for event in lost)
+        assert {tp for event in lost for tp in event.partitions} == {TopicPartition("t", 0), TopicPartition("t", 1)}
+
+
+async def test_a_topic_that_another_version_does_not_know_is_told_by_who_reads_it(memory, clock, caplog):
+    caplog.set_level("INFO")
+    await memory.admin.create([NewTopic("t", 1), NewTopic("u", 1)])
+
+    def knows_only_t(members, counts):
+        return spread([Member(each.member_id, frozenset({"t"}), each.owned) for each in members], {"t": counts["t"]})
+
+    def said(what):
+        return [record for record in caplog.records if what in record.getMessage()]
+
+    async with AsyncExitStack() as stack:
+        newer = await join(stack, memory, topics=("t", "u"))
+        await settle()
+        assert len(newer.owned) == 2
+        assert not said("nobody processes")
+        async with memory.group("g", frozenset({"t"}), knows_only_t, SETTINGS) as group, Watched(group) as older:
+            await advance(clock, 1.2, newer.group, older.group)
+            assert TopicPartition("u", 0) not in newer.owned | older.owned
+            (warning,) = said("nobody processes u: the worker that leads the group runs another version")
+            assert warning.levelname == "WARNING"
+        await advance(clock, 0.6, newer.group)
+        assert len(newer.owned) == 2
+        assert len(said("u is processed now")) == 1
+        assert len(said("nobody processes")) == 1
 
 
 async def test_a_commit_from_before_the_partition_went_away_and_came_back_is_refused(memory, clock):
