@@ -15,6 +15,7 @@ from streamflow.cli.options import Session
 from streamflow.cli.output import run_async
 from streamflow.cli.progress import Reporter, progress
 from streamflow.cli.signals import stopping
+from streamflow.error_groups import one_error
 from streamflow.hosting import only_host, served
 from streamflow.metrics import PrometheusSensors
 from streamflow.runtime.status import Progress
@@ -54,12 +55,13 @@ def run(session: Session, me: Child | None, *, until_end: bool, json: bool) -> i
     running = Worker(session.app, settings, sensors=sensors, until_end=until_end, on_progress=on_progress)
 
     async def until_told() -> None:
-        async with contextlib.AsyncExitStack() as around:
-            if listener is not None:
-                site = served(running, session.app, settings, sensors, listener, index=index)
-                await around.enter_async_context(site)
-            with only_host(session.app, "streamflow worker"):
-                await running.run()
+        with one_error():  # the web server's task group makes a group of it
+            async with contextlib.AsyncExitStack() as around:
+                if listener is not None:
+                    site = served(running, session.app, settings, sensors, listener, index=index)
+                    await around.enter_async_context(site)
+                with only_host(session.app, "streamflow worker"):
+                    await running.run()
 
     _collect_garbage_less_often()
     quiet = not until_end or me is not None or settings.log_format == "json"

@@ -62,7 +62,8 @@ def worker(
         if me is None and settings.log_format == "console":
             code = report(exc)
         else:
-            logger.critical("%s", exc, exc_info=None if isinstance(exc, StreamFlowError) else exc)
+            told = "; ".join([str(exc), *getattr(exc, "__notes__", ())])
+            logger.critical("%s", told, exc_info=None if isinstance(exc, StreamFlowError) else exc)
             code = exit_code(exc)
     raise typer.Exit(code)
 

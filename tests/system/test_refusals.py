@@ -43,6 +43,17 @@ async def test_a_wrong_partition_count_is_refused(system: System) -> None:
     assert "Traceback" not in worker.said
 
 
+async def test_in_a_structured_log_and_among_several_processes_it_is_one_line(sqlite: System) -> None:
+    sqlite.write_app("strict = app.topic(ID + '-strict', partitions=3)\n" + POISON)
+    await sqlite.create("strict", partitions=5)
+    for arguments in (("--log-format", "json"), ("--processes", "2")):
+        worker = sqlite.start(*arguments)
+        assert await worker.ends() == 2
+        (line, *_) = [line for line in worker.said.splitlines() if "CRITICAL" in line]
+        assert "has 5 partitions, but partitions=3 was declared" in line
+        assert "Traceback" not in worker.said
+
+
 async def test_a_missing_topic_that_may_not_be_created_is_refused(system: System) -> None:
     system.write_app("there = app.topic(ID + '-there', create=False)\n" + POISON)
     worker = system.start()
