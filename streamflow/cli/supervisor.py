@@ -1,7 +1,8 @@
 """`--processes N`: start worker processes, start crashed ones again, serve their metrics as one.
 
-What a child's end means: 0 - it was done; 1 or 2 - it failed or was refused, and so would the others: all stop with
-that code; anything else is a crash, and it is started again after a growing pause.
+What a child's end means: 1 or 2 - it failed or was refused, and so would the others: all stop with that code; 0 in a
+bounded run - it was done; anything else is a crash, or somebody has stopped this one alone, and it is started again
+after a growing pause.
 
 A bounded run (`--until-end`) is told of here and by no child: where it began is noted before the first one starts.
 """
@@ -141,7 +142,7 @@ class _Supervisor:
         while not self._stopping:
             started = time.monotonic()
             code = await self._run_once(member)
-            if code == 0 or self._stopping:
+            if self._stopping or (code == 0 and self._bounded is not None):
                 member.state = "stopped"
                 if code in {FAILED, REFUSED} and self.code == 0:
                     self.code = code

@@ -89,6 +89,16 @@ def test_one_that_is_killed_is_started_again(shell):
     assert running.stop() == 0
 
 
+def test_one_that_is_stopped_alone_is_started_again(shell):
+    running = supervised(shell)
+    get_until(f"{running.url}/ready", '"ready":true')
+    os.kill(pids(running)[1], signal.SIGTERM)
+    running.wait_for("process 1 ended with exit code 0; starting it again in 0.5 s")
+    get_until(f"{running.url}/metrics", r'(?s)process_up\{process="1"\} 1\.0.*restarts_total\{process="1"\} 1')
+    get_until(f"{running.url}/ready", '"ready":true')
+    assert running.stop() == 0
+
+
 def test_an_unknown_exit_code_is_a_crash_and_the_pause_grows(shell):
     running = supervised(shell, processes=1)
     shell("send", "orders.py", "orders", order(1, "crash"))
