@@ -142,7 +142,7 @@ class _Supervisor:
         while not self._stopping:
             started = time.monotonic()
             code = await self._run_once(member)
-            if self._stopping or (code == 0 and self._bounded is not None):
+            if (code == 0 and self._bounded is not None) or self._stopping:
                 member.state = "stopped"
                 if code in {FAILED, REFUSED} and self.code == 0:
                     self.code = code
