@@ -92,6 +92,7 @@ class TaskManager:
         self._starts = TaskStarts(log, app, settings, layout, shared.clock)
         self._by_topic = {topic: sub for sub in layout.sub_topologies for topic in sub.topics}
         self._agents = {sub.name: processors_of(app, sub) for sub in layout.sub_topologies}
+        # Of tasks that are not open: what is this worker's of them.
         self._incomplete: dict[tuple[str, int], set[TopicPartition]] = {}
         self._by_tp: dict[TopicPartition, Task] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
@@ -230,10 +231,12 @@ class TaskManager:
 
     async def _assigned(self, event: Assigned) -> None:
         partitions = event.partitions
+        concerned: dict[tuple[str, int], set[TopicPartition]] = {}
         for tp in partitions:
-            sub = self._by_topic[tp.topic]
-            self._incomplete.setdefault((sub.name, tp.partition), set()).add(tp)
-        complete = {key: tps for key, tps in self._incomplete.items() if self._is_complete(key, tps)}
+            key = self._by_topic[tp.topic].name, tp.partition
+            concerned[key] = self._incomplete.setdefault(key, set())
+            concerned[key].add(tp)
+        complete = {key: tps for key, tps in concerned.items() if self._is_complete(key, tps)}
         for key in complete:
             del self._incomplete[key]
         self._tell_of_new(partitions)
@@ -284,8 +287,9 @@ class TaskManager:
                 return
 
     def _is_complete(self, key: tuple[str, int], tps: set[TopicPartition]) -> bool:
-        sub = self._by_topic[next(iter(tps)).topic]
-        return tps.issuperset(self._layout.of_task(sub, key[1]))
+        """Whether a task has all its partitions, with those that it was opened with."""
+        sub, task = self._by_topic[next(iter(tps)).topic], self.tasks.get(key)
+        return tps.union(() if task is None else task.committed).issuperset(self._layout.of_task(sub, key[1]))
 
     def _tell_of_new(self, partitions: Iterable[TopicPartition]) -> None:
         """Say which topics have more partitions than they had when this worker started."""
@@ -322,6 +326,7 @@ class TaskManager:
 
     async def _open(self, key: tuple[str, int], starts: Mapping[TopicPartition, Start]) -> None:
         sub = self._by_topic[next(iter(starts)).topic]
+        self._incomplete.pop(key, None)
         topics = [self._topics[name] for name in sub.topics]
         positions = {tp: start.position for tp, start in starts.items()}
         mark = CommitMark.of_task({tp: start.mark for tp, start in starts.items()})
@@ -413,6 +418,9 @@ class TaskManager:
                 self._shared.fail(error)
             finally:
                 self._closing.pop((task.sub_topology.name, task.partition), None)
+        for task in tasks:  # what stays of them waits for the rest to come back, or for the task to be opened anew
+            key = task.sub_topology.name, task.partition
+            self._incomplete.setdefault(key, set()).update(task.committed)
         for tps in self._incomplete.values():
             tps -= partitions
         self._incomplete = {key: tps for key, tps in self._incomplete.items() if tps}

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 import streamflow as sf
+from streamflow.log.api import Assigned, Lost
 from streamflow.log.sqlite.log import SqliteLog
 from streamflow.runtime.client import Client
 from tests.runtime.machine import Machine
@@ -92,6 +93,54 @@ async def test_a_task_that_another_topics_new_partition_joins_loses_nothing(capl
         (task,) = (task for task in running.tasks.values() if task.partition == 1)
         assert set(task.committed) == {sf.TopicPartition("first", 1), sf.TopicPartition("second", 1)}
         assert caplog.text.count("when this worker started") == 2
+
+
+async def test_a_shorter_topic_that_grows_joins_the_task_that_the_longer_one_has() -> None:
+    app = sf.App("grow-to-the-other")
+    short = app.topic("short", key_type=str, value_type=int, partitions=1)
+    long = app.topic("long", key_type=str, value_type=int, partitions=2)
+    seen: list[int] = []
+
+    @app.agent([short, long])
+    def work(number: int) -> None:
+        seen.append(number)
+
+    async with Machine(app, heartbeat_interval_ms=500) as machine:
+        await machine.start()
+        await machine.send(long, 1, key="k", partition=1)
+        await machine.settle()
+        await grow(machine, "short", 2)
+        short.partitions = 2  # clients that start look at what is declared
+        async with Client(app, machine.settings, clock=machine.clock) as client:
+            await client.send(short, key="k", value=2, partition=1)
+        notice(machine)
+        await until(lambda: seen == [1, 2])
+
+
+async def test_a_part_of_a_tasks_partitions_that_goes_and_comes_back_has_the_task_opened_again() -> None:
+    """As where workers of before lead, to whom they are two tasks."""
+    app = sf.App("parts")
+    first = app.topic("first", key_type=str, value_type=int, partitions=1)
+    second = app.topic("second", key_type=str, value_type=int, partitions=1)
+    seen: list[int] = []
+
+    @app.agent([first, second])
+    def work(number: int) -> None:
+        seen.append(number)
+
+    async with Machine(app) as machine:
+        running = await machine.start()
+        manager = running.worker.manager
+        assert manager is not None
+        part = frozenset({sf.TopicPartition("first", 0)})
+        await manager.handle(Lost(part, "it is another worker's"))
+        assert not running.tasks
+        await manager.handle(Assigned(part, 1))
+        assert list(running.tasks) == ["first-0"]
+        for topic in (first, second):
+            await machine.send(topic, len(seen), key="k")
+            await machine.settle()
+        assert seen == [0, 1]
 
 
 async def test_a_topic_that_is_grouped_may_grow_and_the_groups_keep_their_partitions() -> None:
