@@ -313,10 +313,13 @@ async def test_a_partition_that_is_back_before_its_loss_was_told_starts_anew(mon
         await processed(running, 4)
         group = running.worker.group
         assert group is not None
+        owned = group.assignment
+        told = [frozenset[TopicPartition]()]
         with monkeypatch.context() as patch:
 
             async def refuse(*_: Any) -> None:
-                patch.setattr(type(group), "assignment", frozenset())
+                # It is back at the next look: who opens the task anew finds it there.
+                patch.setattr(type(group), "assignment", property(lambda _: told.pop() if told else owned))
                 raise TaskMigratedError("the session is over")
 
             patch.setattr(group, "commit", refuse)
@@ -327,6 +330,7 @@ async def test_a_partition_that_is_back_before_its_loss_was_told_starts_anew(mon
                 return committing.done()
 
             await until(is_over)
+        assert not told
         await machine.settle()
         assert dict(counts.totals) == {"a": 2, "b": 1, "c": 1}
         await machine.crash(running)
