@@ -7,7 +7,7 @@ the send joins the turn's stage; elsewhere it goes through the sender that the r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeAlias
@@ -70,8 +70,11 @@ class Turn(Protocol):
         """Event time of the record in hand."""
         ...
 
-    def send(self, outgoing: Outgoing) -> None:
+    def send(self, outgoing: Outgoing) -> Callable[[], Awaitable[None]] | None:
         """Add an output to the turn's stage.
+
+        Returns:
+            What waits for room, in a turn whose outputs do not wait for its end; who can wait calls it.
 
         Raises:
             ProductionError: It cannot be encoded or is too large.

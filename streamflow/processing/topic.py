@@ -184,7 +184,8 @@ class Topic(Generic[K, V]):
 
         Inside a record's turn it joins the turn's outputs: it becomes visible with the record's commit, or not at all.
         Elsewhere (timers, tasks, `app.client()`, `app.running()`) it leaves at once and is waited for; while too much
-        is on its way (an eighth of `memory_budget_bytes`), the call first waits for room.
+        is on its way (an eighth of `memory_budget_bytes`), the call first waits for room. In a task with
+        `on_leader=True` it joins the next commit of the leader's partition, and waits while that is too large.
 
         Args:
             key: Of the topic's key type; None is a null key.
@@ -207,7 +208,9 @@ class Topic(Generic[K, V]):
         turn = current_turn.get()
         if turn is None:
             return await sender_of(cast(Any, self.app)).send(outgoing)
-        turn.send(outgoing)
+        wait = turn.send(outgoing)
+        if wait is not None:
+            await wait()
         return None
 
     def send_nowait(

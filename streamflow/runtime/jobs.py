@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from time import perf_counter
 from typing import Any
 
 import anyio
@@ -24,6 +25,7 @@ from streamflow.processing.context import Outgoing, current_turn
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.hooks import Action, BackgroundTask, Crontab, Timer
 from streamflow.runtime.cancellation import call_user
+from streamflow.runtime.feed import SLICE_S
 from streamflow.runtime.outputs import Staged, write
 from streamflow.runtime.task import Task
 from streamflow.sensors import Sensors
@@ -51,6 +53,7 @@ class LeaderTurn:
         self._at_once = at_once
         self._stage: list[Staged] = []
         self._open = True
+        self._slice_started_s = perf_counter()
 
     # Tables are read here as elsewhere outside of records: what is committed; and changed by `update_async`.
     record = None
@@ -59,7 +62,7 @@ class LeaderTurn:
     stages: Mapping[str, Stage] = {}
     at_hand: Mapping[str, PlainStage] = {}
 
-    def send(self, outgoing: Outgoing) -> None:
+    def send(self, outgoing: Outgoing) -> Callable[[], Awaitable[None]] | None:
         """See `processing.context.Turn.send`."""
         if not self._open:
             raise ClosedError("a leader's turn is over; await everything before the function returns")
@@ -69,9 +72,19 @@ class LeaderTurn:
         headers = list(headers)
         key_bytes = topic.key_codec.encode(key, headers)
         self._stage.append(self._task.outputs.to(topic).encode(key_bytes, value, partition, at_ms, headers))
-        if self._at_once:
-            write(self._stage)
-            self._stage.clear()
+        if not self._at_once:
+            return None
+        write(self._stage)
+        self._stage.clear()
+        return self._wait
+
+    async def _wait(self) -> None:
+        """Let others run after a slice of time, and wait while too much is in no commit: it may send without end."""
+        if perf_counter() - self._slice_started_s > SLICE_S:
+            await asyncio.sleep(0)
+            self._slice_started_s = perf_counter()
+        if self._task.is_full():
+            await self._task.make_room()
 
     @property
     def is_held(self) -> bool:

@@ -1,7 +1,10 @@
 """An app without agents: who owns its leader topic leads."""
 
+import asyncio
+import os
 from typing import Any
 
+import anyio
 import pytest
 
 import streamflow as sf
@@ -83,6 +86,35 @@ async def test_a_run_to_the_end_ends() -> None:
         assert done == [1]
         await machine.look()
         assert machine.values(ticks) == [-1]
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+async def test_a_task_that_sends_without_end_holds_up_nobody_and_waits_for_room(guarantee: str) -> None:
+    app = sf.App("clock", memory_budget_bytes=16 << 20)
+    blobs = app.topic("blobs", key_type=str, value_type=bytes, partitions=1)
+    held: list[int] = []
+    seen: set[int] = set()
+    count = 8_000
+
+    @app.task(on_leader=True)
+    async def produce() -> None:
+        for _ in range(count):
+            await blobs.send(key="k", value=os.urandom(1000))
+            (task,) = running.tasks.values()
+            held.append(task.outputs.sealed_bytes)
+
+    async with Machine(app, processing_guarantee=guarantee) as machine:
+        running = await machine.start()
+        with anyio.fail_after(20):
+            while len(held) < count:
+                seen.add(len(held))
+                machine.clock.advance(0.25)
+                await asyncio.sleep(0)
+        assert seen - {0}, "nothing else ran until all was sent"
+        assert max(held) <= (2 << 20) + (1 << 20)  # an eighth of the budget, and what the batch that filled it has more
+        await machine.stop(running)
+        await machine.look()
+        assert len(machine.values(blobs)) == count
 
 
 async def test_with_an_agent_the_app_has_no_such_topic_and_takes_the_offsets_of_its_own() -> None:
