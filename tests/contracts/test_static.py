@@ -161,6 +161,33 @@ async def test_who_comes_back_with_other_topics_has_them_assigned(open_log, name
             assert had <= back.owned
 
 
+async def test_who_comes_back_without_a_topic_is_not_given_it_again(open_log, name):
+    topic, dropped, group_id = name("t"), name("dropped"), name("g")
+    every = {each: {TopicPartition(each, number) for number in range(2)} for each in (topic, dropped)}
+    both = frozenset(every)
+
+    def by_readers(members, counts):
+        given = {each.member_id: set() for each in members}
+        for each in sorted(counts):
+            readers = sorted(member.member_id for member in members if each in member.topics)
+            for number in range(counts[each]):
+                given[readers[number % len(readers)]].add(TopicPartition(each, number))
+        return {member_id: Given(frozenset(mine)) for member_id, mine in given.items()}
+
+    async with open_log() as log, open_log() as other:
+        await log.admin.create([NewTopic(each, 2) for each in both])
+        async with other.group(group_id, both, by_readers, settings("b")) as group, Watched(group) as b:
+            async with log.group(group_id, both, by_readers, settings("a")) as group, Watched(group) as a:
+                await until(lambda: {tp.topic for tp in a.owned} == {tp.topic for tp in b.owned} == both)
+            async with (
+                log.group(group_id, frozenset({topic}), by_readers, settings("a")) as group,
+                Watched(group) as back,
+            ):
+                await until(lambda: b.owned >= every[dropped] and every[topic] <= back.owned | b.owned)
+                given = {tp for event in back.events if isinstance(event, Assigned) for tp in event.partitions}
+                assert given <= every[topic]
+
+
 async def test_a_static_member_that_hangs_gives_everything_up_at_once_and_comes_back(open_log, name):
     topic, group_id = name("t"), name("g")
     async with open_log() as log, open_log() as other:

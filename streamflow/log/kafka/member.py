@@ -339,7 +339,8 @@ class GroupMember:
     # --- what a round changes ------------------------------------------------------------------------------------
 
     def _settle(self, share: Share) -> None:
-        assigned = self._assigned = share.partitions
+        # Who takes a static member's place is given its share as it was: of topics, too, that only its version reads.
+        assigned = self._assigned = frozenset(tp for tp in share.partitions if tp.topic in self._topics)
         going = self._owned - assigned - self._revoking.keys()
         coming = assigned - self._owned
         self._owned |= coming
