@@ -95,6 +95,45 @@ async def test_a_restart_is_no_rebalance_on_an_older_broker(old_kafka: System, h
     await test_a_restart_within_the_session_is_no_rebalance(old_kafka, how, "exactly_once")
 
 
+LATER = (
+    SUMS
+    + """
+by_parity = app.table("by_parity", key_type=int, value_type=int, default=int)
+more = app.topic(ID + "-more", key_type=str, value_type=int)
+
+@app.agent(numbers.group_by(lambda number: number % 2, name="parity", key_type=int))
+async def count(stream: sf.Stream[int]) -> None:
+    async for event in stream.events():
+        by_parity[event.key] += 1
+
+@app.agent(more)
+async def look(number: int) -> None: ...
+"""
+)
+"""The next version: one more topic of its own, one by way of group_by, and a table."""
+
+
+@EVERYWHERE
+async def test_a_version_is_taken_back_worker_by_worker(system: System) -> None:
+    named, names = Named(system), ["w-0", "w-1"]
+    await system.create("numbers", "results", "more", partitions=PARTITIONS)
+    workers: dict[str, Worker] = {}
+    async with system.load("numbers", per_s=200) as sent:
+        for body in (LATER, SUMS, LATER, SUMS):
+            system.write_app(body, session_timeout_ms=25_000)
+            for name in names:
+                if name in workers:
+                    assert await workers.pop(name).stops() == STOPPED
+                workers[name] = await named.started(name)
+            written = sent.total()
+            await system.has_committed("numbers", written)
+    await system.has_committed("numbers", sent.total())
+    for worker in workers.values():
+        assert await worker.stops() == STOPPED
+    await check(system)
+    assert not [worker for worker in system.workers if "Traceback" in worker.said]
+
+
 @EVERYWHERE
 async def test_the_others_take_over_when_the_session_is_over(system: System) -> None:
     named = Named(system)
