@@ -183,6 +183,13 @@ class NotHeld(StreamFlowError):
     """A table's partition is not held by this process; the message says which one it is and what is held."""
 
 
+class ReadFailed(StreamFlowError):
+    """A table is not read, as `@app.authorize_reads` raised what is no refusal: it does so again, so mend the function.
+
+    The message says the type; the log of the worker that called it has the traceback.
+    """
+
+
 class OffsetOutOfRangeError(StreamFlowError):
     """A position lies outside what the log holds.
 

@@ -53,7 +53,7 @@ class Sensors:
 
         Args:
             table: Its name.
-            outcome: found, absent, unavailable or refused.
+            outcome: found, absent, unavailable, refused or failed.
         """
 
     def rebalanced(self, assigned: int, revoked: int, lost: int) -> None:

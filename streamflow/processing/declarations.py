@@ -32,7 +32,7 @@ from streamflow.processing.hooks import (
 )
 from streamflow.processing.places import place_of_call
 from streamflow.processing.policy import ErrorPolicy, Stop
-from streamflow.processing.remote import Authorize
+from streamflow.processing.reads_guard import ReadsGuard
 from streamflow.processing.selector import Field
 from streamflow.processing.set_table import SetTable
 from streamflow.processing.signature import UNKNOWN, Signature
@@ -94,7 +94,7 @@ class Declarations(TableDeclarations):
         self.tables: dict[str, Table[Any, Any]] = {}
         self.set_tables: dict[str, SetTable[Any, Any]] = {}
         self.global_tables: dict[str, GlobalTable[Any, Any]] = {}
-        self.reads_guard: Authorize | None = None
+        self.reads_guard: ReadsGuard | None = None
         self.timers: list[Timer] = []
         self.crontabs: list[Crontab] = []
         self.tasks: list[BackgroundTask] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -44,17 +43,6 @@ Authorize: TypeAlias = Callable[[TableRead], bool] | Callable[[TableRead], Await
 """Says whether a read is allowed, or raises `PermissionError`; sync or async."""
 
 
-async def check_allowed(guard: Authorize, read: TableRead) -> None:
-    """Ask an app whether this may be read.
-
-    Raises:
-        PermissionError: It may not.
-    """
-    said = guard(read)
-    if (await said if inspect.isawaitable(said) else said) is not True:
-        raise PermissionError("@app.authorize_reads does not allow this")
-
-
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """How a read is to be answered.
@@ -89,6 +77,7 @@ class RemoteReader(Protocol):
         Raises:
             NotHeld: No worker that answers holds it, within the time.
             PermissionError: The one that does, does not allow it.
+            ReadFailed: Whether it is allowed could not be found out.
         """
         ...
 

@@ -65,6 +65,7 @@ class RemoteTable(OrderedMapping[K, V], Generic[K, V]):
         Raises:
             NotHeld: No worker that can be reached has answered within the time; the message says why. Ask again.
             PermissionError: `@app.authorize_reads` does not allow the read.
+            ReadFailed: `@app.authorize_reads` raised something else; asking again does not help.
             ProductionError: It is no key of the table.
             ConfigurationError: `at` is no position that the table comes to.
 
@@ -102,6 +103,7 @@ class RemoteTable(OrderedMapping[K, V], Generic[K, V]):
         Raises:
             NotHeld: A page could not be read within the time.
             PermissionError: `@app.authorize_reads` does not allow the read.
+            ReadFailed: See `get_remote`.
         """
         low, high = self.span_of(start, stop, prefix, "scan_remote")
         asked = ReadOptions(at, stale_ok, timeout_s, headers)

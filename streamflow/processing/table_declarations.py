@@ -11,6 +11,7 @@ from streamflow.model.serde import Serializer
 from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.hooks import check_action
 from streamflow.processing.places import place_of_call
+from streamflow.processing.reads_guard import ReadsGuard
 from streamflow.processing.remote import Authorize
 from streamflow.processing.set_table import Pairs, SetTable
 from streamflow.processing.table import Table
@@ -46,16 +47,16 @@ class TableDeclarations:
     tables: dict[str, Table[Any, Any]]
     set_tables: dict[str, SetTable[Any, Any]]
     global_tables: dict[str, GlobalTable[Any, Any]]
-    reads_guard: Authorize | None
+    reads_guard: ReadsGuard | None
 
     def authorize_reads(self, fn: G) -> G:
         """Have a function (sync or async) decide who may read tables over HTTP.
 
         It is given an `sf.TableRead` and returns True to allow the read; anything else, or raising `PermissionError`,
-        whose text is the answer, refuses it. Both the worker that is asked and the one that has the key call it, with
-        the headers of the request. Without one, whoever reaches the web server reads. `get_remote` and `scan_remote`
-        with `headers=` are decided on, too; without, they are the app's own, and what this process holds is not asked
-        about.
+        whose text is the answer, refuses it. Where it raises anything else, nothing is read, and the log says so. Both
+        the worker that is asked and the one that has the key call it, with the headers of the request. Without one,
+        whoever reaches the web server reads. `get_remote` and `scan_remote` with `headers=` are decided on, too;
+        without, they are the app's own, and what this process holds is not asked about.
 
         Raises:
             TopologyError: The app has such a function already.
@@ -63,7 +64,7 @@ class TableDeclarations:
         check_action(fn, "@app.authorize_reads", "read")
         if self.reads_guard is not None:
             raise TopologyError("@app.authorize_reads: the app has such a function already, and one decides")
-        self.reads_guard = fn
+        self.reads_guard = ReadsGuard(fn)
         return fn
 
     def declared_topic(self, topic: Topic[Any, Any]) -> Topic[Any, Any]:

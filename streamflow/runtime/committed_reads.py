@@ -20,7 +20,7 @@ from streamflow.log.api import Group
 from streamflow.model.position import positions_of, text_of
 from streamflow.model.record import TopicPartition
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.remote import Authorize
+from streamflow.processing.reads_guard import ReadsGuard
 from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
@@ -84,7 +84,7 @@ class CommittedReads:
         return self._app.id
 
     @property
-    def guard(self) -> Authorize | None:
+    def guard(self) -> ReadsGuard | None:
         """Who decides what may be read; None where all may."""
         return self._app.reads_guard
 

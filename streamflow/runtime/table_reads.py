@@ -7,8 +7,8 @@ tables are restored. An answer is the owner's or there is none.
 from __future__ import annotations
 
 import heapq
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, TypeAlias
@@ -17,11 +17,11 @@ import anyio
 import msgspec
 
 from streamflow.config import Settings
-from streamflow.errors import NotHeld, StreamFlowError
+from streamflow.errors import NotHeld, ReadFailed, StreamFlowError
 from streamflow.log.api import Group
 from streamflow.model.position import positions_of, text_of
 from streamflow.processing.declarations import Declarations
-from streamflow.processing.remote import ReadOptions, TableRead, check_allowed, registered_reader
+from streamflow.processing.remote import ReadOptions, TableRead, registered_reader
 from streamflow.processing.set_table import Pairs
 from streamflow.processing.table import Table
 from streamflow.processing.topology import SubTopology
@@ -150,10 +150,21 @@ class TableReads:
 
         Raises:
             PermissionError: It may not be read.
+            ReadFailed: Whether it may could not be found out.
         """
         guard = self.committed.guard
         if guard is not None and options.headers is not None:
-            await check_allowed(guard, TableRead.of_caller(table.name, key, options.headers))
+            with self.counting_failures(table.name):
+                await guard.check(TableRead.of_caller(table.name, key, options.headers))
+
+    @contextmanager
+    def counting_failures(self, table: str) -> Generator[None]:
+        """Count a read of a table that ends by `ReadFailed`."""
+        try:
+            yield
+        except ReadFailed:
+            self._sensors.table_read(table, "failed")
+            raise
 
     # --- what is read ------------------------------------------------------------------------------------------
 
@@ -170,6 +181,7 @@ class TableReads:
             ConfigurationError: `at` does not fit the table.
             NotHeld: Nobody has answered within the time.
             PermissionError: Who has the partition does not allow it.
+            ReadFailed: Who has the partition could not find out whether it is allowed.
             DeserializationError: The value does not decode.
         """
         _, sub = self._checked(table, options)
@@ -278,6 +290,7 @@ class TableReads:
         Raises:
             NotHeld: There are none within the time.
             PermissionError: One of those asked does not allow it.
+            ReadFailed: One of those asked could not find out whether it is allowed.
         """
         left, answers = set(partitions), list[Answer]()
         give_up_s = anyio.current_time() + options.timeout_s
@@ -294,7 +307,7 @@ class TableReads:
                     answers.append(outcome)
                     left.difference_update(set(asked[where]) - outcome.without.keys())
                 elif not isinstance(outcome, _MISSED):
-                    self._sensors.table_read(table.name, "refused")
+                    self._sensors.table_read(table.name, "failed" if isinstance(outcome, ReadFailed) else "refused")
                     raise outcome
             if not left:
                 return answers
@@ -428,11 +441,14 @@ def _answer_of(where: str, response: Response | Exception) -> Answer:
         with suppress(msgspec.MsgspecError):
             return Answer.of_data(response.body)
         raise NotReadableYet(f"{where} gives an answer that is none")
-    text = _said(response.body)
+    said = _said(response.body)
+    text = response.body.decode(errors="replace") if said is None else said
     if response.status == 403:
         raise PermissionError(text)
     if response.status == 421:
         raise Misdirected(text)
+    if response.status == 500 and said is not None:
+        raise ReadFailed(said)
     raise NotReadableYet(f"{where}: {response.status} {text}")
 
 
@@ -440,11 +456,11 @@ class _Failure(msgspec.Struct):
     error: str
 
 
-def _said(body: bytes) -> str:
-    """What a worker says is wrong; all of it where it comes from somebody else."""
+def _said(body: bytes) -> str | None:
+    """What a worker says is wrong; None where it comes from somebody else, such as a proxy before it."""
     with suppress(msgspec.MsgspecError):
         return msgspec.json.decode(body, type=_Failure).error
-    return body.decode(errors="replace")
+    return None
 
 
 def _behind(store_key: bytes) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import msgspec
@@ -16,13 +17,20 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from streamflow.errors import ConfigurationError, DeserializationError, NotHeld, RecordError, StreamFlowError
+from streamflow.errors import (
+    ConfigurationError,
+    DeserializationError,
+    NotHeld,
+    ReadFailed,
+    RecordError,
+    StreamFlowError,
+)
 from streamflow.model.schema import type_name
 from streamflow.model.text import plain, reader_of
 from streamflow.processing.declarations import Declarations
 from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.key_text import range_of
-from streamflow.processing.remote import ReadOptions, TableRead, check_allowed
+from streamflow.processing.remote import ReadOptions, TableRead
 from streamflow.processing.set_table import Pairs, SetTable
 from streamflow.processing.table import Table
 from streamflow.runtime import global_reads
@@ -200,7 +208,7 @@ class TableSite:
         committed = self._reader().committed
         committed.check_asker(question)
         table, _ = committed.table(question.table)
-        await self._allow(table.name, _key_asked(table, question), request)
+        await self._check(table.name, _key_asked(table, question), request)  # who asks counts the read
         answer = await committed.answer(question)
         return Response(answer.data(), media_type="application/msgpack", headers={"cache-control": "no-store"})
 
@@ -209,11 +217,16 @@ class TableSite:
 
         Raises:
             PermissionError: It may not.
+            ReadFailed: The app's function could not say.
         """
+        reads = self._reads()
+        with nullcontext() if reads is None else reads.counting_failures(table):
+            await self._check(table, key, request)
+
+    async def _check(self, table: str, key: Any, request: Request) -> None:
         guard = self._app.reads_guard
-        if guard is None:
-            return
-        await check_allowed(guard, TableRead(table, key, headers_of(request)))
+        if guard is not None:
+            await guard.check(TableRead(table, key, headers_of(request)))
 
 
 def _key_asked(table: Table[Any, Any], question: Question) -> Any:
@@ -257,6 +270,8 @@ def _answering(handler: Handler) -> Handler:
             return failure(421, str(error))
         except PermissionError as error:
             return failure(403, str(error) or "forbidden")
+        except ReadFailed as error:
+            return failure(500, str(error))
         except DeserializationError as error:
             return failure(500, shown_error(error))
         except (ConfigurationError, RecordError) as error:

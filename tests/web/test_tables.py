@@ -15,7 +15,7 @@ from streamflow.errors import StateCorruptedError
 from streamflow.log.sqlite.database import MemoryDatabase
 from streamflow.runtime.assignment.cluster import TaskId
 from streamflow.runtime.assignment.words import Route
-from streamflow.runtime.http_client import HttpClient
+from streamflow.runtime.http_client import HttpClient, Response
 from streamflow.runtime.read_question import Question
 from streamflow.runtime.readable import Owned
 from streamflow.runtime.restore import Restorer
@@ -411,6 +411,83 @@ async def test_who_may_read_is_asked_for_on_both_workers() -> None:
         with pytest.raises(PermissionError, match=r"^who are you\?$"):
             await elsewhere.get_remote("bob")
         assert await elsewhere.get_remote("bob", headers={"authorization": "Bearer root"}) == 2
+
+
+def careless(calls: list[Any]) -> sf.App:
+    app = kinds()
+
+    @app.authorize_reads
+    def allowed(read: sf.TableRead) -> bool:
+        calls.append(read.key)
+        if "x-broken" in read.headers:
+            raise sf.DeserializationError("a secret")
+        return read.headers["x-user"] == "root"
+
+    return app
+
+
+async def test_a_guard_that_raises_refuses_the_read_once_for_all(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[Any] = []
+    async with Cluster(lambda: careless(calls)) as cluster:
+        await filled(cluster, {"tea": 1}, "source")
+        owner = cluster.owner("brief", "tea")
+        for path in ("brief/tea", "brief", "brief?key=tea", "tags/tea", "all-rates/tea"):
+            answer = await cluster.get(f"/tables/{path}", worker=owner)
+            assert (answer.status_code, answer.headers["content-type"]) == (500, "application/json"), path
+            assert "the app's @app.authorize_reads function raised KeyError" in answer.json()["error"]
+            assert "x-user" not in answer.text
+        broken = await cluster.get("/tables/brief/tea", worker=owner, x_broken="1")
+        assert (broken.status_code, "raised DeserializationError" in broken.text) == (500, True)
+        assert "secret" not in broken.text
+        told = [record for record in caplog.records if "authorize_reads raised" in record.message]
+        assert [type(record.exc_info[1]).__name__ for record in told if record.exc_info] == [
+            "KeyError",
+            "DeserializationError",
+        ]
+        assert cluster.sensors[owner].table_reads == {
+            ("brief", "failed"): 4,
+            ("tags", "failed"): 1,
+            ("all-rates", "failed"): 1,
+        }
+        assert (await cluster.get("/tables/brief/tea", worker=owner, x_user="root")).status_code == 200
+
+
+async def test_what_a_guard_raises_at_another_worker_is_final(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[Any] = []
+    async with Cluster(lambda: careless(calls)) as cluster:
+        await filled(cluster, {"tea": 1}, "source")
+        other = 1 - cluster.owner("brief", "tea")
+        table = cluster.table("brief", other)
+        calls.clear()
+        with pytest.raises(sf.ReadFailed, match=r"authorize_reads function raised KeyError"):
+            await table.get_remote("tea")
+        assert calls == ["tea"]
+        assert cluster.sensors[other].table_reads == {("brief", "failed"): 1}
+        assert caplog.text.count("authorize_reads raised") == 1
+        for worker in range(2):  # asked about before anyone is
+            with pytest.raises(sf.ReadFailed) as raised:
+                await cluster.table("brief", worker).get_remote("tea", headers={"X-Name": "ann"})
+            assert isinstance(raised.value.__cause__, KeyError)
+        with pytest.raises(sf.ReadFailed):
+            [row async for row in table.scan_remote()]
+
+
+async def test_an_error_of_a_web_server_before_a_worker_is_not_final() -> None:
+    async with Cluster(shop) as cluster:
+        await filled(cluster, {"tea": 1})
+        other = 1 - cluster.owner("stock", "tea")
+        client = cluster.workers[other].worker.table_reads._client  # type: ignore[union-attr]
+        real, failed = client.get, list[str]()
+
+        async def get(url: str, *args: Any, **options: Any) -> Response:
+            if failed:
+                return await real(url, *args, **options)
+            failed.append(url)
+            return Response(500, {}, b"Internal Server Error")
+
+        client.get = get  # type: ignore[method-assign]
+        assert await cluster.table("stock", other).get_remote("tea") == 1
+        assert failed
 
 
 async def test_headers_in_python_are_decided_on_wherever_the_key_is() -> None:
