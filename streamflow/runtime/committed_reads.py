@@ -144,14 +144,18 @@ class CommittedReads:
         """Refuse positions that this table never comes to.
 
         Raises:
-            ConfigurationError: One is of a topic that does not fill it.
+            ConfigurationError: One is of a topic that does not fill it, or of a partition that there is not: while
+                workers run, the topics of a table get no more.
         """
-        known = {*sub.topics, table.changelog.name}
+        counts = {topic: self._layout.counts[topic] for topic in sub.topics}
+        counts.setdefault(table.changelog.name, max(counts.values()))
         for tp in positions_of(at):
-            if tp.topic not in known:
+            if tp.topic in counts:
+                check_partition(tp, counts[tp.topic])
+            else:
                 raise ConfigurationError(
                     f"the position {tp.topic}:{tp.partition} is of a topic that agents of table {table.name!r} do not "
-                    f"read; it knows {', '.join(sorted(known))}. What is sent to a topic before these may still be on "
+                    f"read; it knows {', '.join(sorted(counts))}. What is sent to a topic before these may still be on "
                     "its way there"
                 )
 
@@ -264,6 +268,23 @@ class CommittedReads:
             now = self._readable(table, sub, holder.partition, stale_ok=part.lag is not None)
             if now.holder is not holder:
                 raise NotReadableYet(f"partition {holder.partition} was opened anew while it was read")
+
+
+def check_partition(tp: TopicPartition, count: int) -> None:
+    """Refuse a position of a partition that a topic does not have.
+
+    Args:
+        tp: Whose position it is.
+        count: How many partitions the topic has.
+
+    Raises:
+        ConfigurationError: It does not have it.
+    """
+    if tp.partition >= count:
+        there = "0" if count == 1 else f"0 to {count - 1}"
+        raise ConfigurationError(
+            f"the position {tp.topic}:{tp.partition} is of no partition that there is: {tp.topic} has {there}"
+        )
 
 
 def _late(part: Readable, tp: TopicPartition, offset: int) -> str:

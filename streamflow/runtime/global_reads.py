@@ -13,6 +13,7 @@ from streamflow.model.position import positions_of, text_of
 from streamflow.model.record import TopicPartition
 from streamflow.processing.global_table import GlobalTable
 from streamflow.processing.remote import ReadOptions
+from streamflow.runtime.committed_reads import check_partition
 from streamflow.runtime.table_reads import Found, Page
 from streamflow.state.keys import ByteRange
 
@@ -48,6 +49,9 @@ async def _reached(table: GlobalTable[Any, Any], options: ReadOptions) -> str:
             f"a position of {', '.join(sorted(strangers))} says nothing of global table {table.name!r}, which is "
             f"filled from {table.source.name}"
         )
+    count = len(table.positions)
+    for tp in at if count else ():
+        check_partition(tp, count)
     give_up_s = anyio.current_time() + options.timeout_s
     while (behind := _behind(table, at)) is not None:
         if anyio.current_time() >= give_up_s:

@@ -361,6 +361,25 @@ async def test_what_cannot_be_read_is_400(query: str) -> None:
         assert query.split("=")[0] in answer.json()["error"] or "position" in answer.text
 
 
+async def test_a_position_of_a_partition_that_there_is_not_is_400() -> None:
+    async with Cluster(kinds) as cluster:
+        await filled(cluster, {"tea": 1}, "source")
+        changelog = cluster.table("brief").changelog.name
+        for worker in range(2):
+            for topic in ("source", changelog):
+                every = ",".join(f"{topic}:{number}:0" for number in range(3))
+                assert (await cluster.get(f"/tables/brief/tea?at={every}", worker=worker)).status_code == 200
+                for path in ("brief/tea", "brief", "tags/tea"):
+                    if path == "tags/tea" and topic == changelog:
+                        continue
+                    answer = await cluster.get(f"/tables/{path}?at={topic}:3:1", worker=worker)
+                    assert (answer.status_code, f"{topic} has 0 to 2" in answer.text) == (400, True), answer.text
+            with pytest.raises(sf.ConfigurationError, match="source:9 is of no partition"):
+                await cluster.table("brief", worker).get_remote("tea", at="source:9:1")
+        answer = await cluster.get("/tables/all-rates/r?at=rates:2:1")
+        assert (answer.status_code, "rates has 0 to 1" in answer.text) == (400, True), answer.text
+
+
 async def test_a_cursor_is_for_its_own_read() -> None:
     async with Cluster(shop, workers=1) as cluster:
         await filled(cluster, {"a": 1, "b": 1, "c": 1})
