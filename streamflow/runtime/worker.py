@@ -315,7 +315,8 @@ class Worker:
         """A directory of this process's own, which has a name for ever; None where nothing is kept on disk."""
         if self._is_in_memory:
             return None
-        slot = await anyio.to_thread.run_sync(claim, self.settings.data_dir, self.app.id)
+        name = self.settings.instance_id or ""
+        slot = await anyio.to_thread.run_sync(claim, self.settings.data_dir, self.app.id, name)
         return stack.enter_context(slot)
 
     def _open_stores(self, slot: Slot | None) -> Stores:

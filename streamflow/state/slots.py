@@ -1,7 +1,8 @@
 """Who works in which directory: `<data_dir>/<app>/<slot>/<task>/`.
 
-A slot is a directory that one process has locked, the lowest free one, so that a worker finds its state again after a
-restart and several workers on one machine share a `data_dir`. The lock is the kernel's (`flock`): it ends with the
+A slot is a directory that one process has locked: that of its name, which a worker with an `instance_id` has, or the
+lowest free one, so that a worker finds its state again after a restart and several workers on one machine share a
+`data_dir`. The lock is the kernel's (`flock`): it ends with the
 process, whatever ends it, and a process that was stopped keeps it. Slots are never deleted: what is in them may be
 somebody's only copy of what a topic has lost.
 """
@@ -12,13 +13,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
 import time
 import uuid
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from streamflow import disk
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _ID = ".id"
+_NAME = ".name"
 _TURN_TIMEOUT_S = 5.0
 _NAME_BYTES = 120
 
@@ -123,7 +126,7 @@ class Slot:
 
     def contents(self) -> list[str]:
         """Paths of everything in it, stores that were set aside included, but for what names and locks the slot."""
-        own = {_LOCK, _ID, f"{_ID}.new"}
+        own = {_LOCK, _ID, f"{_ID}.new", _NAME}
         return [os.path.join(self.path, name) for name in sorted(os.listdir(self.path)) if name not in own]
 
     def release(self) -> None:
@@ -152,12 +155,13 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def claim(data_dir: str, app: str) -> Slot:
-    """Lock the lowest slot of an app that is free, and make it if need be.
+def claim(data_dir: str, app: str, name: str = "") -> Slot:
+    """Lock a slot of an app: the one that a worker of this name had last, else the lowest free one, else a new one.
 
     Args:
         data_dir: The app's `data_dir`, absolute.
         app: The app's id.
+        name: What the worker is called over restarts, its `instance_id`; empty for none.
 
     Raises:
         StateRefusedError: The directory cannot be used, or lies on a network file system.
@@ -173,18 +177,20 @@ def claim(data_dir: str, app: str) -> Slot:
     try:
         os.makedirs(parent, exist_ok=True)
         with _turn(parent):
-            number = 0
-            while True:
+            for number in _to_try(parent, name):
                 path = os.path.join(parent, str(number))
                 os.makedirs(path, exist_ok=True)
                 lock = _try_lock(os.path.join(path, _LOCK))
-                if lock is not None:
-                    try:
-                        return Slot(number, path, lock)
-                    except OSError:
-                        os.close(lock)
-                        raise
-                number += 1
+                if lock is None:
+                    continue
+                try:
+                    slot = Slot(number, path, lock)
+                except OSError:
+                    os.close(lock)
+                    raise
+                _note_name(path, name)
+                return slot
+            raise AssertionError("there is always one more number")
     except OSError as exc:
         raise _refused(parent, exc) from exc
 
@@ -253,6 +259,38 @@ def _progress(checkpoint: Checkpoint) -> tuple[int, int, int]:
 
 def _numbers(parent: str) -> list[int]:
     return sorted(int(name) for name in os.listdir(parent) if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+
+def _to_try(parent: str, name: str) -> Iterator[int]:
+    """The slots in the order in which a worker of this name wants them: its own, nobody's, others', then new ones.
+
+    Processes that are started together come in any order: each would find the state of another one in the lowest.
+    """
+    names = {number: _name_of(os.path.join(parent, str(number))) for number in _numbers(parent)}
+    yield from sorted(names, key=lambda number: (names[number] != name, names[number] != "", number))
+    yield from (number for number in itertools.count() if number not in names)
+
+
+def _name_of(path: str) -> str:
+    """Which worker had a slot last; empty for one without a name."""
+    try:
+        with open(os.path.join(path, _NAME), encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def _note_name(path: str, name: str) -> None:
+    """Note which worker has a slot, where that has changed."""
+    if _name_of(path) == name:
+        return
+    place = os.path.join(path, _NAME)
+    with contextlib.suppress(OSError):  # a full disk: the next start finds it where it is free
+        if name:
+            with open(place, "w", encoding="utf-8") as file:
+                file.write(name)
+        else:
+            os.unlink(place)
 
 
 def _moved(source: str, place: str) -> bool:

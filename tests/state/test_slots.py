@@ -74,8 +74,38 @@ def test_all_slots_are_locked_together_or_none(tmp_path):
         slot.release()
 
 
+def test_who_has_a_name_finds_the_slot_that_it_had_whoever_comes_first(tmp_path):
+    def claimed(*names):
+        taken = [slots.claim(str(tmp_path), "app", name) for name in names]
+        for slot in taken:
+            slot.release()
+        return [slot.number for slot in taken]
+
+    assert claimed("a", "b") == [0, 1]
+    assert claimed("b", "a") == [1, 0]
+    assert claimed("b") == [1]
+    assert claimed("b", "c", "a") == [1, 0, 2]  # that of a was free when c came: no slot is kept for who is away
+    assert claimed("a", "b", "c") == [2, 1, 0]
+
+
+def test_a_slot_without_a_name_is_taken_before_that_of_another(tmp_path):
+    with slots.claim(str(tmp_path), "app", "a"), slots.claim(str(tmp_path), "app"):
+        pass
+    with slots.claim(str(tmp_path), "app", "b") as slot:
+        assert slot.number == 1
+        with slots.claim(str(tmp_path), "app") as other:
+            assert other.number == 0
+    with slots.claim(str(tmp_path), "app", "a") as slot:  # it has the name no more
+        assert slot.number == 0
+
+
+def test_two_with_one_name_have_a_slot_each(tmp_path):
+    with slots.claim(str(tmp_path), "app", "a") as slot, slots.claim(str(tmp_path), "app", "a") as other:
+        assert [slot.number, other.number] == [0, 1]
+
+
 def test_a_slot_tells_what_is_in_it_but_for_its_own_files(tmp_path):
-    with slots.claim(str(tmp_path), "app") as slot:
+    with slots.claim(str(tmp_path), "app", "a") as slot:
         assert slot.contents() == []
         places = [os.path.join(slot.path, name) for name in ("total-0", "total-1.aside-app")]
         for place in places:

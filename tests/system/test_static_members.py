@@ -198,3 +198,21 @@ async def test_each_process_of_one_command_has_a_name_of_its_own(sqlite: System)
     finally:
         sql.close()
     assert await worker.stops() == STOPPED
+
+
+async def test_each_process_of_one_command_finds_the_state_that_it_had(sqlite: System) -> None:
+    sqlite.write_app(SUMS, session_timeout_ms=25_000)
+    await sqlite.create("numbers", "results", partitions=PARTITIONS)
+    slots = sqlite.folder / "data" / sqlite.app_id
+    async with sqlite.load("numbers", per_s=200) as sent:
+        for start in range(4):
+            worker = await sqlite.started("--processes", "3", STREAMFLOW_INSTANCE_ID="shop")
+            await worker.says("assigned: ", times=3)
+            written = sent.total()
+            await sqlite.has_committed("numbers", written)
+            pids = dict(re.findall(r"process (\d) started \(pid (\d+)\)", worker.said))
+            had = {(slot / ".name").read_text(): (slot / ".lock").read_text().strip() for slot in slots.glob("[0-9]")}
+            assert had == {f"shop-{number}": pid for number, pid in pids.items()}
+            assert await worker.stops() == STOPPED
+            restored = [int(number) for number in re.findall(r"restored (\d+) records", worker.said)]
+            assert start == 0 or not any(restored), sqlite.told()  # at first tasks move as one comes after the other
