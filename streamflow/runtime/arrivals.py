@@ -61,7 +61,7 @@ class Arrivals:
             raise UnknownTopicError(
                 f"{fetched.error}: topic {fetched.tp.topic!r} was deleted while this worker read it. What "
                 "was committed stays as it is. If the topic shall be there, start it again: it makes the topic anew, "
-                "empty; else take its agents out of the app"
+                "empty; else take what needs it out of the app"
             ) from fetched.error
         elif fetched.error is not None:
             raise fetched.error if isinstance(fetched.error, FatalError) else FatalError(str(fetched.error))

@@ -57,6 +57,8 @@ async def left_topics(app: Declarations, admin: Admin) -> dict[str, Kind]:
         kind = name.rpartition("-")[2]
         if name in declared or kind not in ("changelog", "repartition", "leader"):
             continue
+        if kind == "leader" and name != f"{app.id}-leader":
+            continue
         if max((each for each in apps if name.startswith(f"{each}-")), key=len, default="") == app.id:
             kinds[name] = cast("Kind", kind)
     described = await admin.describe(list(kinds)) if kinds else {}

@@ -417,9 +417,17 @@ def test_a_reset_deletes_the_leader_topic_too(shell, declared):
     assert listed["clock-leader"]["internal"]
     assert len(listed["clock-leader"]["partitions"]) == 1
     if not declared:
+        alike = """
+app.topic("clock-group-leader", key_type=str, value_type=int, partitions=1, config={
+    "cleanup.policy": "delete", "retention.ms": "3600000"
+})
+"""
+        shell.write("clock.py", LATER_CLOCK + alike)
+        assert shell("worker", "clock.py", "--until-end", "--no-web").code == 0
         shell.write("clock.py", LATER_CLOCK)
     lines = shell("reset", "clock.py", "--yes", "--json").lines
-    assert [line["declared"] for line in lines if line["deleted"] == "leader"] == [declared]
+    leaders = [(line["topic"], line["declared"]) for line in lines if line["deleted"] == "leader"]
+    assert leaders == [("clock-leader", declared)]
     assert "nothing to delete" in shell("reset", "clock.py", "--yes").err
 
 
