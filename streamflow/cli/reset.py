@@ -43,7 +43,7 @@ def reset(
 
         run_async(look)
         (plan,) = plans
-        for line in _listed(plan):
+        for line in _listed(plan, session.settings.data_dir):
             note(line)
         if not plan.is_empty and not yes:
             _ask(session)
@@ -76,9 +76,11 @@ def _ask(session: Session) -> None:
         raise StreamFlowError("nothing was deleted")
 
 
-def _listed(plan: ResetPlan) -> list[str]:
+def _listed(plan: ResetPlan, data_dir: str) -> list[str]:
+    # Where it looked is said: what a worker with another data_dir has kept is not deleted by this run.
+    absent = f"no local state in {data_dir}"
     if plan.is_empty:
-        return [f"app {plan.group} has no offsets, internal topics or local state here: nothing to delete"]
+        return [f"app {plan.group} has no offsets, no internal topics and {absent}: nothing to delete"]
     lines = [f"to be deleted of app {plan.group}:"]
     if plan.offsets:
         lines.append(f"  offsets of group {plan.group}")
@@ -86,7 +88,7 @@ def _listed(plan: ResetPlan) -> list[str]:
     for topic in plan.topics:
         whose = "" if topic.is_declared else ", which the app does not declare"
         lines.append(f"  {topic.kind} topic {topic.name}{whose}, about {topic.records} records")
-    lines += [f"  local state {state.path}, {state.size_bytes:,} bytes" for state in plan.state]
+    lines += [f"  local state {state.path}, {state.size_bytes:,} bytes" for state in plan.state] or [f"  {absent}"]
     return lines
 
 

@@ -447,6 +447,20 @@ def test_a_reset_says_what_it_deleted_and_spares_the_rest(bank):
     assert scanned(bank) == ["a 1", "b 2"]
 
 
+def test_a_reset_looks_in_one_data_dir_and_says_where_it_found_no_local_state(bank):
+    moved(bank, ("a", 1))
+    kept = bank.folder / ".streamflow" / "bank" / "0"
+    elsewhere = bank("reset", "bank.py", "--yes", "--data-dir", "elsewhere", STREAMFLOW_BROKER=_broker(bank))
+    assert elsewhere.code == 0
+    assert f"  no local state in {bank.folder}/elsewhere\n" in elsewhere.err
+    assert "changelog topic" in elsewhere.err  # the log is the same
+    assert [path for path in kept.iterdir() if path.name not in {".id", ".lock"}]
+    here = bank("reset", "bank.py", "--yes")
+    assert (here.code, "no local state" in here.err, f"  local state {kept}/" in here.err) == (0, False, True)
+    again = bank("reset", "bank.py", "--yes")
+    assert f"no local state in {bank.folder}/.streamflow: nothing to delete" in again.err
+
+
 def test_a_reset_beside_a_live_worker_is_refused(bank):
     moved(bank, ("a", 1))
     worker = bank.start("worker", "bank.py", "--no-web")
