@@ -5,7 +5,8 @@ The convention (CONTRIBUTING.md tells it to writers):
 - ```python title="orders.py"   is written under that name and imported, as `streamflow worker orders.py` would.
 - ```python                     is run as a script.
 - ```console                    `$ command` lines run in bash with .venv/bin on PATH and must succeed; the lines below a
-                                command must appear in its output in that order, `...` standing for anything.
+                                command must appear in its output in that order, `...` standing for anything and a time
+                                as `tail` prints it (2026-11-23T14:32:16.298Z) for any time.
 - ```console title="... stays open ..."   the same, but its last command stays in the background until the page ends:
                                 what is written below it is waited for, then SIGINT must end it with exit code 0.
 - json and toml blocks must parse; sh, text, mermaid and the like are shown, not run. A fence without a language fails.
@@ -82,12 +83,19 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
     return found
 
 
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+
+
+def _as_pattern(line: str) -> str:
+    pieces = [re.split(TIME, piece.strip()) for piece in line.split("...")]
+    return ".*?".join(TIME.join(map(re.escape, texts)) for texts in pieces)
+
+
 def first_absent(shown: list[str], output: str) -> str | None:
     """The first line of the page that the output does not have, after those before it."""
     position = 0
     for line in shown:
-        pattern = ".*?".join(re.escape(piece.strip()) for piece in line.split("..."))
-        match = re.compile(pattern).search(output, position)
+        match = re.compile(_as_pattern(line)).search(output, position)
         if match is None:
             return line
         position = match.end()
@@ -234,6 +242,7 @@ def test_every_snippet_runs(page, tmp_path):
             "page.md:4: .*AssertionError",
         ),
         ("```console\n$ echo one two\none ... three\n```", r"did not print `one \.\.\. three`"),
+        ("```console\n$ echo 2026-11-23 2-0\n2026-11-23T14:32:16.298Z 2-0\n```", "did not print `2026-11-23T14"),
         ("```console\n$ false\n```", "`false` ended with 1"),
         ("```console\nfalse\n```", "starts with a line"),
         ('```console title="stays open"\n$ python -c "print(1)"\n2\n```', "did not print `2`"),
@@ -254,6 +263,7 @@ def test_a_right_page_passes(tmp_path):
         "- in a list:\n\n  ```python\n  import a\n  assert a.x == 1\n  ```\n\n"
         f'```console title="A terminal that stays open"\n$ echo "{stoppable}" > b.py\n$ python b.py\nup\n```\n'
         "```console\n$ echo one; \\\n    echo two three\none\n\ntwo ... ree\n$ echo four\n```\n"
+        "```console\n$ echo at 2031-01-31T23:59:59.999Z 2-0 ann\nat 2026-11-23T14:32:16.298Z 2-0 ann\n```\n"
         "```toml\na = 1\n```\n"
     )
     run_page(tmp_path / "page.md", tmp_path)
