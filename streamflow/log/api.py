@@ -548,11 +548,14 @@ class Admin(ABC):
         """
 
     @abstractmethod
-    async def fence_producer(self, transactional_id: str) -> None:
+    async def fence_producer(self, transactional_id: str) -> bool:
         """End what a producer with this id has left open, for a process that is gone; a commit under way is waited for.
 
         A producer with this id that lives all the same stores nothing any more: its next commit raises
         `ProducerFencedError`. One that is opened later is as good as any.
+
+        Returns:
+            Whether something was open, or was being committed, as far as the log has said.
 
         Raises:
             AuthorizationError: This user may not use the id.

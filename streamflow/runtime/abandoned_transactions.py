@@ -38,7 +38,7 @@ class AbandonedTransactions:
         clock: For the time between tries.
     """
 
-    def __init__(self, own_id: str, fence: Callable[[str], Awaitable[None]], clock: Clock) -> None:
+    def __init__(self, own_id: str, fence: Callable[[str], Awaitable[bool]], clock: Clock) -> None:
         self.own_id = own_id
         self._fence = fence
         self._clock = clock
@@ -89,7 +89,7 @@ class AbandonedTransactions:
         delay_s = _FIRST_RETRY_S
         while not self._may_not:
             try:
-                await self._fence(transactional_id)
+                was_open = await self._fence(transactional_id)
             except (RetriableError, ProducerFencedError) as error:  # fenced: another one was faster, or is at it
                 if delay_s == _FIRST_RETRY_S:
                     logger.warning("ending what a worker that is gone has left open: %s; trying again", error)
@@ -103,7 +103,12 @@ class AbandonedTransactions:
                 )
                 return
             else:
-                logger.info("what transactional id %s has left open is ended: its worker is gone", transactional_id)
+                if was_open or delay_s > _FIRST_RETRY_S:  # an earlier try, which was told of, may have ended it
+                    logger.info("what transactional id %s has left open is ended: its worker is gone", transactional_id)
+                else:
+                    logger.debug(
+                        "transactional id %s is fenced: its worker is gone and has left nothing open", transactional_id
+                    )
                 return
 
     def _warn(self, error: AuthorizationError) -> None:

@@ -646,7 +646,7 @@ async def test_a_producer_whose_id_was_fenced_stores_nothing_and_one_that_is_ope
     commits = Commits(name)
     async with open_log() as log, open_log() as other:
         await commits.create(log)
-        await other.admin.fence_producer(commits.transactional_id)  # nobody has used it yet
+        assert not await other.admin.fence_producer(commits.transactional_id)  # nobody has used it yet
         async with commits.join(log) as group, Watched(group) as member:
             await until(lambda: member.owned)
             async with log.transactional_producer(commits.transactional_id) as old:
@@ -660,7 +660,7 @@ async def test_a_producer_whose_id_was_fenced_stores_nothing_and_one_that_is_ope
                 async with log.transactional_producer(commits.transactional_id) as new:
                     await new.commit(commits.commit(1, group.membership))
                     async with other.transactional_producer(commits.transactional_id + "-another"):
-                        await other.admin.fence_producer(commits.transactional_id + "-another")
+                        assert not await other.admin.fence_producer(commits.transactional_id + "-another")
                     await new.commit(commits.commit(2, group.membership))
         assert await commits.read(log) == [[b"0", b"1", b"2"]] * 2
 

@@ -65,15 +65,17 @@ class Log:
         self.fenced: list[str] = []
         self.tried: list[str] = []
         self.errors: list[Exception] = []
+        self.open: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def fence(self, transactional_id: str) -> None:
+    async def fence(self, transactional_id: str) -> bool:
         self.tried.append(transactional_id)
         await self.gate.wait()
         if self.errors:
             raise self.errors.pop(0)
         self.fenced.append(transactional_id)
+        return transactional_id in self.open
 
 
 class Worker:
@@ -113,6 +115,27 @@ async def test_one_that_is_gone_is_fenced_once() -> None:
         worker.abandoned.told([route(2, 0, 1, 2, 3, 4, 5), route(8)])
         await worker.rest(60)
         assert worker.log.fenced == ["id-3", "id-1"]
+
+
+async def test_only_what_was_open_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Every worker that leaves in good order is fenced, and has left nothing."""
+    caplog.set_level("INFO", "streamflow.tasks")
+    async with Worker().runs() as worker:
+        worker.log.open = {"id-1"}
+        worker.abandoned.told([route(2, 0, 1, 2, 3, 4, 5)])
+        await worker.rest()
+        assert worker.log.fenced == ["id-1", "id-3"]
+    assert caplog.messages == ["what transactional id id-1 has left open is ended: its worker is gone"]
+
+
+async def test_what_an_unanswered_try_may_have_ended_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "streamflow.tasks")
+    async with Worker().runs() as worker:
+        worker.log.errors = [LogUnavailableError("no answer")]
+        worker.abandoned.told(WITHOUT_3.values())
+        await worker.rest(1)
+        assert worker.log.fenced == ["id-3"]
+    assert caplog.messages[-1] == "what transactional id id-3 has left open is ended: its worker is gone"
 
 
 async def test_what_fails_is_tried_again_and_the_others_do_not_wait_for_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -364,8 +364,9 @@ class FaultyAdmin(Admin):
     async def delete_group(self, group_id: str) -> None:
         await self._inner.delete_group(group_id)
 
-    async def fence_producer(self, transactional_id: str) -> None:
+    async def fence_producer(self, transactional_id: str) -> bool:
         await self._may_refuse("fence")
         await self._wire.world.settle_late(transactional_id)
-        await self._inner.fence_producer(transactional_id)
+        was_open = await self._inner.fence_producer(transactional_id)
         await self._may_refuse("fenced")
+        return was_open

@@ -258,7 +258,7 @@ class KafkaAdmin(Admin):
 
     # --- transactions --------------------------------------------------------------------------------------------
 
-    async def fence_producer(self, transactional_id: str) -> None:
+    async def fence_producer(self, transactional_id: str) -> bool:
         owner = object()  # a connection of its own: the coordinator may hold the request while a commit completes
         timeout_ms = self._client.options.transaction_timeout_ms
         coordinator = TransactionCoordinator(self._client, transactional_id, timeout_ms, (owner, "fence"))
@@ -266,6 +266,7 @@ class KafkaAdmin(Admin):
             await coordinator.init(None, Attempt(_TIMEOUT_S))
         finally:
             self._client.close_lane(owner)
+        return coordinator.has_ended
 
     # --- sending -------------------------------------------------------------------------------------------------
 

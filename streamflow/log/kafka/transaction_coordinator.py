@@ -54,10 +54,13 @@ class TransactionCoordinator:
 
     Attributes:
         version: Of the transaction protocol, 1 or 2; known after `init`.
+        has_ended: Whether `init` was told to wait for the end of a transaction: it was open, and is aborted by that, or
+            was ending.
     """
 
     def __init__(self, client: Client, transactional_id: str, timeout_ms: int, lane: tuple[object, str]) -> None:
         self.version = 1
+        self.has_ended = False
         self._client = client
         self._id = transactional_id
         self._timeout_ms = timeout_ms
@@ -90,6 +93,7 @@ class TransactionCoordinator:
                 if not code:
                     self.version = await self._agreed_version(what, attempt)
                     return Identity(response.producer_id, response.producer_epoch)
+                self.has_ended |= code == codes.CONCURRENT_TRANSACTIONS
                 if code in FENCED:
                     raise self.fenced(code)
                 if code == codes.INVALID_TRANSACTION_TIMEOUT:

@@ -120,10 +120,11 @@ class SqliteAdmin(Admin):
         await self._database.writer.write(work)
         self._database.wrote(members=True)
 
-    async def fence_producer(self, transactional_id: str) -> None:
+    async def fence_producer(self, transactional_id: str) -> bool:
         await self._database.writer.write(
             lambda sql: transactional_ids.fence(sql, transactional_id, self._database.clock.now_ms())
         )
+        return False  # a commit is one transaction of SQLite: there is none between two writes
 
     async def _members(self, group_id: str) -> list[membership.MemberRow]:
         return await self._database.reader.read(lambda sql: membership.members(sql, group_id))

@@ -232,9 +232,10 @@ async def test_what_a_killed_process_has_left_open_is_ended_by_who_fences_it(com
             waiting = asyncio.create_task(committer.commit_id())
             await asyncio.sleep(0.3)
             assert not waiting.done()
-            await committer.log.admin.fence_producer(committer.transactional_id)
+            assert await committer.log.admin.fence_producer(committer.transactional_id)
             assert await waiting == "0"
             await committer.check([0])
+            assert not await committer.log.admin.fence_producer(committer.transactional_id)
             await committer.reopen()
             await committer.commit(1)
         await committer.check([0, 1])

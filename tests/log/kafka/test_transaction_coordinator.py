@@ -132,7 +132,14 @@ async def test_a_new_identity_is_waited_for_and_agrees_on_the_version():
     made, client = coordinator(codes.CONCURRENT_TRANSACTIONS, LOST, codes.NONE, version=1)
     assert await made.init(OURS, Attempt(5)) == NEXT
     assert made.version == 2
+    assert made.has_ended
     assert len(client.asked) == 3
+
+
+async def test_a_new_identity_where_nothing_was_open_has_ended_nothing():
+    made, _ = coordinator(codes.COORDINATOR_LOADING, codes.NONE)
+    assert await made.init(None, Attempt(5)) == NEXT
+    assert not made.has_ended
 
 
 async def test_a_new_identity_is_refused_to_who_has_been_succeeded():
