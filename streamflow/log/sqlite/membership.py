@@ -39,7 +39,6 @@ from streamflow.model.record import TopicPartition
 
 _Partitions = frozenset[TopicPartition]
 _NONE: _Partitions = frozenset()
-_NO_TOPICS: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,13 +306,17 @@ class _Stepping:
         return self.sql.execute("SELECT 1 FROM topics WHERE name = ?", (topic,)).fetchone() is not None
 
     def unread(self) -> frozenset[str]:
-        """Topics of its own that exist, and that nobody has or is to have."""
-        held = self.sql.execute(
-            "SELECT DISTINCT topic FROM owners WHERE group_id = ? AND (member_id IS NOT NULL OR target IS NOT NULL)",
-            (self.group,),
+        """Topics of its own that exist, and that nobody has or is to have; those that it has something of are read."""
+        others = self.mine.topics.difference(tp.topic for tp in self.owned)
+        return frozenset(topic for topic in others if self.exists(topic) and not self.is_read(topic))
+
+    def is_read(self, topic: str) -> bool:
+        row = self.sql.execute(
+            "SELECT 1 FROM owners WHERE group_id = ? AND topic = ? AND (member_id IS NOT NULL OR target IS NOT NULL) "
+            "LIMIT 1",
+            (self.group, topic),
         )
-        left = self.mine.topics.difference(topic for (topic,) in held)
-        return frozenset(filter(self.exists, left))
+        return row.fetchone() is not None
 
     def generation(self) -> int:
         (generation,) = self.sql.execute("SELECT generation FROM groups WHERE id = ?", (self.group,)).fetchone()
@@ -337,7 +340,7 @@ class _Stepping:
             self.settled if self.member_id else True,
             self.says,
             self.told,
-            self.unread() if self.member_id else _NO_TOPICS,
+            self.unread() if self.member_id else frozenset(),
         )
         return Step(standing, self.events, self.changed)
 
