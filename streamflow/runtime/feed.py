@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from operator import length_hint
 from time import perf_counter
 from typing import Any, Generic, TypeVar
@@ -100,10 +100,6 @@ class Feed(Turn, Generic[T]):
     @abstractmethod
     def put_back(self) -> None:
         """Drop the stage and put the unit in hand back in front, to be processed again."""
-
-    @abstractmethod
-    def positions(self) -> Mapping[TopicPartition, int]:
-        """Next offset to process per partition, as of now."""
 
     def take_rest(self, max_records: int) -> list[LogRecord]:
         """Take more records along with the one in hand, for a worker thread; this feed takes one at a time."""

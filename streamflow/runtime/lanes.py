@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 from zlib import crc32
@@ -170,9 +169,6 @@ class LaneFeed(Feed[Entry]):
         self._entries = []
         self.record = self.unit = None
 
-    def positions(self) -> Mapping[TopicPartition, int]:
-        return self._ledger.positions()
-
     async def take(self, max_records: int, within_s: float | None, view: View) -> list[Any]:
         if self.agent.concurrency > 1:
             raise refuse_take_with_concurrency(self.agent)
@@ -231,10 +227,6 @@ class Dispatcher:
         # Size of what was handed out since there was more in flight than that.
         self._beyond_bytes = 0
         self.stopping = False
-
-    def positions(self) -> Mapping[TopicPartition, int]:
-        """Next offset to process per source partition."""
-        return self._ledger.positions()
 
     def has_more(self) -> bool:
         """Whether records wait in a lane for an agent that is free to take them."""

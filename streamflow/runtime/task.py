@@ -158,7 +158,7 @@ class Task:
         self._shared_homes = shared.homes
         if local is not None:
             self._take_tables(local)
-        self._runs, self._dispatcher = runs_of(self, agents, local)
+        self._runs, self._dispatcher, self._reached = runs_of(self, agents, local)
 
     def _take_tables(self, local: LocalState) -> None:
         self.tables = local.open_tables(self.partition, self.outputs, self.clock, self._check_home, self._is_damaged)
@@ -356,7 +356,7 @@ class Task:
 
     def positions(self) -> Mapping[TopicPartition, int]:
         """Next offset to process per source partition, as of now."""
-        return (self._dispatcher or self._runs[0].feed).positions()
+        return self._reached()
 
     def uncommitted(self) -> dict[TopicPartition, OffsetMark]:
         """Positions that moved since the last commit; back, too, where a topic was made anew."""

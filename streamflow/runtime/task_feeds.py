@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from streamflow.model.record import TopicPartition
 from streamflow.runtime.derived import Processor
 from streamflow.runtime.direct import DirectFeed
 from streamflow.runtime.feed import Feed
@@ -17,7 +19,7 @@ from streamflow.runtime.task_view import TaskView
 
 def runs_of(
     task: TaskView, agents: list[Processor], local: LocalState | None
-) -> tuple[list[AgentRun], Dispatcher | None]:
+) -> tuple[list[AgentRun], Dispatcher | None, Callable[[], Mapping[TopicPartition, int]]]:
     """Make the runs of a task's agents.
 
     Args:
@@ -26,13 +28,13 @@ def runs_of(
         local: Its tables before it runs; None without tables.
 
     Returns:
-        One run for each agent and unit of its concurrency (none in the leader topic's task), and who hands records to
-        them; None where the one run takes them itself.
+        One run for each agent and unit of its concurrency (none in the leader topic's task); who hands records to them,
+        None where the one run takes them itself; and who knows the next offset to process per source partition.
     """
     if len(agents) == 1 and agents[0].concurrency == 1 and not _fills_and_feeds(task, agents[0]):
         feed = DirectFeed(task, agents[0], RecordErrors(agents[0], task.sensors))
         _give_tables(task, feed, local, shared=agents[0].thread)
-        return [AgentRun(agents[0], feed)], None
+        return [AgentRun(agents[0], feed)], None, feed.positions
     ledger = Ledger(task.start_positions(), task.inputs.wake)
     lanes = [
         [LaneFeed(task, agent, RecordErrors(agent, task.sensors), ledger) for _ in range(agent.concurrency)]
@@ -41,7 +43,7 @@ def runs_of(
     dispatcher = Dispatcher(task, ledger, lanes, in_step=_share_tables(agents, local))
     for lane in (feed for each in lanes for feed in each):
         _give_tables(task, lane, local, shared=True)
-    return [AgentRun(feed.agent, feed) for each in lanes for feed in each], dispatcher
+    return [AgentRun(feed.agent, feed) for each in lanes for feed in each], dispatcher, ledger.positions
 
 
 def _share_tables(agents: list[Processor], local: LocalState | None) -> bool:
