@@ -53,6 +53,11 @@ S = TypeVar("S")
 _NAME_BYTES = 100
 
 
+def leader_topic_name(app_id: str) -> str:
+    """The topic whose owner leads an app without agents."""
+    return f"{app_id}-leader"
+
+
 class Declarations(TableDeclarations):
     """The declarations of one app; `App` adds settings and ways to run them.
 
@@ -473,18 +478,13 @@ class Declarations(TableDeclarations):
         if self.agents or not any(job.on_leader for job in self.jobs()):
             return None
         if self._leader_topic is None:
-            self._leader_topic = Topic(self, f"{self.id}-leader", partitions=1, internal=True)
+            self._leader_topic = Topic(self, leader_topic_name(self.id), partitions=1, internal=True)
         return self._leader_topic
 
     def every_topic(self) -> dict[str, Topic[Any, Any]]:
-        """All topics by name: those declared, in order, then the internal ones of its steps, tables and leader."""
+        """All topics by name: those declared, in order, then the internal ones of its steps, leader and tables."""
         changelogs = {table.changelog.name: table.changelog for table in self.tables.values()}
-        leading = self.leader_topic
-        return {
-            **every_topic(self.topics, self.derived),
-            **changelogs,
-            **({} if leading is None else {leading.name: leading}),
-        }
+        return {**every_topic(self.topics, self.derived, self.leader_topic), **changelogs}
 
     def topology(self) -> Topology:
         """What was declared, as frozen data: topics, agents, steps and how they are joined.

@@ -351,10 +351,11 @@ def _escaped(text: str) -> str:
 
 
 def every_topic(
-    topics: Mapping[str, Topic[Any, Any]], derived: Mapping[str, Derived[Any, Any]]
+    topics: Mapping[str, Topic[Any, Any]], derived: Mapping[str, Derived[Any, Any]], leading: Topic[Any, Any] | None
 ) -> dict[str, Topic[Any, Any]]:
-    """Topics by name: those declared, in order, then those that steps write and are not declared."""
-    return {**topics, **{step.topic.name: step.topic for step in derived.values()}}
+    """Topics by name: those declared, in order, then those that steps write, then the leader topic."""
+    internal = [*(step.topic for step in derived.values()), *([] if leading is None else [leading])]
+    return {**topics, **{topic.name: topic for topic in internal}}
 
 
 def build_topology(
@@ -387,9 +388,7 @@ def build_topology(
     _check_leading(leading, topics)
     used = {name: sorted(agent.tables(), key=lambda table: table.name) for name, agent in agents.items()}
     _check_tables(tables, used)
-    every = every_topic(topics, derived)
-    if leading is not None:
-        every[leading.name] = leading
+    every = every_topic(topics, derived, leading)
     nodes: list[Node] = [_topic_node(every[name]) for name in sorted(every)]
     nodes += [_agent_node(agents[name]) for name in sorted(agents)]
     nodes += [StepNode(name, _step_kind(derived[name]), derived[name].place) for name in sorted(derived)]

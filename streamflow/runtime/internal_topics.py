@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, cast
 from streamflow.config import Settings
 from streamflow.errors import TopologyError
 from streamflow.log.api import Admin, NewTopic, TopicDescription
-from streamflow.processing.declarations import Declarations
+from streamflow.processing.declarations import Declarations, leader_topic_name
 from streamflow.processing.topic import Topic
 from streamflow.processing.topology import Topology
 from streamflow.runtime.changelogs import is_made_as_changelog, new_changelogs
@@ -57,7 +57,7 @@ async def left_topics(app: Declarations, admin: Admin) -> dict[str, Kind]:
         kind = name.rpartition("-")[2]
         if name in declared or kind not in ("changelog", "repartition", "leader"):
             continue
-        if kind == "leader" and name != f"{app.id}-leader":
+        if kind == "leader" and name != leader_topic_name(app.id):
             continue
         if max((each for each in apps if name.startswith(f"{each}-")), key=len, default="") == app.id:
             kinds[name] = cast("Kind", kind)
@@ -67,7 +67,15 @@ async def left_topics(app: Declarations, admin: Admin) -> dict[str, Kind]:
 
 
 def _is_made_as_repartition(found: TopicDescription) -> bool:
-    return all(found.config.get(name) == _REPARTITION_CONFIG[name] for name in ("cleanup.policy", "retention.ms"))
+    return _is_kept_by(_REPARTITION_CONFIG, found)
+
+
+def _is_made_as_leader(found: TopicDescription) -> bool:
+    return found.partitions == 1 and _is_kept_by(_BRIEF_CONFIG, found)
+
+
+def _is_kept_by(config: Mapping[str, str], found: TopicDescription) -> bool:
+    return all(found.config.get(name) == config[name] for name in ("cleanup.policy", "retention.ms"))
 
 
 async def prepare_topics(
@@ -98,19 +106,19 @@ async def prepare_topics(
     counts = {name: description.partitions for name, description in existing.items()}
     new = _new_external(topics, settings, counts)
     new += _new_internal(app, counts)
-    if app.leader_topic is not None and app.leader_topic.name not in existing:
-        new.append(NewTopic(app.leader_topic.name, 1, settings.replication, _BRIEF_CONFIG))
     new += new_changelogs(app, topology, counts, existing, settings.replication)
-    if reply_topic_name(app.id) not in existing:
-        new.append(NewTopic(reply_topic_name(app.id), settings.partitions, settings.replication, _BRIEF_CONFIG))
+    brief = {reply_topic_name(app.id): settings.partitions}
+    if app.leader_topic is not None:
+        brief[app.leader_topic.name] = 1
+    new += [
+        NewTopic(name, partitions, settings.replication, _BRIEF_CONFIG)
+        for name, partitions in brief.items()
+        if name not in existing
+    ]
     if new:
         await admin.create(new)
         existing.update(await admin.describe([topic.name for topic in new]))
     return existing
-
-
-def _is_made_as_leader(found: TopicDescription) -> bool:
-    return found.partitions == 1 and all(found.config.get(name) == value for name, value in _BRIEF_CONFIG.items())
 
 
 def _check(topic: Topic[Any, Any], description: TopicDescription | None) -> None:
