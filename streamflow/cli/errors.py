@@ -99,14 +99,22 @@ def report(error: BaseException) -> int:
     Args:
         error: One of StreamFlow's own is told by its message, anything else with its traceback.
     """
-    found = list(leaves(error))
-    if all(isinstance(leaf, StreamFlowError) for leaf in found):
-        messages = [message for leaf in found for message in (str(leaf), *getattr(leaf, "__notes__", ()))]
-        text = "".join(f"error: {message}\n" for message in dict.fromkeys(messages))
+    if all(isinstance(leaf, StreamFlowError) for leaf in leaves(error)):
+        text = "".join(f"error: {message}\n" for message in messages_of(error))
     else:
         text = "".join(traceback.format_exception(error))
     say(SecretFilter(os.environ)(text))
     return exit_code(error)
+
+
+def messages_of(error: BaseException) -> list[str]:
+    """What an error and its notes say, each once.
+
+    Args:
+        error: One error, or a group.
+    """
+    said = (message for leaf in leaves(error) for message in (str(leaf), *getattr(leaf, "__notes__", ())))
+    return list(dict.fromkeys(said))
 
 
 def exit_code(error: BaseException) -> int:

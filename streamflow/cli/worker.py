@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from streamflow.cli import child
-from streamflow.cli.errors import exit_code, report
+from streamflow.cli.errors import exit_code, messages_of, report
 from streamflow.cli.options import Session
 from streamflow.errors import ConfigurationError, StreamFlowError
 from streamflow.hosting import secrets_of
@@ -62,7 +62,7 @@ def worker(
         if me is None and settings.log_format == "console":
             code = report(exc)
         else:
-            told = "; ".join([str(exc), *getattr(exc, "__notes__", ())])
+            told = "; ".join(messages_of(exc))
             logger.critical("%s", told, exc_info=None if isinstance(exc, StreamFlowError) else exc)
             code = exit_code(exc)
     raise typer.Exit(code)
