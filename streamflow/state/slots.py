@@ -2,9 +2,8 @@
 
 A slot is a directory that one process has locked: that of its name, which a worker with an `instance_id` has, or the
 lowest free one, so that a worker finds its state again after a restart and several workers on one machine share a
-`data_dir`. The lock is the kernel's (`flock`): it ends with the
-process, whatever ends it, and a process that was stopped keeps it. Slots are never deleted: what is in them may be
-somebody's only copy of what a topic has lost.
+`data_dir`. The lock is the kernel's (`flock`): it ends with the process, whatever ends it, and a process that was
+stopped keeps it. Slots are never deleted: what is in them may be somebody's only copy of what a topic has lost.
 """
 
 from __future__ import annotations

@@ -271,15 +271,12 @@ class Lost:
         self.committed = group.committed
 
 
-async def test_a_store_that_cannot_be_closed_keeps_no_other_open_and_no_hook_from_being_called(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    app = sf.App("closing")
-    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=3)
+def adding(name: str, partitions: int) -> tuple[sf.App, list[set[sf.TopicPartition]]]:
+    """An app with a table, and what it was told that it lost."""
+    app = sf.App(name)
+    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=partitions)
     totals = app.table("totals", key_type=str, value_type=int, default=int)
     revoked: list[set[sf.TopicPartition]] = []
-    closed: list[int] = []
-    close = MemoryStore.close
 
     @app.agent(numbers, tables=[totals])
     async def add(number: int) -> None:
@@ -288,6 +285,16 @@ async def test_a_store_that_cannot_be_closed_keeps_no_other_open_and_no_hook_fro
     @app.on_revoked
     async def note(partitions: set[sf.TopicPartition]) -> None:
         revoked.append(partitions)
+
+    return app, revoked
+
+
+async def test_a_store_that_cannot_be_closed_keeps_no_other_open_and_no_hook_from_being_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app, revoked = adding("closing", partitions=3)
+    closed: list[int] = []
+    close = MemoryStore.close
 
     def refuses_once(store: MemoryStore) -> None:
         if store.identity.partition not in closed:
@@ -309,19 +316,8 @@ async def test_a_store_that_cannot_be_closed_keeps_no_other_open_and_no_hook_fro
 
 
 async def test_a_stop_closes_all_stores_though_that_takes_longer_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    app = sf.App("many")
-    numbers = app.topic("numbers", key_type=str, value_type=int, partitions=5)
-    totals = app.table("totals", key_type=str, value_type=int, default=int)
-    revoked: list[set[sf.TopicPartition]] = []
+    app, revoked = adding("many", partitions=5)
     close = MemoryStore.close
-
-    @app.agent(numbers, tables=[totals])
-    async def add(number: int) -> None:
-        totals["a"] += number
-
-    @app.on_revoked
-    async def note(partitions: set[sf.TopicPartition]) -> None:
-        revoked.append(partitions)
 
     def takes_its_time(store: MemoryStore) -> None:
         time.sleep(0.3)
